@@ -1,0 +1,1 @@
+"""Forward attention on quantized operands: ``reference`` is the Torch twin of every kernel."""

@@ -1,0 +1,297 @@
+"""Quantized attention in Torch, block by block as the kernels do it, for every spec of the ladder.
+
+It runs on any device and is what a kernel's result is compared with.  It is no oracle: the exact
+attention is ``torch.nn.functional.scaled_dot_product_attention`` in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import (
+    FP4_GROUP,
+    K_SCALE_BLOCK,
+    LOG2E,
+    Q_BLOCK,
+    Q_SCALE_BLOCK,
+    TILE_N,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+    decode_fp4,
+    encode_fp4,
+    unpack_fp4,
+)
+from ..quantize import reference as quantize
+from ..spec import AttentionSpec
+
+#: An additive mask is clamped to this, so that a row of ``finfo.min`` stays finite in base 2.
+MASK_FLOOR = -3.0e38
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Smooth, rotate, quantize and attend.
+
+    Args:
+        q: ``[B, H, Lq, D]`` float; k, v: ``[B, Hkv, Lk, D]`` of the same dtype, Hkv divides H.
+        spec: any spec of the ladder; ``fp16`` is computed exactly, in float32.
+        mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i, combined with ``mask``.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
+        of the scaled scores (-inf for a fully masked row, whose output is 0).
+    """
+    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not spec.quantized:
+        out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
+        return out.to(q.dtype), lse
+    q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    by_block = spec.granularity == "block"
+    options = {"rotation": spec.rotate, "clip": spec.clip}
+    q_codes = quantize.quantize_rows(
+        q,
+        spec.qk,
+        mean=q_mean,
+        block=Q_SCALE_BLOCK if by_block else 1,
+        multiplier=sm_scale * LOG2E,
+        **options,
+    )
+    k_codes = quantize.quantize_rows(
+        k, spec.qk, mean=k_mean, block=K_SCALE_BLOCK if by_block else 1, **options
+    )
+    values: Tensor | QuantizedValue = v
+    if spec.pv is not Precision.FP16:
+        v_mean = quantize.token_mean(v) if spec.smooth_v else None
+        values = quantize.quantize_value(
+            v, spec.pv, mean=v_mean, fast=spec.pv_accumulator == "fp16"
+        )
+    out, lse = attend_quantized(
+        q_codes,
+        k_codes,
+        values,
+        delta_s=None if q_mean is None else delta_s(q_mean, k, k_mean, sm_scale * LOG2E),
+        mask=mask,
+        is_causal=is_causal,
+        fp16_accumulator=spec.pv_accumulator == "fp16",
+    )
+    if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
+        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    return out.to(q.dtype), lse
+
+
+def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float) -> Tensor:
+    """What smooth_q takes out of S: ``mean(Q_i) (K - mean(K))^T`` of every 128 query rows, in log2 units.
+
+    Returns:
+        ``[B, H, ceil(Lq / 128), Lk]`` float32 (SageAttention2, 2411.10958 equation 5).
+    """
+    rows = k.float() if k_mean is None else k.float() - k_mean[:, :, None]
+    group = q_mean.shape[1] // k.shape[1]
+    return (q_mean * multiplier) @ rows.repeat_interleave(group, 1).transpose(2, 3)
+
+
+def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float) -> Tensor:
+    """The part of the log-sum-exp that smooth_k removed, ``[B, H, Lq]`` float32."""
+    group = q.shape[1] // k_mean.shape[1]
+    means = k_mean.repeat_interleave(group, 1)[..., None]
+    return (q.float() @ means)[..., 0] * sm_scale
+
+
+def attend_quantized(
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: Tensor | QuantizedValue,
+    *,
+    delta_s: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    fp16_accumulator: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Online softmax over tiles of 64 keys on quantized operands.
+
+    Args:
+        q: codes ``[B, H, Lq, Dp]``; its scale carries ``sm_scale * log2(e)``.
+        k: codes ``[B, Hkv, Lk, Dp]``.
+        v: ``[B, Hkv, Lk, D]`` in the model's dtype, or quantized.
+        delta_s: ``[B, H, ceil(Lq / 128), Lk]`` float32 of :func:`delta_s`.
+        mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i.
+        fp16_accumulator: P V of one tile accumulates in FP16, 32 keys at a time (FP8 only).
+
+    Returns:
+        Output ``[B, H, Lq, D]`` float32 and log-sum-exp ``[B, H, Lq]`` float32 of the scores as
+        quantized (without what smooth_k removed).
+    """
+    batch, heads, q_len = q.data.shape[:3]
+    kv_heads, k_len = k.data.shape[1:3]
+    group = heads // kv_heads
+    device = q.data.device
+    # Integer codes are exact in float32, and so are their sums: |S| <= 127 * 127 * 256 < 2^24.
+    q_rows = quantize.dequantize_rows(q._replace(scale=torch.ones_like(q.scale)))
+    k_rows = quantize.dequantize_rows(k._replace(scale=torch.ones_like(k.scale)))
+    q_scale = q.scale.repeat_interleave(q.block, 2)[:, :, :q_len, None]
+    k_scale = k.scale.repeat_interleave(k.block, 2)[:, :, None, :k_len]
+    k_rows, k_scale = k_rows.repeat_interleave(group, 1), k_scale.repeat_interleave(group, 1)
+    values = _ValueTiles(v, group, fp16_accumulator)
+
+    top = torch.full((batch, heads, q_len, 1), -math.inf, device=device)
+    total = torch.zeros_like(top)
+    out = torch.zeros(batch, heads, q_len, values.head_dim, device=device)
+    query = torch.arange(q_len, device=device)[:, None]
+    for start in range(0, k_len, TILE_N):
+        stop = min(start + TILE_N, k_len)
+        s = (q_rows @ k_rows[:, :, start:stop].transpose(2, 3)) * q_scale * k_scale[..., start:stop]
+        if delta_s is not None:
+            s = s + delta_s[..., start:stop].repeat_interleave(Q_BLOCK, 2)[:, :, :q_len]
+        if mask is not None:
+            s = _apply_mask(s, mask, start, stop, k_len)
+        if is_causal:
+            key = torch.arange(start, stop, device=device)
+            s = torch.where(key <= query, s, -math.inf)
+        tile_top = s.amax(-1, keepdim=True)
+        new_top = torch.maximum(top, tile_top)
+        alpha = torch.exp2(top - _finite(new_top))  # exp2(-inf) = 0 before the first visible key
+        p, product = values.product(s, _finite(new_top), _finite(tile_top), start, stop)
+        total = total * alpha + p.sum(-1, keepdim=True)
+        out = out * alpha + product
+        top = new_top
+    out = torch.where(total > 0, out / torch.where(total > 0, total, 1.0), 0.0)
+    out = values.finish(out, total > 0)
+    lse = (top + torch.log2(total)) / LOG2E
+    return out, lse[..., 0]
+
+
+def _finite(top: Tensor) -> Tensor:
+    """A row that has seen no key yet has maximum -inf; 0 in its place keeps the exponents defined."""
+    return torch.where(torch.isneginf(top), 0.0, top)
+
+
+def _apply_mask(s: Tensor, mask: Tensor, start: int, stop: int, k_len: int) -> Tensor:
+    tile = mask if mask.shape[-1] == 1 and k_len != 1 else mask[..., start:stop]
+    if mask.dtype == torch.bool:
+        return torch.where(tile, s, -math.inf)
+    bias = tile.float() * LOG2E
+    return s + torch.where(torch.isneginf(tile), -math.inf, bias.clamp(min=MASK_FLOOR))
+
+
+class _ValueTiles:
+    """P and V of one tile in the format of ``v``."""
+
+    def __init__(self, v: Tensor | QuantizedValue, group: int, fp16_accumulator: bool):
+        self.fast = fp16_accumulator
+        self.precision = v.precision if isinstance(v, QuantizedValue) else Precision.FP16
+        if isinstance(v, QuantizedValue):
+            self.head_dim = v.data.shape[2]
+            if v.precision is Precision.FP4:
+                assert v.micro is not None
+                codes = unpack_fp4(v.data) * v.micro.float().repeat_interleave(FP4_GROUP, -1)
+            else:
+                codes = v.data.float()
+            self.rows = codes.transpose(2, 3).repeat_interleave(group, 1)
+            self.scale = v.scale.repeat_interleave(group, 1)[:, :, None]
+            self.mean = None if v.mean is None else v.mean.repeat_interleave(group, 1)[:, :, None]
+        else:
+            self.head_dim = v.shape[-1]
+            # float32 models have no half type of their own; their V is rounded to FP16 with a
+            # power-of-two scale per channel where it would overflow.
+            self.half = torch.float16 if v.dtype in (torch.float32, torch.float64) else v.dtype
+            values, self.scale = half_value(v)
+            self.rows = values.float().repeat_interleave(group, 1)
+            self.scale = self.scale.repeat_interleave(group, 1)[:, :, None]
+            self.mean = None
+
+    def product(
+        self, s: Tensor, top: Tensor, tile_top: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """P of the tile relative to the running maximum ``top``, and P V, both float32."""
+        rows = self.rows[:, :, start:stop]
+        p = torch.exp2(s - top)
+        if self.precision is Precision.FP16:
+            return p, p.to(self.half).float() @ rows
+        if self.precision is Precision.INT8:
+            # One scale per row and tile: P relative to the tile's own maximum fills the 127 codes
+            # (the online softmax gives it for free), rescaled to the running maximum afterwards.
+            local = torch.exp2(s - tile_top)
+            back = torch.exp2(tile_top - top) * (1.0 / 127.0)
+            return p, ((local * 127.0).round() @ rows) * back
+        if self.precision is Precision.FP8:
+            codes = (p * 448.0).to(torch.float8_e4m3fn).float()
+            return p, self._fp8_product(codes, rows) * (1.0 / 448.0)
+        return p, self._fp4_product(p, start, stop)
+
+    def _fp8_product(self, codes: Tensor, rows: Tensor) -> Tensor:
+        if not self.fast:
+            return codes @ rows
+        total = torch.zeros(1, device=codes.device)
+        for k in range(0, codes.shape[-1], 32):  # one m16n8k32 step rounds once
+            total = (total + codes[..., k : k + 32] @ rows[:, :, k : k + 32]).half().float()
+        return total
+
+    def _fp4_product(self, p: Tensor, start: int, stop: int) -> Tensor:
+        """Two-level P (SageAttention3, 2505.11594 section 3.3): a row scale in front of NVFP4."""
+        width = -(-(stop - start) // FP4_GROUP) * FP4_GROUP
+        rows = self.rows[:, :, start : start + width]
+        p = F.pad(p, (0, width - p.shape[-1]))
+        row_scale = p.amax(-1, keepdim=True) / (448.0 * 6.0)
+        row_scale = torch.where(row_scale < 1e-30, 1.0, row_scale)
+        groups = (p / row_scale).unflatten(-1, (-1, FP4_GROUP))
+        micro = (groups.amax(-1, keepdim=True) / 6.0).to(torch.float8_e4m3fn).float()
+        micro = torch.where(micro == 0, 1.0, micro)
+        codes = decode_fp4(encode_fp4(groups / micro)) * micro
+        return (codes.flatten(-2) @ rows) * row_scale
+
+    def finish(self, out: Tensor, seen: Tensor) -> Tensor:
+        """V's scale and mean, applied once at the end; rows that saw no key stay 0."""
+        out = out * self.scale
+        if self.mean is not None:
+            out = torch.where(seen, out + self.mean, 0.0)
+        return out
+
+
+def half_value(v: Tensor) -> tuple[Tensor, Tensor]:
+    """V in a half type and a power-of-two scale ``[B, H, D]`` float32 per channel.
+
+    fp16 and bf16 are returned as they are with scale 1; float32 becomes FP16, scaled where a
+    channel's largest value exceeds FP16's range.
+    """
+    ones = torch.ones(v.shape[0], v.shape[1], v.shape[3], device=v.device)
+    if v.dtype in (torch.float16, torch.bfloat16):
+        return v, ones
+    amax = v.float().abs().amax(2)
+    scale = torch.where(amax > 32768.0, torch.exp2(torch.ceil(torch.log2(amax / 32768.0))), ones)
+    return (v.float() / scale[:, :, None]).half(), scale
+
+
+def _exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, sm_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in float32 with the same treatment of masks as the quantized specs."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    s = (q.float() * (sm_scale * LOG2E)) @ keys.transpose(2, 3)
+    if mask is not None:
+        s = _apply_mask(s, mask, 0, s.shape[-1], s.shape[-1])
+    if is_causal:
+        visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        s = torch.where(visible, s, -math.inf)
+    top = _finite(s.amax(-1, keepdim=True))
+    p = torch.exp2(s - top)
+    total = p.sum(-1, keepdim=True)
+    out = torch.where(total > 0, (p @ values) / torch.where(total > 0, total, 1.0), 0.0)
+    return out, ((top + torch.log2(total)) / LOG2E)[..., 0]

@@ -1,0 +1,265 @@
+"""The quantizers in Torch: smoothing, signed Hadamard rotation, clipping, scaling, packing.
+
+Every function here is the twin of a kernel and bit-exact with it: the same float32 operations in
+the same order wherever order matters.  None of them changes its input.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import (
+    FP4_GROUP,
+    MAX_SCALE,
+    Q_BLOCK,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+    decode_fp4,
+    encode_fp4,
+    pack_nibbles,
+    padded_dim,
+    padded_length,
+    unpack_fp4,
+    unpack_int4,
+)
+
+#: Shares of a row's largest value that clipping tries as the top of the 4-bit range.
+CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+#: Squared errors are summed as integers of this resolution: the sum then has no order, and kernel
+#: and twin choose the same candidate.
+CLIP_RESOLUTION = 2.0**14
+
+#: E4M3 keeps three mantissa bits down to 2^-6; below that a micro scale would be subnormal.
+FP8_MAX, FP4_MAX = 448.0, 6.0
+
+#: Largest |V| code where P V accumulates in FP16: 448 * 2.25 * 64 keys < 65504
+#: (SageAttention2++, 2505.21136 section 3.2; their code's split of the range, not the paper's).
+FP8_FAST_VALUE_MAX = 2.25
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
+    return x.float().mean(2)
+
+
+def block_mean(x: Tensor, block: int) -> Tensor:
+    """Mean of every ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32."""
+    length = x.shape[2]
+    blocks = -(-length // block)
+    padded = F.pad(x.float(), (0, 0, 0, blocks * block - length))
+    sums = padded.unflatten(2, (blocks, block)).sum(3)
+    counts = torch.full((blocks,), float(block), device=x.device)
+    counts[-1] = length - (blocks - 1) * block
+    return sums / counts[:, None]
+
+
+@functools.lru_cache(maxsize=32)
+def hadamard_signs(dim: int) -> tuple[float, ...]:
+    """The fixed +-1 diagonal in front of the Hadamard matrix, from a 32-bit integer hash.
+
+    Without it a constant row would keep all of its energy in one channel.
+    """
+    signs = []
+    for i in range(dim):
+        h = (i + 1) * 0x9E3779B1 & 0xFFFFFFFF
+        h = (h ^ (h >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
+        signs.append(1.0 if (h ^ (h >> 13)) & 1 else -1.0)
+    return tuple(signs)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """``x @ diag(signs) @ H / sqrt(Dp)`` for float32 ``[..., Dp]``, Dp a power of two.
+
+    A butterfly in float32: stage h adds and subtracts channels h apart, h = 1, 2, 4 ..; the
+    normalization is one multiplication at the end.  Orthogonal, so Q K^T keeps its value.
+    """
+    dim = x.shape[-1]
+    if dim & (dim - 1):
+        raise ValueError(f"the rotated dim must be a power of two, got {dim}")
+    x = x * torch.tensor(hadamard_signs(dim), device=x.device)
+    h = 1
+    while h < dim:
+        pairs = x.unflatten(-1, (dim // (2 * h), 2, h))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        h *= 2
+    return x * (1.0 / math.sqrt(dim))
+
+
+def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
+    """Smoothed, padded and rotated rows in float32: what the quantizer then scales.
+
+    Args:
+        x: ``[B, H, L, D]`` of any float dtype.
+        mean: ``[B, H, D]`` (one mean) or ``[B, H, n, D]`` (one per ``ceil(L / n)`` rows), float32.
+        rotation: apply :func:`rotate`.
+
+    Returns:
+        ``[B, H, L, padded_dim(D)]`` float32.
+    """
+    rows = x.float()
+    if mean is not None:
+        rows = rows - expand_block_mean(mean, x.shape[2])
+    rows = F.pad(rows, (0, padded_dim(x.shape[-1]) - x.shape[-1]))
+    return rotate(rows) if rotation else rows
+
+
+def expand_block_mean(mean: Tensor, length: int) -> Tensor:
+    """``[B, H, D]`` -> ``[B, H, 1, D]``; ``[B, H, n, D]`` -> ``[B, H, length, D]``, 128 rows a mean."""
+    from ..formats import Q_BLOCK
+
+    if mean.ndim == 3:
+        return mean[:, :, None]
+    return mean.repeat_interleave(Q_BLOCK, 2)[:, :, :length]
+
+
+def quantize_rows(
+    x: Tensor,
+    precision: Precision,
+    *,
+    mean: Tensor | None = None,
+    rotation: bool = False,
+    clip: bool = False,
+    block: int = 1,
+    multiplier: float = 1.0,
+) -> QuantizedTensor:
+    """Quantize Q or K along the head dim.
+
+    Args:
+        x: ``[B, H, L, D]``, any float dtype and strides.
+        precision: INT8, INT4, FP8 or FP4.
+        mean: subtracted first; ``[B, H, D]``, or ``[B, H, ceil(L / 128), D]`` for a mean per
+            128 rows.
+        rotation: signed Hadamard rotation along the padded head dim.
+        clip: 4 bit only, search the scale (:data:`CLIP_CANDIDATES`).
+        block: tokens per scale.
+        multiplier: folded into the scale after rounding, e.g. ``sm_scale * log2(e)`` for Q.
+    """
+    rows = prepare(x, mean, rotation)
+    if precision is Precision.FP4:
+        return _quantize_fp4(rows, clip, multiplier)
+    batch, heads, length, dim = rows.shape
+    groups = -(-length // block)
+    grouped = F.pad(rows, (0, 0, 0, groups * block - length)).unflatten(2, (groups, block))
+    amax = grouped.abs().amax((3, 4))  # [B, H, groups]
+    scale = _scale(amax, precision.qmax)
+    if clip and precision is Precision.INT4:
+        scale = _clipped_scale(rows, scale)
+    codes = _encode(grouped, scale[..., None, None], precision).flatten(2, 3)[:, :, :length]
+    if precision is Precision.INT4:
+        codes = pack_nibbles(codes)
+    return QuantizedTensor(codes, scale * multiplier, precision, block)
+
+
+def quantize_value(
+    v: Tensor, precision: Precision, *, mean: Tensor | None = None, fast: bool = False
+) -> QuantizedValue:
+    """Quantize V per channel and transpose it.
+
+    Args:
+        v: ``[B, H, L, D]``, any float dtype and strides.
+        precision: INT8, FP8 or FP4 (16 tokens per micro scale).
+        mean: ``[B, H, D]`` float32 to subtract (smooth_v).
+        fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
+    """
+    length = v.shape[2]
+    rows = v.float() if mean is None else v.float() - mean[:, :, None]
+    channels = F.pad(rows.transpose(2, 3), (0, padded_length(length) - length))  # [B, H, D, Lp]
+    amax = channels.abs().amax(-1)
+    if precision is Precision.FP4:
+        scale = _scale(amax, FP4_MAX * FP8_MAX)
+        data, micro = _encode_fp4_groups(channels, scale, clip=False)
+        return QuantizedValue(data, scale, precision, length, mean, micro)
+    top = FP8_FAST_VALUE_MAX if fast else precision.qmax
+    scale = _scale(amax, top)
+    return QuantizedValue(
+        _encode(channels, scale[..., None], precision, top), scale, precision, length, mean
+    )
+
+
+def dequantize_rows(x: QuantizedTensor) -> Tensor:
+    """``[B, H, L, Dp]`` float32, still smoothed, padded and rotated."""
+    if x.precision is Precision.FP4:
+        assert x.micro is not None
+        codes = unpack_fp4(x.data) * x.micro.float().repeat_interleave(FP4_GROUP, -1)
+    elif x.precision is Precision.INT4:
+        codes = unpack_int4(x.data).float()
+    else:
+        codes = x.data.float()
+    scale = x.scale.repeat_interleave(x.block, 2)[:, :, : codes.shape[2], None]
+    return codes * scale
+
+
+def dequantize_value(v: QuantizedValue) -> Tensor:
+    """``[B, H, L, D]`` float32, the subtracted mean added back."""
+    if v.precision is Precision.FP4:
+        assert v.micro is not None
+        codes = unpack_fp4(v.data) * v.micro.float().repeat_interleave(FP4_GROUP, -1)
+    else:
+        codes = v.data.float()
+    rows = (codes * v.scale[..., None])[..., : v.length].transpose(2, 3)
+    return rows if v.mean is None else rows + v.mean[:, :, None]
+
+
+def _scale(amax: Tensor, top: float) -> Tensor:
+    """Dequantization scale of groups with these largest magnitudes; 1 for a group of zeros."""
+    scale = amax / top
+    # A denormal scale has no finite inverse: such a group is zero for every purpose.
+    return torch.where(scale < 1e-30, 1.0, scale.clamp(max=MAX_SCALE))
+
+
+def _encode(x: Tensor, scale: Tensor, precision: Precision, top: float | None = None) -> Tensor:
+    scaled = x * (1.0 / scale)
+    limit = precision.qmax if top is None else top
+    if precision is Precision.FP8:
+        return scaled.clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return scaled.round().clamp(-limit, limit).to(torch.int8)
+
+
+def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
+    """INT4 scale of every row that minimizes its squared error; the first of equals wins."""
+    best = torch.full_like(scale, math.inf)
+    chosen = scale
+    for share in CLIP_CANDIDATES:
+        step = scale * share
+        scaled = rows * (1.0 / step)[..., None]
+        error = scaled - scaled.round().clamp(-7, 7)
+        total = (error * error * CLIP_RESOLUTION).round().to(torch.int32).sum(-1, dtype=torch.int32)
+        cost = total.float() * (share * share)
+        better = cost < best
+        best, chosen = torch.where(better, cost, best), torch.where(better, step, chosen)
+    return chosen
+
+
+def _quantize_fp4(rows: Tensor, clip: bool, multiplier: float) -> QuantizedTensor:
+    """NVFP4 with a float32 scale per row in front, so that the E4M3 scales use their whole range."""
+    scale = _scale(rows.abs().amax(-1), FP4_MAX * FP8_MAX)
+    data, micro = _encode_fp4_groups(rows, scale, clip)
+    return QuantizedTensor(data, scale * multiplier, Precision.FP4, 1, micro)
+
+
+def _encode_fp4_groups(x: Tensor, scale: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    """E2M1 codes (packed) and E4M3 scales of every 16 values of ``x / scale`` along the last dim."""
+    groups = (x * (1.0 / scale)[..., None]).unflatten(-1, (-1, FP4_GROUP))
+    amax = groups.abs().amax(-1)
+    best = torch.full_like(amax, math.inf)
+    codes = torch.zeros_like(groups, dtype=torch.uint8)
+    micro = torch.ones_like(amax, dtype=torch.float8_e4m3fn)
+    for share in CLIP_CANDIDATES if clip else (1.0,):
+        step = (amax * (share / FP4_MAX)).clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
+        step = torch.where(step.float() == 0, 1.0, step.float())
+        code = encode_fp4(groups * (1.0 / step)[..., None])
+        error = groups - decode_fp4(code) * step[..., None]
+        cost = (error * error).sum(-1)
+        better = cost < best
+        best = torch.where(better, cost, best)
+        codes = torch.where(better[..., None], code, codes)
+        micro = torch.where(better, step, micro.float()).to(torch.float8_e4m3fn)
+    return pack_nibbles(codes.flatten(-2)), micro

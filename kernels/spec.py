@@ -1,0 +1,182 @@
+"""``AttentionSpec``: the numerics of one attention call, as plain data with a short public name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from .formats import Precision
+
+#: Names of the ladder, fastest last.  They are what users write in plans and read in reports.
+LADDER = (
+    "fp16",
+    "int8/fp16",
+    "int8/int8",
+    "int8/fp8",
+    "int8/fp8-fast",
+    "int4/int8",
+    "int4/fp8-fast",
+    "fp4/fp8-fast",
+    "fp4/fp4",
+)
+
+_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "clip")
+_QK = ("fp16", "fp8", "int8", "int4", "fp4")
+_PV = ("fp16", "fp8", "int8", "fp4")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How Q K^T and P V are quantized.  Numerics only: it means the same on every device.
+
+    Attributes:
+        qk: format of Q and K.
+        pv: format of P and V; FP16 stands for the model's own half type.
+        pv_accumulator: ``"fp16"`` is the doubled-rate FP8 product of GeForce cards; it lives inside
+            one tile of 64 keys only (SageAttention2++, 2505.21136).
+        smooth_q: subtract the mean of every 128 query rows and add its product back in full
+            precision (SageAttention2, 2411.10958 section 3.1).  Pays for 4 bit only.
+        smooth_k: subtract K's mean over the tokens; the softmax doesn't see it.
+        smooth_v: subtract V's mean over the tokens and add it to the output.
+        rotate: multiply Q and K by the same signed Hadamard matrix along the head dim.
+        clip: choose the scales of 4-bit Q and K (INT4: of a row, FP4: of 16 values) for the least
+            squared error instead of the largest value.
+        granularity: one scale of Q and K per token, or per block of 128 queries and 64 keys.
+    """
+
+    qk: Precision = Precision.INT8
+    pv: Precision = Precision.FP16
+    pv_accumulator: Literal["fp32", "fp16"] = "fp32"
+    smooth_q: bool = False
+    smooth_k: bool = True
+    smooth_v: bool = False
+    rotate: bool = False
+    clip: bool = False
+    granularity: Literal["token", "block"] = "token"
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen; strings are accepted at the edge
+        for name, allowed in (("qk", _QK), ("pv", _PV)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {_text(value)!r}"
+                )
+            set_field(self, name, Precision(value))
+        if self.pv_accumulator not in ("fp32", "fp16"):
+            raise ValueError(f"pv_accumulator must be fp32 or fp16, got {self.pv_accumulator!r}")
+        if self.granularity not in ("token", "block"):
+            raise ValueError(f"granularity must be token or block, got {self.granularity!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.qk is Precision.FP16:
+            if self.pv is not Precision.FP16:
+                raise ValueError(f"pv must be fp16 when qk is fp16, got {self.pv}")
+            for name in _FLAGS:  # nothing is quantized, so nothing is smoothed
+                set_field(self, name, False)
+            set_field(self, "granularity", "token")
+        if self.pv_accumulator == "fp16" and self.pv is not Precision.FP8:
+            raise ValueError(f"pv_accumulator='fp16' needs pv='fp8', got pv={self.pv.value!r}")
+        if self.clip and self.qk not in (Precision.INT4, Precision.FP4):
+            raise ValueError(f"clip needs qk='int4' or 'fp4', got qk={self.qk.value!r}")
+        if self.clip and self.granularity != "token":
+            raise ValueError("clip needs granularity='token', got 'block'")
+        if self.qk is Precision.FP4 and self.granularity != "token":
+            raise ValueError("qk='fp4' needs granularity='token', got 'block'")
+
+    @property
+    def quantized(self) -> bool:
+        """False for ``fp16``: the model's own attention, untouched."""
+        return self.qk is not Precision.FP16
+
+    @classmethod
+    def parse(cls, text: str | AttentionSpec) -> AttentionSpec:
+        """A ladder name such as ``"int8/fp8"``, with switches: ``"int8/fp16+rotate-smooth_k+block"``.
+
+        A name that begins with int4 or fp4 switches on smooth_q, smooth_k, rotate and clip, one
+        with int8 or fp8 smooth_k.
+
+        Raises:
+            ValueError: the text is no spec; the message lists the ladder.
+            TypeError: ``text`` is neither a string nor an AttentionSpec.
+        """
+        if isinstance(text, AttentionSpec):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"spec must be a string or an AttentionSpec, got {type(text).__name__}")
+        spec = _PARSED.get(text)
+        if spec is None:
+            spec = _parse(text)
+        return spec
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], default: AttentionSpec) -> AttentionSpec:
+        """A spec from JSON fields; missing ones come from ``default``."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        return replace(default, **data)
+
+    def __str__(self) -> str:
+        """The name that :meth:`parse` reads back; ladder names where there is one."""
+        base = _base_name(self)
+        preset = _PARSED.get(base) or _preset(self.qk, self.pv, self.pv_accumulator)
+        changes = "".join(
+            ("+" if getattr(self, name) else "-") + name
+            for name in _FLAGS
+            if getattr(self, name) != getattr(preset, name)
+        )
+        return base + changes + ("+block" if self.granularity == "block" else "")
+
+
+def _text(value: object) -> str:
+    return value.value if isinstance(value, Precision) else str(value)
+
+
+def _base_name(spec: AttentionSpec) -> str:
+    if not spec.quantized:
+        return "fp16"
+    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
+    return f"{spec.qk.value}/{spec.pv.value}{fast}"
+
+
+def _preset(qk: Precision, pv: Precision, accumulator: Literal["fp32", "fp16"]) -> AttentionSpec:
+    four_bit = qk in (Precision.INT4, Precision.FP4)
+    return AttentionSpec(qk, pv, accumulator, smooth_q=four_bit, rotate=four_bit, clip=four_bit)
+
+
+_NAME = re.compile(
+    r"(?P<qk>[a-z0-9]+)(?:/(?P<pv>[a-z0-9]+))?(?P<fast>-fast)?(?P<switches>(?:[+-][a-z_]+)*)"
+)
+
+
+def _parse(text: str) -> AttentionSpec:
+    hint = f"the ladder is {', '.join(LADDER)}"
+    match = _NAME.fullmatch(text.strip().lower())
+    if match is None or (match["pv"] is None and match["qk"] != "fp16"):
+        raise ValueError(f"{text!r} is not an attention spec; {hint}")
+    pv = match["pv"] or "fp16"
+    if match["qk"] not in _QK or pv not in _PV:
+        raise ValueError(f"{text!r} is not an attention spec; {hint}")
+    try:
+        spec = _preset(Precision(match["qk"]), Precision(pv), "fp16" if match["fast"] else "fp32")
+        changes: dict[str, Any] = {}
+        for sign, name in re.findall(r"([+-])([a-z_]+)", match["switches"]):
+            if name in _FLAGS:
+                changes[name] = sign == "+"
+            elif name == "block" and sign == "+":
+                changes["granularity"] = "block"
+            else:
+                raise ValueError(
+                    f"unknown switch {sign + name!r}, known are {', '.join(_FLAGS)}, block"
+                )
+        return replace(spec, **changes)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an attention spec: {error}; {hint}") from None
+
+
+_PARSED: dict[str, AttentionSpec] = {}
+_PARSED.update({name: _parse(name) for name in LADDER})
