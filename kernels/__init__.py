@@ -1,4 +1,4 @@
-"""Tensors and number formats: quantizers and attention kernels, each beside its readable Torch twin.
+"""Tensors and number formats: quantizers and attention, each kernel beside its Torch twin.
 
 ``formats``    number formats and the containers of quantized tensors
 ``spec``       :class:`AttentionSpec`, the numerics of one attention call

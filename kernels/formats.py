@@ -81,7 +81,7 @@ class QuantizedTensor(NamedTuple):
 
 
 class QuantizedValue(NamedTuple):
-    """V, quantized per channel and stored transposed: ``v[l, d] ~= data[d, l] * scale[d] + mean[d]``.
+    """V per channel and transposed: ``v[l, d] ~= data[d, l] * scale[d] + mean[d]``.
 
     Attributes:
         data: ``[B, H, D, Lp]`` int8 or float8_e4m3fn, or ``[B, H, D, Lp / 2]`` uint8 for FP4; Lp is

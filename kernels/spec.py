@@ -94,7 +94,7 @@ class AttentionSpec:
 
     @classmethod
     def parse(cls, text: str | AttentionSpec) -> AttentionSpec:
-        """A ladder name such as ``"int8/fp8"``, with switches: ``"int8/fp16+rotate-smooth_k+block"``.
+        """A ladder name such as ``"int8/fp8"``, with switches: ``"int8/fp16+rotate-smooth_k"``.
 
         A name that begins with int4 or fp4 switches on smooth_q, smooth_k, rotate and clip, one
         with int8 or fp8 smooth_k.

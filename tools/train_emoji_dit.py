@@ -7,7 +7,7 @@ The model is diffusers' own ``DiTTransformer2DModel`` (6 layers, 3 heads of 64, 
 Data: ``npm pack emoji-datasource-twitter@16.0.0`` unpacked somewhere (code MIT, pictures
 CC-BY 4.0, (c) Twitter, Inc and other contributors).  One class per Unicode subcategory.
 
-    python tools/train_emoji_dit.py --data package --out sage_diffusion/assets/emoji_dit --minutes 120
+    python tools/train_emoji_dit.py --data package --out emoji_dit --minutes 112 --compile
 """
 
 from __future__ import annotations

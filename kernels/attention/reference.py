@@ -96,7 +96,9 @@ def attention(
 
 
 def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float) -> Tensor:
-    """What smooth_q takes out of S: ``mean(Q_i) (K - mean(K))^T`` of every 128 query rows, in log2 units.
+    """What smooth_q takes out of S: ``mean(Q_i) (K - mean(K))^T`` of every 128 query rows.
+
+    In log2 units if ``multiplier`` is ``sm_scale * log2(e)``.
 
     Returns:
         ``[B, H, ceil(Lq / 128), Lk]`` float32 (SageAttention2, 2411.10958 equation 5).
@@ -178,7 +180,7 @@ def attend_quantized(
 
 
 def _finite(top: Tensor) -> Tensor:
-    """A row that has seen no key yet has maximum -inf; 0 in its place keeps the exponents defined."""
+    """0 in place of -inf, the maximum of a row that saw no key yet: exponents stay defined."""
     return torch.where(torch.isneginf(top), 0.0, top)
 
 

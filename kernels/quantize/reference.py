@@ -50,7 +50,7 @@ def token_mean(x: Tensor) -> Tensor:
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:
-    """Mean of every ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32."""
+    """Means of ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32."""
     length = x.shape[2]
     blocks = -(-length // block)
     padded = F.pad(x.float(), (0, 0, 0, blocks * block - length))
@@ -112,8 +112,7 @@ def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
 
 
 def expand_block_mean(mean: Tensor, length: int) -> Tensor:
-    """``[B, H, D]`` -> ``[B, H, 1, D]``; ``[B, H, n, D]`` -> ``[B, H, length, D]``, 128 rows a mean."""
-    from ..formats import Q_BLOCK
+    """``[B, H, D]`` -> ``[B, H, 1, D]``; a mean per 128 rows -> ``[B, H, length, D]``."""
 
     if mean.ndim == 3:
         return mean[:, :, None]
@@ -145,7 +144,7 @@ def quantize_rows(
     rows = prepare(x, mean, rotation)
     if precision is Precision.FP4:
         return _quantize_fp4(rows, clip, multiplier)
-    batch, heads, length, dim = rows.shape
+    length = rows.shape[2]
     groups = -(-length // block)
     grouped = F.pad(rows, (0, 0, 0, groups * block - length)).unflatten(2, (groups, block))
     amax = grouped.abs().amax((3, 4))  # [B, H, groups]
@@ -239,14 +238,14 @@ def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
 
 
 def _quantize_fp4(rows: Tensor, clip: bool, multiplier: float) -> QuantizedTensor:
-    """NVFP4 with a float32 scale per row in front, so that the E4M3 scales use their whole range."""
+    """NVFP4 behind a float32 scale per row, so that the E4M3 scales use their whole range."""
     scale = _scale(rows.abs().amax(-1), FP4_MAX * FP8_MAX)
     data, micro = _encode_fp4_groups(rows, scale, clip)
     return QuantizedTensor(data, scale * multiplier, Precision.FP4, 1, micro)
 
 
 def _encode_fp4_groups(x: Tensor, scale: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
-    """E2M1 codes (packed) and E4M3 scales of every 16 values of ``x / scale`` along the last dim."""
+    """E2M1 codes (packed) and E4M3 scales of 16 neighbours of ``x / scale`` along the last dim."""
     groups = (x * (1.0 / scale)[..., None]).unflatten(-1, (-1, FP4_GROUP))
     amax = groups.abs().amax(-1)
     best = torch.full_like(amax, math.inf)
