@@ -1,0 +1,82 @@
+"""``attention()``: validate, choose a backend, run.  The only public way to compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sage_diffusion import backends, ops
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.validation import check_call, four_dims
+
+DEFAULT_SPEC = AttentionSpec()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec | str = DEFAULT_SPEC,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + mask) v``, quantized as ``spec`` says.  Forward only.
+
+    Args:
+        q: ``[B, H, Lq, D]`` float16, bfloat16 or float32, any strides, D up to 256.
+        k, v: ``[B, Hkv, Lk, D]`` of q's dtype and device; Hkv divides H.
+        spec: an :class:`AttentionSpec` or its name; ``"fp16"`` is not quantized.
+        mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i (PyTorch's alignment), also together with a mask.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+        backend: ``"auto"``, or a name of :data:`sage_diffusion.backends.BACKENDS`;
+            ``"reference"`` is the Torch twin of the kernels, on any device.
+        return_lse: return the natural log-sum-exp ``[B, H, Lq]`` float32 too.
+
+    Returns:
+        ``[B, H, Lq, D]`` in q's dtype; with ``return_lse`` a pair.  A fully masked row gives 0 in
+        a quantized spec.
+
+    Raises:
+        ValueError, TypeError: the tensors or the spec are wrong; says what must hold.
+        BackendUnavailable: no backend (or not the named one) can run the call.
+        RuntimeError: an input requires grad while grad mode is on.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            "attention() is forward only, but q, k or v requires grad: use torch.no_grad()"
+        )
+    parsed = AttentionSpec.parse(spec)
+    if torch.compiler.is_compiling():
+        check_call(q, k, v, mask)
+        out, lse = ops.attention(
+            q, k, v, mask, None, str(parsed), is_causal, scale, backend, return_lse
+        )
+        return (out, lse) if return_lse else out
+    out, maybe_lse = compute(q, k, v, parsed, mask, is_causal, scale, backend, return_lse)
+    if return_lse:
+        assert maybe_lse is not None  # a backend that has none refuses `return_lse`
+        return out, maybe_lse
+    return out
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attention` without the conveniences: positional, a parsed spec, always a pair."""
+    check_call(q, k, v, mask)
+    call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse)
+    run = backends.load(backends.select(call, backend))
+    return run(q, k, v, spec, four_dims(mask), is_causal, scale, return_lse)

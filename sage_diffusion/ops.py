@@ -1,0 +1,87 @@
+"""The one custom operator: what ``torch.compile`` sees of an attention call.
+
+The precision is decided inside the operator, so a compiled graph neither breaks nor recompiles
+while it changes from step to step.  The layer is named by a 0-dim CPU tensor: a Python int would be
+a constant of the graph and cost one recompilation per layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sage_diffusion.session import Layer
+
+# Handles must be looked up from inside the operator, which only tensors and constants reach: the
+# one registry of this package.  It keeps nothing alive.
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_NEXT = itertools.count(1)
+
+
+def register(layer: Layer) -> Tensor:
+    """A handle by which the operator finds ``layer``: a 0-dim int64 CPU tensor."""
+    number = next(_NEXT)
+    _LAYERS[number] = layer
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("sage_diffusion::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor | None,
+    spec: str,
+    is_causal: bool,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention by spec, or, where ``layer`` is given, as its session decides.
+
+    Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
+    empty.
+    """
+    from sage_diffusion.attention import compute
+    from sage_diffusion.kernels.spec import AttentionSpec
+
+    lse: Tensor | None = None
+    if layer is not None:
+        number = int(layer)
+        found = _LAYERS.get(number)
+        if found is None:
+            raise RuntimeError(
+                f"attention layer {number} no longer exists: the compiled model outlived its "
+                "session, compile it again"
+            )
+        out = found.attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+    else:
+        parsed = AttentionSpec.parse(spec)
+        out, lse = compute(q, k, v, parsed, mask, is_causal, scale, backend, return_lse)
+    if lse is None or not return_lse:
+        lse = q.new_empty(0, dtype=torch.float32)
+    return out.contiguous(), lse.contiguous()
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor | None,
+    spec: str,
+    is_causal: bool,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    return out, lse

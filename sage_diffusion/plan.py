@@ -1,0 +1,298 @@
+"""``PrecisionPlan``: which spec each layer runs at each point of the sampling schedule, as JSON.
+
+A plan is a list of rules, the first match wins::
+
+    {"version": 1, "default": "int4/fp8-fast",
+     "rules": [{"layers": "*", "start": 0.9, "spec": "int8/fp8"},
+               {"layers": "transformer_blocks.0.*", "spec": {"qk": "int8", "smooth_v": true}}]}
+
+``progress`` is the position in the sampling schedule: 0 at the first step, 1 at the last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from sage_diffusion.files import write_text
+from sage_diffusion.kernels.spec import AttentionSpec
+
+VERSION = 1
+
+#: Branches of classifier-free guidance that a rule can name.
+BRANCHES = ("cond", "uncond")
+
+
+class PlanError(ValueError):
+    """A plan that can't be read, or that does not fit the model it is applied to."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where ``spec`` applies.  All conditions must hold.
+
+    Attributes:
+        spec: an :class:`AttentionSpec` or its name.
+        layers: case-sensitive glob on layer names (``fnmatch``: ``*``, ``?``, ``[seq]``).
+        start, end: half-open range of progress; ``end`` = 1 includes the last step.
+        branch: "cond" or "uncond" where the host tells them apart, None for both.
+        min_tokens: the call must have at least this many keys.
+    """
+
+    spec: AttentionSpec
+    layers: str = "*"
+    start: float = 0.0
+    end: float = 1.0
+    branch: str | None = None
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", AttentionSpec.parse(self.spec))
+        if not isinstance(self.layers, str) or not self.layers:
+            raise PlanError(f"layers must be a non-empty glob, got {self.layers!r}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise PlanError(f"{name} must be a number between 0 and 1, got {value!r}")
+            if not 0 <= value <= 1:
+                raise PlanError(f"{name} must be between 0 and 1, got {value}")
+        if self.start >= self.end:
+            raise PlanError(f"start must be less than end, got start {self.start}, end {self.end}")
+        if self.branch is not None and self.branch not in BRANCHES:
+            raise PlanError(f"branch must be cond, uncond or null, got {self.branch!r}")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int):
+            raise PlanError(f"min_tokens must be a whole number, got {self.min_tokens!r}")
+        if self.min_tokens < 0:
+            raise PlanError(f"min_tokens must not be negative, got {self.min_tokens}")
+
+    def matches(
+        self, layer: str, progress: float, branch: str | None = None, tokens: int | None = None
+    ) -> bool:
+        """Does the rule apply?  Unknown ``tokens`` satisfy every ``min_tokens``."""
+        if self.branch is not None and branch != self.branch:
+            return False
+        if tokens is not None and tokens < self.min_tokens:
+            return False
+        if not (self.start <= progress < self.end or (self.end == 1.0 and progress >= 1.0)):
+            return False
+        return fnmatchcase(layer, self.layers)
+
+    def covers(self, other: Rule) -> bool:
+        """True if this rule, standing first, leaves nothing for ``other``."""
+        wider = self.layers == other.layers or fnmatchcase(other.layers, self.layers)
+        return (
+            wider
+            and self.start <= other.start
+            and other.end <= self.end
+            and self.branch in (None, other.branch)
+            and self.min_tokens <= other.min_tokens
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Rules, first match wins; ``default`` for everything else.
+
+    Attributes:
+        default: spec of every call that no rule names.
+        rules: in order of priority.
+        model: class name or other name of the model that the plan was made for.
+        name: short title for people.
+        schedule: descending sigmas (or timesteps) that the plan was made with; progress is
+            looked up in it by sigma when the host runs another schedule (:meth:`remap`).
+        fingerprint: what the model must look like (class, layer names, head dims); checked where
+            it is present.
+        calibration: where the plan comes from.  Provenance only, never read by the runtime.
+    """
+
+    default: AttentionSpec = field(default_factory=AttentionSpec)
+    rules: tuple[Rule, ...] = ()
+    model: str | None = None
+    name: str | None = None
+    schedule: tuple[float, ...] | None = None
+    fingerprint: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "default", AttentionSpec.parse(self.default))
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for i, rule in enumerate(self.rules):
+            for j, earlier in enumerate(self.rules[:i]):
+                if earlier.covers(rule):
+                    raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
+        if self.schedule is not None:
+            values = tuple(float(x) for x in self.schedule)
+            if len(values) < 2 or any(b >= a for a, b in itertools.pairwise(values)):
+                raise PlanError("schedule must have at least two strictly descending values")
+            object.__setattr__(self, "schedule", values)
+
+    @classmethod
+    def of(cls, source: PrecisionPlan | AttentionSpec | str | Path) -> PrecisionPlan:
+        """A plan from whatever users write: a plan, a spec, a spec's name, or a path of JSON."""
+        if isinstance(source, PrecisionPlan):
+            return source
+        if isinstance(source, AttentionSpec):
+            return cls(source)
+        if isinstance(source, Path):
+            return cls.load(source)
+        if not isinstance(source, str):
+            raise TypeError(
+                f"need a spec, a plan or a path, got {type(source).__name__}: {source!r}"
+            )
+        if source.endswith(".json"):
+            return cls.load(Path(source))
+        return cls(AttentionSpec.parse(source))
+
+    def resolve(
+        self,
+        layer: str,
+        progress: float,
+        *,
+        branch: str | None = None,
+        tokens: int | None = None,
+    ) -> AttentionSpec:
+        """The spec of one call."""
+        for rule in self.rules:
+            if rule.matches(layer, progress, branch, tokens):
+                return rule.spec
+        return self.default
+
+    @property
+    def constant(self) -> bool:
+        """True if no rule exists: the same spec everywhere."""
+        return not self.rules
+
+    def unmatched(self, layers: Iterable[str]) -> list[int]:
+        """Indices of the rules whose glob matches none of ``layers``."""
+        names = list(layers)
+        return [
+            i
+            for i, rule in enumerate(self.rules)
+            if not any(fnmatchcase(name, rule.layers) for name in names)
+        ]
+
+    def check(self, layers: Sequence[str], *, strict: bool = False) -> list[str]:
+        """Does the plan fit a model with these layers?
+
+        Returns:
+            Warnings: one per rule that matches nothing.
+
+        Raises:
+            PlanError: no rule with a glob of its own matches a layer (a plan for another model),
+                or, with ``strict``, any rule that matches nothing.
+        """
+        missed = self.unmatched(layers)
+        named = [i for i, rule in enumerate(self.rules) if rule.layers.strip("*")]
+        shown = ", ".join(list(layers)[:3]) + (", .." if len(layers) > 3 else "")
+        if named and set(named) <= set(missed):
+            globs = ", ".join(repr(self.rules[i].layers) for i in named[:4])
+            raise PlanError(
+                f"the plan was made for another model{f' ({self.model})' if self.model else ''}: "
+                f"its rules name {globs}, the layers here are {shown}"
+            )
+        warnings = [
+            f"rules[{i}].layers {self.rules[i].layers!r} matches no layer (there are {shown})"
+            for i in missed
+        ]
+        if strict and warnings:
+            raise PlanError(warnings[0])
+        return warnings
+
+    def remap(self, sigma: float) -> float:
+        """Progress in the plan's own schedule of a sigma met under another schedule."""
+        if self.schedule is None:
+            raise PlanError("the plan stores no schedule to look a sigma up in")
+        return progress(sigma, self.schedule)
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, in the order in which people read it."""
+        data: dict[str, Any] = {"version": VERSION}
+        for key in ("name", "model"):
+            if getattr(self, key) is not None:
+                data[key] = getattr(self, key)
+        data["default"] = str(self.default)
+        data["rules"] = [_rule_to_dict(rule) for rule in self.rules]
+        if self.schedule is not None:
+            data["schedule"] = list(self.schedule)
+        for key in ("fingerprint", "calibration"):
+            if getattr(self, key) is not None:
+                data[key] = dict(getattr(self, key))
+        return data
+
+    def to_json(self) -> str:
+        """JSON text that :meth:`from_json` reads back to an equal plan."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PrecisionPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: no JSON, a later version, an unknown key or a wrong value; the message names
+                the JSON path (``rules[1].spec.qk: ...``).
+        """
+        from sage_diffusion.plan_json import parse_plan
+
+        return parse_plan(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrecisionPlan:
+        """Read a plan file; :class:`PlanError` names the file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"{path}: is not UTF-8 text") from None
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, through a temporary name."""
+        write_text(Path(path), self.to_json())
+
+    def with_rules(self, rules: Iterable[Rule]) -> PrecisionPlan:
+        """The same plan with other rules."""
+        return replace(self, rules=tuple(rules))
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    data: dict[str, Any] = {"layers": rule.layers}
+    for key, default in (("start", 0.0), ("end", 1.0), ("branch", None), ("min_tokens", 0)):
+        if getattr(rule, key) != default:
+            data[key] = getattr(rule, key)
+    data["spec"] = str(rule.spec)
+    return data
+
+
+def progress(t: float, schedule: Sequence[float]) -> float:
+    """Position of ``t`` in a descending schedule, 0 at its first value, 1 at its last.
+
+    Values between two entries (second-order samplers) are interpolated; values outside are clamped.
+    """
+    if len(schedule) < 2:
+        return 0.0
+    if not math.isfinite(t):
+        raise ValueError(f"t must be finite, got {t}")
+    if t >= schedule[0]:
+        return 0.0
+    for i in range(1, len(schedule)):
+        if t >= schedule[i]:
+            gap = schedule[i - 1] - schedule[i]
+            inside = (schedule[i - 1] - t) / gap if gap else 0.0
+            return (i - 1 + inside) / (len(schedule) - 1)
+    return 1.0
+
+
+def step_progress(step: int, steps: int) -> float:
+    """Progress of step ``step`` of ``steps``: 0 for the first, 1 for the last."""
+    return 0.0 if steps <= 1 else min(max(step / (steps - 1), 0.0), 1.0)
