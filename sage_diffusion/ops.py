@@ -48,7 +48,7 @@ def attention(
     Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
     empty.
     """
-    from sage_diffusion.attention import compute
+    from sage_diffusion.dispatch import compute
     from sage_diffusion.kernels.spec import AttentionSpec
 
     lse: Tensor | None = None

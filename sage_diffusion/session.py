@@ -1,0 +1,387 @@
+"""``AttentionSession``: a plan, where sampling stands, and what every layer did.
+
+The only mutable object of the core; a host makes one per patched model (or pipeline) and tells it
+where sampling stands.  Calibration, accuracy reports and tests watch it as observers, so no second
+attention path exists for measuring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sage_diffusion import backends, ops
+from sage_diffusion.finite import FiniteWatch
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.summary import LayerSummary, SessionSummary
+from sage_diffusion.validation import check_call, four_dims
+
+log = logging.getLogger("sage_diffusion")
+
+#: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
+Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
+
+
+class AttentionRefused(RuntimeError):
+    """A strict session met a call that its plan quantizes and nobody can run."""
+
+
+class NonFiniteOutput(RuntimeError):
+    """A strict session found NaN or infinity in a layer's output."""
+
+
+@dataclass(frozen=True)
+class AttentionEvent:
+    """One call as an observer sees it, right after it ran.  Read the tensors, don't keep them.
+
+    Attributes:
+        layer: name of the layer.
+        step: index of the sampling step, -1 outside sampling.
+        progress: position in the schedule, 0 .. 1.
+        branch: "cond", "uncond" or None where the host doesn't say.
+        spec: what the plan asked for and what ran.
+        q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``.
+        out: ``[B, H, Lq, D]``.
+    """
+
+    layer: str
+    step: int
+    progress: float
+    branch: str | None
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    out: Tensor
+
+
+class Observer(Protocol):
+    """Watches the calls of a session."""
+
+    def observe(self, event: AttentionEvent) -> None:
+        """Called after every call that the session served, fp16 ones included."""
+
+
+class Layer:
+    """One attention module of a patched model; calls go through it."""
+
+    def __init__(self, session: AttentionSession, name: str, native: Native | None = None):
+        self.session = session
+        self.name = name
+        self.native: Native = native or torch_native
+        self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
+        self.declined: Counter[str] = Counter()  # reason -> calls
+        self.index = session._adopt(self)
+        self.handle = ops.register(self)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
+        if torch.compiler.is_compiling():
+            return ops.attention(q, k, v, mask, self.handle, "", is_causal, scale, "auto", False)[0]
+        return self.session.attend(self, q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """:meth:`AttentionSession.attend` of this layer."""
+        return self.session.attend(self, q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+
+    def decline(self, reason: str) -> None:
+        """Count a call that the host must run itself; raises in a strict session."""
+        if self.session.strict:
+            raise AttentionRefused(f"{self.name}: {reason}")
+        if reason not in self.session._logged:
+            self.session._logged.add(reason)
+            log.warning("%s runs its own attention: %s", self.name, reason)
+        self.declined[reason] += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        new = Layer(copy.deepcopy(self.session, memo), self.name, self.native)
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layer, (self.session, self.name, self.native)
+
+
+class AttentionSession:
+    """Decides and runs every attention call of one patched model.
+
+    Args:
+        plan: a plan, a spec, a spec's name or a path of a plan.
+        backend: as in :func:`sage_diffusion.attention`.
+        strict: raise where a call that the plan quantizes can't be served, or where an output is
+            not finite, instead of running the host's own attention and counting.
+        observers: see :class:`Observer`.
+    """
+
+    def __init__(
+        self,
+        plan: PrecisionPlan | AttentionSpec | str,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        observers: Sequence[Observer] = (),
+    ):
+        if backend not in backends.BACKEND_NAMES:
+            names = ", ".join(backends.BACKEND_NAMES)
+            raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        self._plan = PrecisionPlan.of(plan)
+        self.backend = backend
+        self.strict = strict
+        self.observers: list[Observer] = list(observers)
+        self.layers: dict[str, Layer] = {}
+        self.step = -1
+        self.steps = 0
+        self.progress = 0.0
+        self.branch: str | None = None
+        self.watch = FiniteWatch()
+        self.non_finite: dict[str, list[int]] = {}
+        self._logged: set[str] = set()
+        self._specs: dict[tuple[str, int], AttentionSpec] = {}
+
+    # ------------------------------------------------------------------ plan and layers
+    @property
+    def plan(self) -> PrecisionPlan:
+        """What decides; assign to change it between two calls."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: PrecisionPlan | AttentionSpec | str) -> None:
+        self._plan = PrecisionPlan.of(plan)
+        self._specs.clear()
+
+    def layer(self, name: str, native: Native | None = None) -> Layer:
+        """The layer of that name, made on first use."""
+        found = self.layers.get(name)
+        if found is None:
+            return Layer(self, name, native)
+        if native is not None:
+            found.native = native
+        return found
+
+    def _adopt(self, layer: Layer) -> int:
+        self.layers[layer.name] = layer
+        return len(self.layers) - 1
+
+    # ------------------------------------------------------------------ where sampling stands
+    def start(self, steps: int) -> None:
+        """A new sampling run of ``steps`` steps begins; counters go on."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
+        self.begin_step(0)
+
+    def begin_step(self, step: int, sigma: float | None = None) -> None:
+        """Sampling is at ``step``; ``sigma`` lets a plan with a schedule of its own be looked up.
+
+        Raises:
+            NonFiniteOutput: an earlier step had non-finite outputs and the session is strict.
+        """
+        self.step = step
+        if sigma is not None and self._plan.schedule is not None:
+            self.progress = self._plan.remap(sigma)
+        else:
+            self.progress = step_progress(step, self.steps)
+        self._specs.clear()
+        self._report_non_finite()
+
+    def set_branch(self, branch: str | None) -> None:
+        """The calls that follow belong to "cond", "uncond", or both (None)."""
+        if branch != self.branch:
+            self.branch = branch
+            self._specs.clear()
+
+    @contextlib.contextmanager
+    def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
+        """Calls inside the block happen at this progress."""
+        before = self.progress, self.step, self.branch
+        self.progress, self.step, self.branch = progress, step, branch
+        self._specs.clear()
+        try:
+            yield
+        finally:
+            self.progress, self.step, self.branch = before
+            self._specs.clear()
+
+    def finish(self) -> None:
+        """Sampling ended: look at the last step's outputs, waiting for the device."""
+        self.watch.wait()
+        self._report_non_finite()
+        self.step = -1
+
+    def _report_non_finite(self) -> None:
+        fresh = []
+        for name, step in self.watch.poll(self.step):
+            steps = self.non_finite.setdefault(name, [])
+            if not steps:
+                fresh.append(name)
+            steps.append(step)
+        if fresh:
+            message = f"non-finite attention output in {', '.join(fresh[:4])}"
+            if self.strict:
+                raise NonFiniteOutput(message)
+            log.warning("%s", message)
+
+    # ------------------------------------------------------------------ the call
+    def spec_for(self, layer: str, tokens: int) -> AttentionSpec:
+        """What the plan says now of a layer whose call has this many keys."""
+        key = (layer, tokens)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._plan.resolve(layer, self.progress, branch=self.branch, tokens=tokens)
+            self._specs[key] = spec
+        return spec
+
+    def attend(
+        self,
+        layer: Layer | str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
+
+        Raises:
+            AttentionRefused: strict, and the plan's spec can't be served.
+        """
+        layer = self.layer(layer) if isinstance(layer, str) else layer
+        spec = self.spec_for(layer.name, k.shape[2])
+        out = None
+        if spec.quantized:
+            out = self._quantized(layer, spec, q, k, v, mask, is_causal, scale)
+        else:
+            layer.ran["fp16", "native"] += 1
+        if out is None:
+            out = layer.native(q, k, v, mask, is_causal, scale)
+        if self.observers:
+            event = AttentionEvent(
+                layer.name,
+                self.step,
+                self.progress,
+                self.branch,
+                spec,
+                q,
+                k,
+                v,
+                mask,
+                is_causal,
+                scale,
+                out,
+            )
+            with torch.no_grad():
+                for observer in self.observers:
+                    observer.observe(event)
+        return out
+
+    def _quantized(
+        self,
+        layer: Layer,
+        spec: AttentionSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor | None:
+        """The output, or None after the call was declined with a reason."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            layer.decline("gradients are asked for, quantized attention is forward only")
+            return None
+        try:
+            check_call(q, k, v, mask)
+            call = backends.AttentionCall.of(q, k, spec, mask, is_causal)
+            chosen = backends.select(call, self.backend)
+        except (ValueError, TypeError, backends.BackendUnavailable) as error:
+            layer.decline(str(error))
+            return None
+        run = backends.load(chosen)
+        out, _ = run(q, k, v, spec, four_dims(mask), is_causal, scale, False)
+        layer.ran[str(spec), chosen.name] += 1
+        self.watch.look(layer.name, self.step, out)
+        return out
+
+    # ------------------------------------------------------------------ what happened
+    def summary(self) -> SessionSummary:
+        """Which layer ran what, and what fell back and why."""
+        return SessionSummary(
+            tuple(
+                LayerSummary(
+                    layer.name,
+                    dict(layer.ran),
+                    dict(layer.declined),
+                    tuple(self.non_finite.get(layer.name, ())),
+                )
+                for layer in self.layers.values()
+            )
+        )
+
+    def reset_counts(self) -> None:
+        """Forget what was counted and reported so far."""
+        for layer in self.layers.values():
+            layer.ran.clear()
+            layer.declined.clear()
+        self.non_finite.clear()
+        self._logged.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSession:
+        # A copied model gets a session of its own: same plan, no observers, fresh counters.
+        new = AttentionSession(self._plan, backend=self.backend, strict=self.strict)
+        memo[id(self)] = new
+        for name, layer in self.layers.items():
+            memo[id(layer)] = Layer(new, name, layer.native)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_session, (self._plan, self.backend, self.strict)
+
+
+def _restore_session(plan: PrecisionPlan, backend: str, strict: bool) -> AttentionSession:
+    return AttentionSession(plan, backend=backend, strict=strict)
+
+
+def torch_native(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None
+) -> Tensor:
+    """PyTorch's attention on ``[B, H, L, D]``: what a layer runs where its host names nothing."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )

@@ -1,0 +1,104 @@
+"""What a session did, layer by layer, for people and for JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Calls of one layer.
+
+    Attributes:
+        name: of the layer.
+        ran: (spec, backend) -> calls; backend "native" is the host's own attention, as planned.
+        declined: reason -> calls that the host had to run itself although the plan quantizes.
+        non_finite: steps whose output had NaN or infinity.
+    """
+
+    name: str
+    ran: Mapping[tuple[str, str], int]
+    declined: Mapping[str, int]
+    non_finite: tuple[int, ...] = ()
+
+    @property
+    def calls(self) -> int:
+        """All calls that came through the layer."""
+        return sum(self.ran.values()) + sum(self.declined.values())
+
+    @property
+    def quantized(self) -> int:
+        """Calls that ran quantized."""
+        return sum(n for (spec, _), n in self.ran.items() if spec != "fp16")
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """Every layer's calls; ``str()`` is a table."""
+
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def calls(self) -> int:
+        """Intercepted calls.  Zero after sampling means that nothing was reached: a warning."""
+        return sum(layer.calls for layer in self.layers)
+
+    @property
+    def quantized(self) -> int:
+        """Calls that ran quantized."""
+        return sum(layer.quantized for layer in self.layers)
+
+    @property
+    def specs(self) -> dict[str, int]:
+        """spec -> calls, most frequent first."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            for (spec, _), n in layer.ran.items():
+                total[spec] += n
+        return dict(total.most_common())
+
+    @property
+    def declined(self) -> dict[str, int]:
+        """reason -> calls, most frequent first."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.declined)
+        return dict(total.most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "calls": self.calls,
+            "quantized": self.quantized,
+            "specs": self.specs,
+            "declined": self.declined,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "ran": [
+                        {"spec": spec, "backend": backend, "calls": n}
+                        for (spec, backend), n in layer.ran.items()
+                    ],
+                    "declined": dict(layer.declined),
+                    "non_finite_steps": list(layer.non_finite),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"no attention call was intercepted ({len(self.layers)} layers are patched)"
+        shares = ", ".join(f"{spec} {n / self.calls:.0%}" for spec, n in self.specs.items())
+        lines = [f"{self.calls} attention calls, {self.quantized} quantized: {shares}"]
+        width = max(len(layer.name) for layer in self.layers)
+        for layer in self.layers:
+            parts = [f"{spec} ({backend}) x{n}" for (spec, backend), n in layer.ran.items()]
+            parts += [f"own attention x{n}: {reason}" for reason, n in layer.declined.items()]
+            if layer.non_finite:
+                parts.append(f"NOT FINITE at steps {', '.join(map(str, layer.non_finite))}")
+            lines.append(f"  {layer.name:<{width}}  {', '.join(parts) or 'not called'}")
+        return "\n".join(lines)
