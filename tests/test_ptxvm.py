@@ -1,0 +1,176 @@
+"""The machine that the kernels' tests stand on, against Torch."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ptxvm import Machine, PTXError, compile_for, gpu
+
+FLOATS = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+}
+
+
+@triton.jit
+def _softmax(X, Y, n, stride, BLOCK: tl.constexpr):
+    i, o = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(X + i * stride + o, mask=o < n, other=-float("inf"))
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(Y + i * n + o, e / tl.sum(e, 0), mask=o < n)
+
+
+@pytest.mark.parametrize("n", [1, 63, 256])
+def test_launch_of_a_strided_view(n):
+    x, y = torch.randn(3, n + 5)[:, 3 : n + 3], torch.full((3, n), float("nan"))
+    with gpu(89) as card:
+        _softmax[(3,)](x, y, n, x.stride(0), BLOCK=256)
+    assert card.launches == [("_softmax", (3, 1, 1))]
+    torch.testing.assert_close(y, x.softmax(1), rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def _matmul(A, B, C, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], C.dtype.element_ty)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        in_a, in_b = (m[:, None] < M) & (k[None, :] < K), (n[None, :] < N) & (k[:, None] < K)
+        a = tl.load(A + m[:, None] * K + k[None, :], mask=in_a, other=0.0)
+        b = tl.load(B + n[None, :] * K + k[:, None], mask=in_b, other=0.0)
+        acc = tl.dot(a, b, acc, out_dtype=C.dtype.element_ty)
+    tl.store(C + m[:, None] * N + n[None, :], acc, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@pytest.mark.parametrize(
+    "cc,kind,warps",
+    [
+        (80, "i8", 4),
+        (80, "bf16", 8),
+        (89, "fp8e4nv", 4),
+        (90, "i8", 8),
+        (90, "fp16", 4),
+        (90, "fp8e4nv", 4),
+        (120, "fp8e4nv", 8),
+    ],
+)
+def test_tensor_cores(cc, kind, warps):
+    m, n, k = 75, 70, 160
+    g = torch.Generator().manual_seed(0)
+    if kind == "i8":
+        a, b = (torch.randint(-127, 128, (s, k), dtype=torch.int8, generator=g) for s in (m, n))
+        want = a.int() @ b.int().T
+    else:
+        a, b = (torch.randn(s, k, generator=g).to(FLOATS[kind]) for s in (m, n))
+        want = a.float() @ b.float().T
+    c = torch.zeros(m, n, dtype=want.dtype)
+    with gpu(cc):
+        _matmul[(2, 2)](a, b, c, m, n, k, BM=64, BN=64, BK=64, num_warps=warps)
+    torch.testing.assert_close(c, want, rtol=1e-4, atol=1e-3)
+
+
+@triton.jit
+def _scaled_dot(A, SA, B, SB, C, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k, g = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K // 2), tl.arange(0, K // 16)
+    a = tl.load(A + m[:, None] * (K // 2) + k[None, :])
+    b = tl.load(B + n[None, :] * (K // 2) + k[:, None])
+    sa = tl.load(SA + m[:, None] * (K // 16) + g[None, :])
+    sb = tl.load(SB + n[:, None] * (K // 16) + g[None, :])
+    tl.store(C + m[:, None] * N + n[None, :], tl.dot_scaled(a, sa, "e2m1", b, sb, "e2m1"))
+
+
+def test_block_scaled_fp4():
+    m, n, k = 64, 64, 128
+    g = torch.Generator().manual_seed(0)
+    level = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    level = torch.cat([level, -level])
+    a, b = (torch.randint(0, 16, (r, k), generator=g) for r in (m, n))
+    sa, sb = ((torch.rand(r, k // 16, generator=g) * 4 + 0.1).to(FLOATS["fp8e4nv"]) for r in (m, n))
+    packed = [(x[:, ::2] | x[:, 1::2] << 4).to(torch.uint8) for x in (a, b)]
+    c = torch.zeros(m, n)
+    with gpu(120):
+        _scaled_dot[(1,)](packed[0], sa, packed[1], sb, c, M=m, N=n, K=k)
+    fa, fb = (x.float().repeat_interleave(16, 1) for x in (sa, sb))
+    torch.testing.assert_close(c, (level[a] * fa) @ (level[b] * fb).T, rtol=1e-5, atol=1e-3)
+
+
+@triton.jit
+def _copy(X, Y, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(Y + o, tl.load(X + o))
+
+
+def test_out_of_bounds_is_caught():
+    for x, y in ((128, 100), (100, 128)):
+        with gpu(89), pytest.raises(PTXError, match="out of bounds"):
+            _copy[(1,)](torch.zeros(x), torch.zeros(y), BLOCK=128)
+
+
+def test_alignment_is_specialized_as_at_run_time():
+    signature = {"X": "*fp32", "Y": "*fp32"}
+    wide = compile_for(_copy, signature, {"BLOCK": 512}, 89).asm["ptx"]
+    narrow = compile_for(_copy, signature, {"BLOCK": 512}, 89, aligned=False).asm["ptx"]
+    assert "ld.global.v4" in wide and "ld.global.v4" not in narrow
+    x, y = torch.randn(520), torch.zeros(512)
+    with gpu(89):  # the launcher finds out that this view is not aligned
+        _copy[(1,)](x[1:], y, BLOCK=512)
+    assert torch.equal(x[1:513], y)
+
+
+@triton.jit
+def _divide(X, Y, Z, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x, y = tl.load(X + o), tl.load(Y + o)
+    tl.store(Z + o, tl.div_rn(x, y) if EXACT else x / y)
+
+
+def test_approximate_division_is_never_exact():
+    """PTX lets div.full err in the last place: bit-exact kernels must not use it."""
+    x, y = torch.rand(128) + 1, torch.rand(128) + 1
+    exact, fast = torch.zeros(128), torch.zeros(128)
+    with gpu(80):
+        _divide[(1,)](x, y, exact, BLOCK=128, EXACT=True)
+        _divide[(1,)](x, y, fast, BLOCK=128, EXACT=False)
+    assert torch.equal(exact, x / y)
+    assert (fast != exact).all()
+    torch.testing.assert_close(fast, exact, rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _histogram(X, H, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + o, mask=o < n, other=0)
+    tl.atomic_add(H + x, 1, mask=o < n)
+
+
+def test_atomics():
+    x, h = torch.randint(0, 7, (300,), dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
+    with gpu(89):
+        _histogram[(2,)](x, h, 300, BLOCK=256)
+    assert torch.equal(h, torch.bincount(x, minlength=7).int())
+
+
+def test_missing_barrier_is_a_race():
+    ptx = """.version 8.0
+.target sm_80
+.address_size 64
+.extern .shared .align 16 .b8 smem[];
+.visible .entry k(.param .u64 k_param_0)
+.reqntid 64
+{
+.reg .b32 %r<9>;
+.reg .b64 %rd<4>;
+mov.u32 %r1, %tid.x;
+shl.b32 %r2, %r1, 2;
+st.shared.b32 [%r2], %r1;
+xor.b32 %r3, %r2, 128;
+ld.shared.b32 %r4, [%r3];
+ret;
+}"""
+    with pytest.raises(PTXError, match="race"):
+        Machine(ptx).launch((1,), [np.zeros(1, np.int32)], shared=256)
+    fenced = ptx.replace("xor.b32 %r3", "bar.sync 0;\nxor.b32 %r3")
+    Machine(fenced).launch((1,), [np.zeros(1, np.int32)], shared=256)
