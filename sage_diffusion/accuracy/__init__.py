@@ -1,0 +1,1 @@
+"""What quantization costs: metrics, reports, and running twice to compare."""

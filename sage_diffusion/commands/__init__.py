@@ -1,0 +1,1 @@
+"""The commands of ``sage-diffusion``, one module each.  They import heavy things only when run."""
