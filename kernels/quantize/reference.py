@@ -16,6 +16,8 @@ from torch import Tensor
 from ..formats import (
     FP4_GROUP,
     MAX_SCALE,
+    MAX_VALUE,
+    MIN_SCALE,
     Q_BLOCK,
     Precision,
     QuantizedTensor,
@@ -36,6 +38,10 @@ CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 #: and twin choose the same candidate.
 CLIP_RESOLUTION = 2.0**14
 
+#: Scaled values beyond this count as this: only rows that saturate (:data:`MAX_SCALE`) have any,
+#: and the integer sum of 256 squared errors fits 32 bits.
+CLIP_LIMIT = 16.0
+
 #: E4M3 keeps three mantissa bits down to 2^-6; below that a micro scale would be subnormal.
 FP8_MAX, FP4_MAX = 448.0, 6.0
 
@@ -46,14 +52,14 @@ FP8_FAST_VALUE_MAX = 2.25
 
 def token_mean(x: Tensor) -> Tensor:
     """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
-    return x.float().mean(2)
+    return _finite(x).mean(2)
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:
     """Means of ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32."""
     length = x.shape[2]
     blocks = -(-length // block)
-    padded = F.pad(x.float(), (0, 0, 0, blocks * block - length))
+    padded = F.pad(_finite(x), (0, 0, 0, blocks * block - length))
     sums = padded.unflatten(2, (blocks, block)).sum(3)
     counts = torch.full((blocks,), float(block), device=x.device)
     counts[-1] = length - (blocks - 1) * block
@@ -104,7 +110,7 @@ def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
     Returns:
         ``[B, H, L, padded_dim(D)]`` float32.
     """
-    rows = x.float()
+    rows = _finite(x)
     if mean is not None:
         rows = rows - expand_block_mean(mean, x.shape[2])
     rows = F.pad(rows, (0, padded_dim(x.shape[-1]) - x.shape[-1]))
@@ -169,7 +175,7 @@ def quantize_value(
         fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
     """
     length = v.shape[2]
-    rows = v.float() if mean is None else v.float() - mean[:, :, None]
+    rows = _finite(v) if mean is None else _finite(v) - mean[:, :, None]
     channels = F.pad(rows.transpose(2, 3), (0, padded_length(length) - length))  # [B, H, D, Lp]
     amax = channels.abs().amax(-1)
     if precision is Precision.FP4:
@@ -207,11 +213,15 @@ def dequantize_value(v: QuantizedValue) -> Tensor:
     return rows if v.mean is None else rows + v.mean[:, :, None]
 
 
+def _finite(x: Tensor) -> Tensor:
+    """float32, clamped so that sums of it stay finite."""
+    return x.float().clamp(-MAX_VALUE, MAX_VALUE)
+
+
 def _scale(amax: Tensor, top: float) -> Tensor:
     """Dequantization scale of groups with these largest magnitudes; 1 for a group of zeros."""
-    scale = amax / top
-    # A denormal scale has no finite inverse: such a group is zero for every purpose.
-    return torch.where(scale < 1e-30, 1.0, scale.clamp(max=MAX_SCALE))
+    scale = amax * (1.0 / top)
+    return torch.where(scale < MIN_SCALE, 1.0, scale.clamp(max=MAX_SCALE))
 
 
 def _encode(x: Tensor, scale: Tensor, precision: Precision, top: float | None = None) -> Tensor:
@@ -219,7 +229,7 @@ def _encode(x: Tensor, scale: Tensor, precision: Precision, top: float | None = 
     limit = precision.qmax if top is None else top
     if precision is Precision.FP8:
         return scaled.clamp(-limit, limit).to(torch.float8_e4m3fn)
-    return scaled.round().clamp(-limit, limit).to(torch.int8)
+    return scaled.clamp(-limit, limit).round().to(torch.int8)
 
 
 def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
@@ -228,7 +238,7 @@ def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
     chosen = scale
     for share in CLIP_CANDIDATES:
         step = scale * share
-        scaled = rows * (1.0 / step)[..., None]
+        scaled = (rows * (1.0 / step)[..., None]).clamp(-CLIP_LIMIT, CLIP_LIMIT)
         error = scaled - scaled.round().clamp(-7, 7)
         total = (error * error * CLIP_RESOLUTION).round().to(torch.int32).sum(-1, dtype=torch.int32)
         cost = total.float() * (share * share)

@@ -1,0 +1,34 @@
+"""Triton helpers that more than one kernel uses."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: 1.5 * 2^23: adding it leaves a float32's integer part, rounded half to even, in the low bits.
+_SHIFT = tl.constexpr(12582912.0)
+_SHIFT_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def round_to_int(x):
+    """float32 -> int32, half to even; ``|x|`` at most 2^22."""
+    return (x + _SHIFT).to(tl.int32, bitcast=True) - _SHIFT_BITS
+
+
+@triton.jit
+def round_even(x):
+    """float32 -> float32, half to even; ``|x|`` at most 2^22."""
+    return (x + _SHIFT) - _SHIFT
+
+
+@triton.jit
+def int_to_float(x, SHIFT: tl.constexpr):
+    """int32 -> float32.
+
+    With ``SHIFT`` (``|x|`` at most 2^22) by an integer and a float addition: sm_80 converts on its
+    special-function unit, at a quarter of their rate.
+    """
+    if SHIFT:
+        return (x + _SHIFT_BITS).to(tl.float32, bitcast=True) - _SHIFT
+    return x.to(tl.float32)

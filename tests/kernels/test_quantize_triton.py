@@ -1,0 +1,125 @@
+"""The Triton quantizers, as compiled, bit for bit against the twin."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import fused_view, same_bits
+from ptxvm import gpu
+
+from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.quantize import reference
+
+triton = pytest.importorskip("sage_diffusion.kernels.quantize.triton")
+
+ROWS = {
+    "int8": (80, 72, {"precision": Precision.INT8}),
+    "int8-mean-unaligned": (89, 41, {"precision": Precision.INT8, "mean": "token"}),
+    "int8-block-rotated": (90, 128, {"precision": Precision.INT8, "block": 128, "rotation": True}),
+    "int8-block-64": (120, 64, {"precision": Precision.INT8, "block": 64, "multiplier": 0.18}),
+    "int4": (
+        80,
+        64,
+        {"precision": Precision.INT4, "mean": "block", "rotation": True, "clip": True},
+    ),
+    "int4-256": (86, 256, {"precision": Precision.INT4, "mean": "token", "rotation": True}),
+    "fp8": (89, 1, {"precision": Precision.FP8, "mean": "token", "multiplier": 0.7}),
+    "fp8-block": (120, 40, {"precision": Precision.FP8, "block": 64, "rotation": True}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name):
+    cc, dim, options = ROWS[name]
+    x = fused_view(1, 2, 131, dim, seed=len(name))
+    mean = options.get("mean")
+    if mean is not None:
+        mean = reference.token_mean(x) if mean == "token" else reference.block_mean(x, 128)
+    options = {**options, "mean": mean}
+    with gpu(cc):
+        got = triton.quantize_rows(x, **options)
+    want = reference.quantize_rows(x, **options)
+    assert same_bits(got.data, want.data)
+    assert same_bits(got.scale, want.scale)
+    assert got[2:] == want[2:]
+
+
+@pytest.mark.parametrize("length", [1, 31, 33])
+def test_rows_of_any_length_and_bfloat16_extremes(length):
+    """A group of zeros, denormals and saturating rows, in the clamped path of bfloat16."""
+    x = fused_view(1, 1, length, 72, seed=length, dtype=torch.bfloat16)
+    x[:, :, 0] = 0.0
+    x[:, :, -1] *= 1e38
+    if length > 2:
+        x[:, :, 1] *= 1e-39
+    options = {"precision": Precision.INT4, "rotation": True, "clip": True}
+    with gpu(89):
+        got = triton.quantize_rows(x, **options)
+    want = reference.quantize_rows(x, **options)
+    assert same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
+    assert got.scale.isfinite().all()
+
+
+VALUES = {
+    "int8": (80, 72, torch.float16, {"precision": Precision.INT8}),
+    "fp8-smooth": (89, 40, torch.float16, {"precision": Precision.FP8, "mean": "token"}),
+    "fp8-fast": (120, 256, torch.bfloat16, {"precision": Precision.FP8, "fast": True}),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values(name):
+    cc, dim, dtype, options = VALUES[name]
+    v = fused_view(1, 2, 131, dim, seed=dim, dtype=dtype) + 3
+    v[..., dim // 2] = 0.0
+    if options.get("mean"):
+        options = {**options, "mean": reference.token_mean(v)}
+    with gpu(cc):
+        got = triton.quantize_value(v, **options)
+    want = reference.quantize_value(v, **options)
+    assert same_bits(got.data, want.data)
+    assert same_bits(got.scale, want.scale)
+    assert (got.precision, got.length) == (want.precision, want.length)
+
+
+def test_means_and_extremes():
+    x = fused_view(2, 3, 600, 40, seed=0)
+    with gpu(80):
+        stats, blocks = triton.channel_stats(x), triton.block_mean(x, 128)
+        mean = triton.token_mean(x)
+    torch.testing.assert_close(stats.mean, reference.token_mean(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(mean, stats.mean, rtol=0, atol=0)
+    torch.testing.assert_close(blocks, reference.block_mean(x, 128), rtol=0, atol=1e-6)
+    assert torch.equal(stats.low, x.float().amin(2)) and torch.equal(stats.high, x.float().amax(2))
+
+
+def test_known_extremes_give_the_same_values():
+    v = fused_view(1, 1, 70, 64, seed=1)
+    with gpu(89):
+        stats = triton.channel_stats(v)
+        got = triton.quantize_value(v, Precision.INT8, mean=stats.mean, stats=stats)
+        want = triton.quantize_value(v, Precision.INT8, mean=stats.mean)
+    assert same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
+
+
+def test_offsets_beyond_32_bits():
+    """Fused QKV views overflow 32-bit offsets: here the third row starts at element 2^31."""
+    storage = torch.from_numpy(np.zeros(2**31 + 64, np.float16))  # pages that nobody touches
+    x = storage.as_strided((1, 1, 3, 64), (1, 1, 2**30, 1))
+    x.copy_(torch.randn(1, 1, 3, 64))
+    with gpu(89):
+        rows = triton.quantize_rows(x, Precision.INT8)
+        values = triton.quantize_value(x, Precision.INT8)
+    assert same_bits(rows.data, reference.quantize_rows(x, Precision.INT8).data)
+    assert same_bits(values.data, reference.quantize_value(x, Precision.INT8).data)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"precision": Precision.FP4}, "int8, int4 or fp8, got fp4"),
+        ({"precision": Precision.INT8, "block": 48}, "block must be 1, 32, 64 or 128, got 48"),
+    ],
+)
+def test_rows_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        triton.quantize_rows(torch.zeros(1, 1, 2, 64), **options)
