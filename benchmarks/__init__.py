@@ -1,0 +1,1 @@
+"""Measurements, apart from the tests: run with ``python -m benchmarks.NAME`` from a checkout."""

@@ -1,0 +1,148 @@
+import json
+import os
+
+import pytest
+
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_progress
+
+
+def plan_json(**fields):
+    return json.dumps({"version": 1, "default": "int8/fp8", **fields})
+
+
+def test_first_match_wins_and_ranges_are_half_open():
+    plan = PrecisionPlan(
+        "int4/fp8-fast",
+        (
+            Rule("fp16", "double.0*", end=0.5),
+            Rule("int8/fp16", "double.*", start=0.5),
+            Rule("int8/fp8", branch="uncond", start=0.9),
+            Rule("int8/int8", min_tokens=4096),
+        ),
+    )
+
+    def name(*args, **kwargs):
+        return str(plan.resolve(*args, **kwargs))
+
+    assert name("double.01", 0.0) == "fp16"
+    assert name("double.01", 0.4999) == "fp16"
+    assert name("double.01", 0.5) == "int8/fp16"
+    assert name("double.01", 1.0) == "int8/fp16"  # an end of 1 includes the last step
+    assert name("single.01", 0.95, branch="uncond", tokens=64) == "int8/fp8"
+    assert name("single.01", 0.95, branch="cond", tokens=64) == "int4/fp8-fast"
+    assert name("single.01", 0.1, tokens=4096) == "int8/int8"
+    assert name("single.01", 0.1, tokens=4095) == "int4/fp8-fast"
+    assert name("Double.01", 0.1, tokens=1) == "int4/fp8-fast"  # globs are case-sensitive
+
+
+def test_json_round_trip_keeps_everything():
+    plan = PrecisionPlan(
+        AttentionSpec.parse("int8/fp8+smooth_v"),
+        (Rule("int4/int8", "a.*", 0.25, 0.75, "cond", 16), Rule("fp16", "b")),
+        model="FluxTransformer2DModel",
+        name="balanced",
+        schedule=(1.0, 0.5, 0.0),
+        fingerprint={"layers": ["a", "b"]},
+        calibration={"prompts": 4},
+    )
+    assert PrecisionPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_spec_object_takes_missing_fields_from_the_default():
+    text = plan_json(
+        default="int8/fp8+smooth_v", rules=[{"spec": {"qk": "int4", "smooth_q": True}}]
+    )
+    spec = PrecisionPlan.from_json(text).rules[0].spec
+    assert spec == AttentionSpec("int4", "fp8", smooth_q=True, smooth_v=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "a plan must be a JSON object, got list"),
+        ('{"version": 1}', "default: is missing"),
+        ('{"default": "fp16"}', "version: is missing"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1, got 0"),
+        ('{"version": 2, "new": 1}', "reads up to 1: update sage-diffusion"),
+        ('{"version": true, "default": "fp16"}', "version: "),
+        (plan_json(colour="red"), "colour: unknown key"),
+        (plan_json(default="int5/fp8"), "default: 'int5/fp8' is not an attention spec"),
+        (plan_json(rules=[{"spec": "fp16"}, {"spec": {"qk": "int5"}}]), r"rules\[1\].spec.qk: "),
+        (plan_json(rules=[{"spec": {"qkk": "int8"}}]), r"rules\[0\].spec: unknown field 'qkk'"),
+        (plan_json(rules=[{"spec": "fp16", "glob": "*"}]), r"rules\[0\].glob: unknown key"),
+        (plan_json(rules=[{"layers": "*"}]), r"rules\[0\].spec: is missing"),
+        (plan_json(rules=[{"spec": "fp16", "start": "a"}]), r"rules\[0\].start: "),
+        (plan_json(rules=[{"spec": "fp16", "end": 1.5}]), r"rules\[0\].end: .*1.5"),
+        (plan_json(rules=[{"spec": "fp16", "start": 0.5, "end": 0.5}]), "start must be less than"),
+        (plan_json(rules=[{"spec": "fp16", "branch": "both"}]), "branch must be cond, uncond"),
+        (plan_json(rules=[{"spec": "fp16", "min_tokens": -1}]), r"rules\[0\].min_tokens: "),
+        (plan_json(rules=[{"spec": "fp16"}, {"spec": "int8/fp8"}]), "can never apply"),
+        (plan_json(schedule=[0.0, 1.0]), "strictly descending"),
+    ],
+)
+def test_bad_plans_name_the_path(text, message):
+    with pytest.raises(PlanError, match=message):
+        PrecisionPlan.from_json(text)
+
+
+def test_shadowed_rules_are_refused_and_overlapping_ones_are_not():
+    with pytest.raises(PlanError, match=r"rules\[1\] can never apply: rules\[0\] covers it"):
+        PrecisionPlan("fp16", (Rule("int8/fp8", "a.*"), Rule("int4/int8", "a.b", 0.2, 0.4)))
+    PrecisionPlan("fp16", (Rule("int8/fp8", "a.*", end=0.5), Rule("int4/int8", "a.b", 0.2, 0.6)))
+    PrecisionPlan("fp16", (Rule("int8/fp8", branch="cond"), Rule("int4/int8")))
+
+
+def test_check_tells_another_model_from_a_stray_rule():
+    plan = PrecisionPlan("fp16", (Rule("int8/fp8", "double.*"), Rule("int8/fp16", "x.*")), "Flux")
+    assert plan.check(["double.0", "single.0"]) == [
+        "rules[1].layers 'x.*' matches no layer (there are double.0, single.0)"
+    ]
+    with pytest.raises(PlanError, match=r"rules\[1\]"):
+        plan.check(["double.0"], strict=True)
+    with pytest.raises(PlanError, match=r"another model \(Flux\)"):
+        plan.check(["blocks.0.attn1"])
+    assert PrecisionPlan("fp16", (Rule("int8/fp8", start=0.5),)).check(["blocks.0"]) == []
+
+
+def test_files(tmp_path):
+    plan, path = PrecisionPlan("int8/fp8", (Rule("fp16", end=0.1),)), tmp_path / "deep" / "p.json"
+    plan.save(path)
+    assert PrecisionPlan.load(path) == plan == PrecisionPlan.of(str(path))
+    assert os.listdir(path.parent) == ["p.json"]  # the temporary file is gone
+    path.write_text('{"version": 1, "default": 3}')
+    with pytest.raises(PlanError, match=r"p\.json: default: "):
+        PrecisionPlan.load(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        PrecisionPlan.of(str(tmp_path / "missing.json"))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="is not UTF-8"):
+        PrecisionPlan.load(path)
+
+
+def test_of_takes_what_users_write():
+    assert PrecisionPlan.of("int8/fp8") == PrecisionPlan(AttentionSpec.parse("int8/fp8"))
+    assert PrecisionPlan.of(AttentionSpec()) == PrecisionPlan()
+    with pytest.raises(TypeError, match="need a spec, a plan or a path, got int"):
+        PrecisionPlan.of(8)
+    with pytest.raises(ValueError, match="the ladder is"):
+        PrecisionPlan.of("int9/fp8")
+
+
+def test_progress():
+    schedule = (1.0, 0.75, 0.5, 0.0)
+    assert [progress(t, schedule) for t in schedule] == [0.0, 1 / 3, 2 / 3, 1.0]
+    assert progress(2.0, schedule) == 0.0 and progress(-1.0, schedule) == 1.0
+    assert progress(0.25, schedule) == pytest.approx(2.5 / 3)
+    with pytest.raises(ValueError, match="finite"):
+        progress(float("nan"), schedule)
+    assert [step_progress(i, 3) for i in range(3)] == [0.0, 0.5, 1.0]
+    assert step_progress(0, 1) == 0.0
+
+
+def test_remap_to_another_schedule():
+    plan = PrecisionPlan("fp16", schedule=(1.0, 0.5, 0.0))
+    assert plan.remap(0.75) == 0.25
+    with pytest.raises(PlanError, match="stores no schedule"):
+        PrecisionPlan("fp16").remap(0.5)

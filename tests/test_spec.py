@@ -1,0 +1,79 @@
+import pytest
+
+from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_ladder_names_round_trip(name):
+    spec = AttentionSpec.parse(name)
+    assert str(spec) == name
+    assert AttentionSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8/fp16+block",
+        "int8/fp8+smooth_v",
+        "int4/fp8-fast-clip",
+        "int4/int8-smooth_q-rotate-clip+block",
+        "fp8/fp8",
+        "int8/int8-smooth_k+rotate",
+    ],
+)
+def test_switches_round_trip(name):
+    spec = AttentionSpec.parse(name)
+    assert AttentionSpec.parse(str(spec)) == spec
+
+
+def test_what_the_names_switch_on():
+    for name in LADDER[1:]:
+        spec = AttentionSpec.parse(name)
+        four_bit = name.startswith(("int4", "fp4"))
+        assert spec.smooth_k
+        assert spec.smooth_q == spec.rotate == spec.clip == four_bit
+        assert spec.pv_accumulator == ("fp16" if name.endswith("-fast") else "fp32")
+    assert AttentionSpec.parse("fp16") == AttentionSpec("fp16", "fp16")
+    assert not AttentionSpec.parse("fp16").quantized
+
+
+def test_strings_are_accepted_and_resolved_at_the_edge():
+    spec = AttentionSpec("int8", "fp8")
+    assert spec.qk is Precision.INT8 and spec.pv is Precision.FP8
+    assert AttentionSpec.parse(spec) is spec
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "int8", "int5/fp8", "fp4/int4", "int8/fp16-fast", "int8/fp8+sharp", "int8/fp8-block"],
+)
+def test_unknown_names_list_the_ladder(text):
+    with pytest.raises(ValueError, match="the ladder is fp16, int8/fp16"):
+        AttentionSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk": "int5"}, "qk must be one of fp16, fp8, int8, int4, fp4, got 'int5'"),
+        ({"pv": "int4"}, "pv must be one of"),
+        ({"qk": "fp16", "pv": "fp8"}, "pv must be fp16 when qk is fp16"),
+        ({"pv": "int8", "pv_accumulator": "fp16"}, "needs pv='fp8'"),
+        ({"clip": True}, "clip needs qk='int4' or 'fp4', got qk='int8'"),
+        ({"qk": "int4", "clip": True, "granularity": "block"}, "granularity='token'"),
+        ({"granularity": "row"}, "granularity must be token or block"),
+    ],
+)
+def test_impossible_combinations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**fields)
+
+
+def test_types_are_checked():
+    with pytest.raises(TypeError, match="smooth_k must be True or False"):
+        AttentionSpec(smooth_k=1)
+    with pytest.raises(TypeError, match="spec must be a string"):
+        AttentionSpec.parse(8)
+    with pytest.raises(ValueError, match="unknown field 'qkk'"):
+        AttentionSpec.from_dict({"qkk": "int8"}, AttentionSpec())
