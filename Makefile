@@ -33,7 +33,7 @@ test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests
 
 lint: $(READY)  ## ruff and mypy only
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tools/typecheck.py
 
 fidelity: $(READY)  ## What each spec does to the attention of a real language model
 	$(BIN)/python -m benchmarks.fidelity

@@ -10,11 +10,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
+    "command",
+    [
+        ["-m", "ruff", "check", "."],
+        ["-m", "ruff", "format", "--check", "."],
+        ["tools/typecheck.py"],
+    ],
+    ids=" ".join,
 )
 def test_clean(command):
     done = subprocess.run(
-        [sys.executable, "-m", *command, *([] if command == ["mypy"] else ["."])],
+        [sys.executable, *command],
         cwd=ROOT,
         capture_output=True,
         text=True,
