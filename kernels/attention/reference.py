@@ -169,7 +169,8 @@ def attend_quantized(
         tile_top = s.amax(-1, keepdim=True)
         new_top = torch.maximum(top, tile_top)
         alpha = torch.exp2(top - _finite(new_top))  # exp2(-inf) = 0 before the first visible key
-        p, product = values.product(s, _finite(new_top), _finite(tile_top), start, stop)
+        tile_top = torch.where(torch.isneginf(tile_top), _finite(new_top), tile_top)
+        p, product = values.product(s, _finite(new_top), tile_top, start, stop)
         total = total * alpha + p.sum(-1, keepdim=True)
         out = out * alpha + product
         top = new_top
@@ -189,7 +190,7 @@ def _apply_mask(s: Tensor, mask: Tensor, start: int, stop: int, k_len: int) -> T
     if mask.dtype == torch.bool:
         return torch.where(tile, s, -math.inf)
     bias = tile.float() * LOG2E
-    return s + torch.where(torch.isneginf(tile), -math.inf, bias.clamp(min=MASK_FLOOR))
+    return s + torch.where(torch.isneginf(tile), -math.inf, bias.clamp(MASK_FLOOR, -MASK_FLOOR))
 
 
 class _ValueTiles:

@@ -1,0 +1,430 @@
+"""One forward attention kernel in Triton for INT8 Q and K and P, V in FP16, INT8 or FP8.
+
+Semantics are those of :func:`.reference.attend_quantized`.  Scores are in log2 units; the range of
+P's format (448 for E4M3, 127 for INT8) is folded into the exponent and cancels in ``acc / total``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import (
+    K_SCALE_BLOCK,
+    LOG2E,
+    Q_SCALE_BLOCK,
+    TILE_N,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+)
+from ..quantize import triton as quantize
+from ..spec import AttentionSpec
+from ..tiles import int_to_float, round_to_int
+from . import tuning
+from .reference import MASK_FLOOR, half_value, smoothed_lse
+
+_TILE_N, _LOG2E = tl.constexpr(TILE_N), tl.constexpr(LOG2E)
+_MASK_FLOOR = tl.constexpr(MASK_FLOOR)
+
+#: log2 of the largest code of P.
+_P_RANGE = {"half": 0.0, "int8": math.log2(127.0), "fp8": math.log2(448.0)}
+
+#: Smallest softmax scale times log2(e): scores of scale 0 must stay products with a positive one.
+_MIN_MULTIPLIER = 1e-30
+
+
+@triton.jit
+def _load_tile(p, rows, cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """A tile whose rows or columns may lie outside; both checks are compiled in only if asked."""
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(p, mask=rows & cols, other=0.0)
+    if CHECK_ROWS:
+        return tl.load(p, mask=rows & tl.full(cols.shape, True, tl.int1), other=0.0)
+    if CHECK_COLS:
+        return tl.load(p, mask=cols & tl.full(rows.shape, True, tl.int1), other=0.0)
+    return tl.load(p)
+
+
+@triton.jit
+def _attend_range(
+    acc,  # [BLOCK_M, DP] float32
+    total,  # [BLOCK_M] float32
+    top,  # [BLOCK_M] float32, log2 units
+    q,  # [BLOCK_M, DP] int8
+    q_scale,  # [BLOCK_M] float32, positive
+    o_m,  # [BLOCK_M] query indices, clamped to the last
+    start,  # first key, a multiple of 64
+    stop,
+    k_len,
+    p_k,
+    p_k_scale,
+    p_v,
+    p_mask,
+    stride_vn,
+    stride_vd,
+    stride_mm,
+    stride_mn,
+    EDGE: tl.constexpr,  # tiles with keys that are outside, or in the future
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PV: tl.constexpr,
+    P_RANGE: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    o_n, o_d = tl.arange(0, _TILE_N), tl.arange(0, DP)
+    first = start.to(tl.int64)
+    p_k += first * DP + o_n[None, :] * DP + o_d[:, None]  # [DP, 64]
+    p_v += first * stride_vn + o_n[:, None].to(tl.int64) * stride_vn
+    p_v += o_d[None, :].to(tl.int64) * stride_vd  # [64, DP]
+    if MASK:
+        p_mask += o_m[:, None].to(tl.int64) * stride_mm
+        p_mask += first * stride_mn + o_n[None, :].to(tl.int64) * stride_mn
+    for n in tl.range(start, stop, _TILE_N):
+        inside = n + o_n < k_len
+        k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
+        s = int_to_float(tl.dot(q, k), SHIFT)
+        if K_BLOCK == 1:
+            s *= tl.load(p_k_scale + n + o_n, mask=inside, other=1.0)[None, :]
+        elif K_BLOCK % _TILE_N == 0:
+            s *= tl.load(p_k_scale + n // K_BLOCK)
+        else:
+            s *= tl.load(p_k_scale + (n + o_n) // K_BLOCK, mask=inside, other=1.0)[None, :]
+        if EDGE:
+            visible = inside[None, :]
+            if CAUSAL:
+                visible = visible & (n + o_n[None, :] <= o_m[:, None])
+            s = tl.where(visible, s, -float("inf"))
+        if MASK == 1:
+            seen = _load_tile(p_mask, o_m[:, None] >= 0, inside[None, :], False, EDGE)
+            s = tl.where(seen != 0, s, -float("inf"))
+        if MASK == 2:
+            bias = _load_tile(p_mask, o_m[:, None] >= 0, inside[None, :], False, EDGE)
+            bias = bias.to(tl.float32)
+            clamped = tl.minimum(tl.maximum(bias * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
+            s = s * q_scale[:, None] + tl.where(bias == -float("inf"), bias, clamped)
+            tile_top = tl.max(s, 1)
+        else:
+            tile_top = tl.max(s, 1) * q_scale
+        new_top = tl.maximum(top, tile_top)
+        # 0 for a row that saw no key yet: exponents stay defined.
+        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top) if MASK else new_top
+        alpha = tl.exp2(top - safe_top)
+        if PV == "int8":
+            # One scale per row and tile, the tile's own maximum (or anything, if it sees no key).
+            if MASK or EDGE:
+                tile_top = tl.where(tile_top == -float("inf"), safe_top, tile_top)
+            shift = tile_top - P_RANGE
+        else:
+            shift = safe_top - P_RANGE
+        if MASK == 2:
+            p = tl.exp2(s - shift[:, None])
+        else:
+            p = tl.exp2(s * q_scale[:, None] - shift[:, None])
+        seen_total = tl.sum(p, 1)
+        if PV == "half":
+            v = _load_tile(p_v, inside[:, None], o_d[None, :] < D, EDGE, D != DP)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        else:
+            # Transposed V is padded to whole tiles with zeros.
+            v = _load_tile(p_v, inside[:, None], o_d[None, :] < D, False, D != DP)
+            if PV == "int8":
+                back = tl.exp2(tile_top - safe_top)
+                seen_total *= back
+                product = tl.dot(round_to_int(p).to(tl.int8), v)
+                acc = acc * alpha[:, None] + int_to_float(product, SHIFT) * back[:, None]
+            else:
+                # A fresh accumulator per tile, joined by an fma that the compiler cannot fold back
+                # into the product: Ada and Hopper keep 14 bits of a float32 sum of FP8 products.
+                FAST: tl.constexpr = PV == "fp8-fast"
+                product = tl.dot(
+                    p.to(tl.float8e4nv), v, out_dtype=tl.float16 if FAST else tl.float32
+                )
+                acc = tl.fma(
+                    acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32)
+                )
+        total = total * alpha + seen_total
+        top = new_top
+        p_k += _TILE_N * DP
+        p_v += _TILE_N * stride_vn
+        if MASK:
+            p_mask += _TILE_N * stride_mn
+    return acc, total, top
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    p_q,  # [B, H, Lq, DP] int8
+    p_k,  # [B, Hkv, Lk, DP] int8
+    p_v,  # [B, Hkv, Lk, D] half, or [B, Hkv, D, Lp] int8 or E4M3
+    p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)]
+    p_k_scale,  # [B, Hkv, ceil(Lk / K_BLOCK)]
+    p_v_scale,  # [B, Hkv, D], or None
+    p_v_mean,  # [B, Hkv, D], or None
+    p_mask,  # uint8 or float, or None
+    p_out,  # [B, H, Lq, D]
+    p_lse,  # [B, H, Lq], or None
+    heads,
+    group,  # query heads of a KV head
+    q_len,
+    k_len,
+    q_groups,
+    k_groups,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PV: tl.constexpr,  # "half", "int8", "fp8", "fp8-fast"
+    P_RANGE: tl.constexpr,
+    Q_BLOCK: tl.constexpr,  # tokens of a scale
+    K_BLOCK: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 boolean, 2 additive
+    CAUSAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    i_m = tl.program_id(0) % blocks
+    if CAUSAL:
+        i_m = blocks - 1 - i_m  # the longest first
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    i_bkv = i_b * (heads // group) + i_h // group
+
+    rows, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, DP)
+    o_m = tl.minimum(rows, q_len - 1)
+    p_q += (i_bh * q_len + i_m * BLOCK_M) * DP
+    at = tl.arange(0, BLOCK_M)[:, None] * DP + o_d[None, :]
+    q = tl.load(p_q + at, mask=rows[:, None] < q_len, other=0)
+    q_scale = tl.load(p_q_scale + i_bh * q_groups + o_m // Q_BLOCK)
+    p_k += i_bkv * k_len * DP
+    p_k_scale += i_bkv * k_groups
+    p_v += i_b * stride_vb + (i_h // group) * stride_vh
+    if MASK:
+        p_mask += i_b * stride_mb + i_h * stride_mh
+
+    acc = tl.zeros([BLOCK_M, DP], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    whole, stop = k_len // _TILE_N * _TILE_N, k_len
+    if CAUSAL:
+        whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // _TILE_N * _TILE_N)
+        stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
+    for EDGE in tl.static_range(2):
+        acc, total, top = _attend_range(
+            acc,
+            total,
+            top,
+            q,
+            q_scale,
+            o_m,
+            whole * EDGE,
+            stop if EDGE else whole,
+            k_len,
+            p_k,
+            p_k_scale,
+            p_v,
+            p_mask,
+            stride_vn,
+            stride_vd,
+            stride_mm,
+            stride_mn,
+            EDGE,
+            D,
+            DP,
+            PV,
+            P_RANGE,
+            K_BLOCK,
+            MASK,
+            CAUSAL,
+            SHIFT,
+        )
+
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    out = acc * (1.0 / total)[:, None]
+    in_d, i_d = o_d < D, i_bkv * D + o_d
+    if p_v_scale is not None:
+        out *= tl.load(p_v_scale + i_d, mask=in_d, other=0.0)[None, :]
+    if p_v_mean is not None:
+        out += tl.load(p_v_mean + i_d, mask=in_d, other=0.0)[None, :]
+    out = tl.where(seen[:, None], out, 0.0)
+    p_out += (i_bh * q_len + i_m * BLOCK_M) * D
+    at = tl.arange(0, BLOCK_M)[:, None] * D + o_d[None, :]
+    inside = (rows[:, None] < q_len) & in_d[None, :]
+    tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
+    if p_lse is not None:
+        lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
+        tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)
+
+
+def attend_quantized(
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: Tensor | QuantizedValue,
+    *,
+    delta_s: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    fp16_accumulator: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attend_quantized`, in one launch.
+
+    Args:
+        q: INT8; its scales must be positive.
+        k: INT8.
+        v: any float, or INT8 or FP8.
+        delta_s: must be None, this kernel adds nothing to S.
+        out_dtype: of the output.
+        return_lse: otherwise the log-sum-exp is not computed and None is returned.
+
+    Raises:
+        ValueError: a format that the kernel does not read, or ``delta_s``.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if x.precision is not Precision.INT8:
+            raise ValueError(f"{name} must be int8, got {x.precision.value}")
+    if delta_s is not None:
+        raise ValueError("delta_s must be None: smooth_q is not part of this kernel")
+    batch, heads, q_len, dim = q.data.shape
+    kv_heads, k_len = k.data.shape[1:3]
+    device = q.data.device
+    if isinstance(v, QuantizedValue):
+        if v.precision not in (Precision.INT8, Precision.FP8):
+            raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
+        values, v_scale, v_mean = v.data, v.scale, v.mean
+        head_dim = values.shape[2]
+        v_strides = (*values.stride()[:2], 1, values.stride(2))
+        pv = v.precision.value
+    else:
+        values, v_scale = half_value(v)
+        if v.dtype in (torch.float16, torch.bfloat16):
+            v_scale = None
+        v_mean, head_dim, v_strides, pv = None, v.shape[-1], values.stride(), "half"
+    p_range = _P_RANGE[pv]
+    if fp16_accumulator:
+        if pv != "fp8":
+            raise ValueError(f"fp16_accumulator needs v in fp8, got {pv}")
+        pv = "fp8-fast"
+    kind, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+        mask = mask.float() if mask.dtype == torch.float64 else mask
+        mask = mask.expand(batch, heads, q_len, k_len)
+        mask_strides = mask.stride()
+    config = tuning.launch(tuning.architecture(device), dim, pv)
+    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(q.data):
+        _attention_fwd_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
+            q.data,
+            k.data,
+            values,
+            q.scale,
+            k.scale,
+            v_scale,
+            v_mean,
+            mask,
+            out,
+            lse,
+            heads,
+            heads // kv_heads,
+            q_len,
+            k_len,
+            q.scale.shape[2],
+            k.scale.shape[2],
+            *v_strides,
+            *mask_strides,
+            D=head_dim,
+            DP=dim,
+            PV=pv,
+            P_RANGE=p_range,
+            Q_BLOCK=q.block,
+            K_BLOCK=k.block,
+            MASK=kind,
+            CAUSAL=is_causal,
+            SHIFT=config.shift,
+            BLOCK_M=config.block_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attention` for the specs that :func:`.tuning.unsupported` lets pass.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
+        if ``return_lse``, else None.
+
+    Raises:
+        ValueError: the spec is not one of this kernel's.
+    """
+    reason = tuning.unsupported_spec(spec)
+    if reason is not None:
+        raise ValueError(f"{spec}: {reason}")
+    dtype = q.dtype
+    if dtype == torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
+    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    by_block = spec.granularity == "block"
+    q_codes = quantize.quantize_rows(
+        q if sm_scale >= 0 else -q,
+        spec.qk,
+        rotation=spec.rotate,
+        block=Q_SCALE_BLOCK if by_block else 1,
+        multiplier=max(abs(sm_scale) * LOG2E, _MIN_MULTIPLIER),
+    )
+    k_codes = quantize.quantize_rows(
+        k, spec.qk, mean=k_mean, rotation=spec.rotate, block=K_SCALE_BLOCK if by_block else 1
+    )
+    values: Tensor | QuantizedValue = v
+    fast = spec.pv_accumulator == "fp16"
+    if spec.pv is not Precision.FP16:
+        stats = quantize.channel_stats(v) if spec.smooth_v else None
+        values = quantize.quantize_value(
+            v, spec.pv, mean=None if stats is None else stats.mean, fast=fast, stats=stats
+        )
+    out, lse = attend_quantized(
+        q_codes,
+        k_codes,
+        values,
+        mask=mask,
+        is_causal=is_causal,
+        fp16_accumulator=fast,
+        out_dtype=dtype,
+        return_lse=return_lse,
+    )
+    if lse is not None and k_mean is not None:
+        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    return out, lse

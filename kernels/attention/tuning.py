@@ -1,0 +1,114 @@
+"""Which GPU runs which spec, and with which launch configuration.  Data only: no Triton here."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ..formats import Precision
+from ..spec import AttentionSpec
+
+
+class Launch(NamedTuple):
+    """A launch configuration of the forward kernel.
+
+    Attributes:
+        block_m: query rows of a program.
+        num_warps, num_stages: as Triton knows them; AMD pipelines nothing (one stage).
+        shift: convert integers by addition, where the conversion instruction is slow.
+    """
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    shift: bool = False
+
+
+#: Launches by architecture ("*": any other) and padded head dim.
+_LAUNCHES: dict[str, dict[int, Launch]] = {
+    "sm_80": {
+        64: Launch(128, 4, 3, shift=True),
+        128: Launch(128, 8, 3, shift=True),
+        256: Launch(64, 8, 2, shift=True),
+    },
+    "amd": {
+        64: Launch(128, 4, 1),
+        128: Launch(128, 4, 1),
+        256: Launch(64, 4, 1),
+    },
+    "*": {
+        64: Launch(128, 4, 3),
+        128: Launch(128, 8, 3),
+        256: Launch(64, 8, 2),
+    },
+}
+
+#: NVIDIA architectures with E4M3 tensor cores begin here.
+_FP8_CAPABILITY = (8, 9)
+
+#: AMD architectures with E4M3 (the OCP format, not the earlier fnuz) in matrix instructions.
+_FP8_HIP = ("gfx950", "gfx12")
+
+#: AMD architectures that Triton gives integer matrix instructions.
+_MATRIX_HIP = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
+
+
+def launch(arch: str, dim: int, pv: str) -> Launch:
+    """The configuration for an architecture ("sm_89", "gfx942"), padded head dim and P/V format."""
+    del pv
+    table = _LAUNCHES.get("amd" if arch.startswith("gfx") else arch, _LAUNCHES["*"])
+    return table[dim]
+
+
+@functools.lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """ "sm_89", "gfx942"; "cpu" where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def unsupported_spec(spec: AttentionSpec) -> str | None:
+    """Why the kernel does not compute a spec on any device, or None if it does."""
+    if not spec.quantized:
+        return "the kernel quantizes, fp16 is the model's own attention"
+    if spec.qk is not Precision.INT8:
+        return f"the kernel reads Q and K in int8, not in {spec.qk.value}"
+    if spec.pv is Precision.FP4:
+        return "the kernel reads P and V in fp16, int8 or fp8, not in fp4"
+    if spec.smooth_q:
+        return "smooth_q is not part of the kernel"
+    return None
+
+
+def unsupported(
+    spec: AttentionSpec, capability: tuple[int, int] | None, hip_arch: str | None
+) -> str | None:
+    """Why a GPU cannot run a spec natively, or None if it can.
+
+    Args:
+        capability: CUDA compute capability, None on AMD.
+        hip_arch: e.g. "gfx1201", None on NVIDIA.
+    """
+    reason = unsupported_spec(spec)
+    if reason is not None:
+        return reason
+    if capability is None:
+        if hip_arch is None:
+            return "needs a CUDA or ROCm device"
+        if not hip_arch.startswith(_MATRIX_HIP):
+            return f"{hip_arch} has no matrix instructions that Triton uses"
+        if spec.pv is Precision.FP8 and not hip_arch.startswith(_FP8_HIP):
+            return f"fp8 needs gfx950 or gfx12, found {hip_arch}"
+        return None
+    found = f"sm_{capability[0]}{capability[1]}"
+    if capability < (8, 0):
+        return f"Triton needs sm_80 or newer, found {found}"
+    if spec.pv is Precision.FP8 and capability < _FP8_CAPABILITY:
+        return f"fp8 needs sm_89 or newer, found {found}"
+    return None
