@@ -60,7 +60,7 @@ def parse_plan(text: str) -> PrecisionPlan:
         parsed = _Plan.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise PlanError(f"{_path(first['loc'])}: {_message(first)}") from None
+        raise PlanError(f"{error_path(first['loc'])}: {_message(first)}") from None
     if parsed.version != VERSION:
         raise PlanError(f"version: must be {VERSION}, got {parsed.version}")
     default = _spec(parsed.default, AttentionSpec(), "default")
@@ -96,7 +96,8 @@ def _spec(value: SpecText, default: AttentionSpec, path: str) -> AttentionSpec:
         raise PlanError(f"{where}: {error}") from None
 
 
-def _path(location: tuple[int | str, ...]) -> str:
+def error_path(location: tuple[int | str, ...]) -> str:
+    """``rules[1].spec`` of a validation error's location."""
     text = ""
     for part in location:
         if isinstance(part, int):
