@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
+SSIM_WINDOW = 11
+_SSIM_SIGMA = 1.5
 
 
 class TensorMetrics(NamedTuple):
@@ -124,16 +125,16 @@ def ssim(picture: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
             "pictures must both have shape [C, H, W], "
             f"got {tuple(picture.shape)} and {tuple(reference.shape)}"
         )
-    if min(picture.shape[1:]) < _SSIM_WINDOW:
+    if min(picture.shape[1:]) < SSIM_WINDOW:
         raise ValueError(
-            f"pictures must have at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, "
+            f"pictures must have at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
             f"got {picture.shape[1]} x {picture.shape[2]}"
         )
     if not data_range > 0:
         raise ValueError(f"data_range must be positive, got {data_range}")
     dtype = _wide(picture)
     x, y = picture.to(dtype)[:, None], reference.to(picture.device, dtype)[:, None]
-    offsets = torch.arange(_SSIM_WINDOW, dtype=dtype, device=x.device) - _SSIM_WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=dtype, device=x.device) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
     window = window / window.sum()
 
