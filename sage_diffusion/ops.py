@@ -30,6 +30,17 @@ def register(layer: Layer) -> Tensor:
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
+def _find(handle: Tensor) -> Layer:
+    number = int(handle)
+    found = _LAYERS.get(number)
+    if found is None:
+        raise RuntimeError(
+            f"attention layer {number} no longer exists: the compiled model outlived its "
+            "session, compile it again"
+        )
+    return found
+
+
 @torch.library.custom_op("sage_diffusion::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -53,14 +64,7 @@ def attention(
 
     lse: Tensor | None = None
     if layer is not None:
-        number = int(layer)
-        found = _LAYERS.get(number)
-        if found is None:
-            raise RuntimeError(
-                f"attention layer {number} no longer exists: the compiled model outlived its "
-                "session, compile it again"
-            )
-        out = found.attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+        out = _find(layer).attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
     else:
         parsed = AttentionSpec.parse(spec)
         out, lse = compute(q, k, v, parsed, mask, is_causal, scale, backend, return_lse)
@@ -85,3 +89,15 @@ def _(
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     return out, lse
+
+
+# It changes nothing of the handle; saying so is what keeps a call without a result in the graph.
+@torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",))
+def bypass(layer: Tensor, tokens: int, reason: str) -> None:
+    """:meth:`Layer.bypass` from compiled code."""
+    _find(layer).bypass(tokens, reason)
+
+
+@bypass.register_fake
+def _(layer: Tensor, tokens: int, reason: str) -> None:
+    return None

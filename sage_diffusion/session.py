@@ -27,6 +27,8 @@ from sage_diffusion.validation import check_call, four_dims
 
 log = logging.getLogger("sage_diffusion")
 
+FP16 = AttentionSpec.parse("fp16")
+
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
 
@@ -48,7 +50,7 @@ class AttentionEvent:
         step: index of the sampling step, -1 outside sampling.
         progress: position in the schedule, 0 .. 1.
         branch: "cond", "uncond" or None where the host doesn't say.
-        spec: what the plan asked for and what ran.
+        spec: what ran; ``fp16`` also where the plan's spec was declined.
         q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``.
         out: ``[B, H, Lq, D]``.
     """
@@ -75,15 +77,29 @@ class Observer(Protocol):
 
 
 class Layer:
-    """One attention module of a patched model; calls go through it."""
+    """One attention module of a patched model; calls go through it.
 
-    def __init__(self, session: AttentionSession, name: str, native: Native | None = None):
+    Args:
+        session: decides and runs.
+        name: what plans and summaries call the layer.
+        native: the host's own attention.
+        listed: False enters the layer into the session's table on its first call only: for calls
+            that a module may make or not.
+    """
+
+    def __init__(
+        self,
+        session: AttentionSession,
+        name: str,
+        native: Native | None = None,
+        listed: bool = True,
+    ):
         self.session = session
         self.name = name
         self.native: Native = native or torch_native
         self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
         self.declined: Counter[str] = Counter()  # reason -> calls
-        self.index = session._adopt(self)
+        self.index = session._adopt(self) if listed else -1
         self.handle = ops.register(self)
 
     def __call__(
@@ -109,12 +125,27 @@ class Layer:
         mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        native: Native | None = None,
     ) -> Tensor:
         """:meth:`AttentionSession.attend` of this layer."""
-        return self.session.attend(self, q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+        return self.session.attend(
+            self, q, k, v, mask=mask, is_causal=is_causal, scale=scale, native=native
+        )
+
+    def bypass(self, tokens: int, reason: str) -> None:
+        """Count a call that never reaches :meth:`attend` because the host must run it itself.
+
+        Declined where the plan quantizes a call with this many keys, else run as planned.
+        """
+        if self.session.spec_for(self.name, tokens).quantized:
+            self.decline(reason)
+        else:
+            self.session._enlist(self)
+            self.ran["fp16", "native"] += 1
 
     def decline(self, reason: str) -> None:
         """Count a call that the host must run itself; raises in a strict session."""
+        self.session._enlist(self)
         if self.session.strict:
             raise AttentionRefused(f"{self.name}: {reason}")
         if reason not in self.session._logged:
@@ -123,12 +154,13 @@ class Layer:
         self.declined[reason] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        new = Layer(copy.deepcopy(self.session, memo), self.name, self.native)
-        memo[id(self)] = new
-        return new
+        session = copy.deepcopy(self.session, memo)
+        if id(self) not in memo:  # copying the session copies the layers that it lists
+            memo[id(self)] = Layer(session, self.name, self.native, self.index >= 0)
+        return memo[id(self)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (self.session, self.name, self.native)
+        return Layer, (self.session, self.name, self.native, self.index >= 0)
 
 
 class AttentionSession:
@@ -161,6 +193,7 @@ class AttentionSession:
         self.step = -1
         self.steps = 0
         self.progress = 0.0
+        self.sigma: float | None = None
         self.branch: str | None = None
         self.watch = FiniteWatch()
         self.non_finite: dict[str, list[int]] = {}
@@ -191,6 +224,10 @@ class AttentionSession:
         self.layers[layer.name] = layer
         return len(self.layers) - 1
 
+    def _enlist(self, layer: Layer) -> None:
+        if layer.index < 0:
+            layer.index = self._adopt(layer)
+
     # ------------------------------------------------------------------ where sampling stands
     def start(self, steps: int) -> None:
         """A new sampling run of ``steps`` steps begins; counters go on."""
@@ -205,7 +242,7 @@ class AttentionSession:
         Raises:
             NonFiniteOutput: an earlier step had non-finite outputs and the session is strict.
         """
-        self.step = step
+        self.step, self.sigma = step, sigma
         if sigma is not None and self._plan.schedule is not None:
             self.progress = self._plan.remap(sigma)
         else:
@@ -235,7 +272,8 @@ class AttentionSession:
         """Sampling ended: look at the last step's outputs, waiting for the device."""
         self.watch.wait()
         self._report_non_finite()
-        self.step = -1
+        self.step, self.progress, self.branch = -1, 0.0, None
+        self._specs.clear()
 
     def _report_non_finite(self) -> None:
         fresh = []
@@ -270,13 +308,19 @@ class AttentionSession:
         mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        native: Native | None = None,
     ) -> Tensor:
         """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
+
+        ``native`` stands for the layer's own in this call, where the host's attention takes more
+        than a layer can know.
 
         Raises:
             AttentionRefused: strict, and the plan's spec can't be served.
         """
         layer = self.layer(layer) if isinstance(layer, str) else layer
+        if layer.index < 0:
+            self._enlist(layer)
         spec = self.spec_for(layer.name, k.shape[2])
         out = None
         if spec.quantized:
@@ -284,7 +328,8 @@ class AttentionSession:
         else:
             layer.ran["fp16", "native"] += 1
         if out is None:
-            out = layer.native(q, k, v, mask, is_causal, scale)
+            out = (native or layer.native)(q, k, v, mask, is_causal, scale)
+            spec = FP16  # what ran, also where the plan's spec was declined
         if self.observers:
             event = AttentionEvent(
                 layer.name,
