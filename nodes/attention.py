@@ -1,0 +1,232 @@
+"""Sage Attention, and the report of what it did."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from sage_diffusion.backends import BACKEND_NAMES
+from sage_diffusion.integrations.comfy import attached, patch
+from sage_diffusion.integrations.comfy_plans import PRESETS, custom, describe, preset
+from sage_diffusion.kernels.spec import LADDER
+from sage_diffusion.nodes.host import CATEGORY, Plan, load_plan, plan_names, show
+from sage_diffusion.plan import PlanError, PrecisionPlan
+
+
+def _custom_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "spec",
+            options=[name for name in LADDER if name != "fp16"],
+            default="int8/fp16",
+            tooltip="Formats of Q and K / of P and V, safest first.",
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Steps before this part of the run keep the model's own attention.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Steps from this part of the run on keep the model's own attention.",
+        ),
+        io.String.Input(
+            "layers",
+            default="*",
+            tooltip="Globs of layer names, separated by commas: double.*, single.0?, *.attn1. "
+            "!glob leaves layers alone. Names are in the report after a run.",
+        ),
+        io.Boolean.Input(
+            "keep_cross_attention",
+            default=True,
+            tooltip="Leave calls alone whose keys are other tokens than the queries, such as text.",
+        ),
+        io.Int.Input(
+            "min_tokens",
+            default=128,
+            min=0,
+            max=1 << 20,
+            tooltip="Leave calls with fewer keys alone: they cost little time.",
+        ),
+    ]
+
+
+class SageAttention(io.ComfyNode):
+    """MODEL -> MODEL whose attention is quantized as a plan says."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        options = [io.DynamicCombo.Option(name, []) for name in PRESETS]
+        options += [
+            io.DynamicCombo.Option(
+                "plan file",
+                [
+                    io.Combo.Input(
+                        "file",
+                        options=plan_names(),
+                        tooltip="A plan from models/sage_plans, or one that came with the pack.",
+                    )
+                ],
+            ),
+            io.DynamicCombo.Option(
+                "plan input",
+                [Plan.Input("plan", tooltip="From Load, Edit or Merge Precision Plan.")],
+            ),
+            io.DynamicCombo.Option("custom", _custom_inputs()),
+        ]
+        return io.Schema(
+            node_id="SageDiffusionAttention",
+            display_name="Sage Attention",
+            category=CATEGORY,
+            description="Runs the model's attention in 8 or 4 bits, layer by layer and step by "
+            "step as a precision plan says, and reports on the node what it did. Put it between "
+            "the loader (and LoRAs) and the sampler.",
+            search_aliases=[
+                "sage diffusion",
+                "quantized attention",
+                "int8 attention",
+                "int4 attention",
+                "fp8 attention",
+                "faster attention",
+                "speed up sampling",
+                "sageattn",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to make faster; it is left untouched."),
+                io.DynamicCombo.Input(
+                    "preset",
+                    options=options,
+                    tooltip="quality: INT8 with FP16 values. balanced: 8 bits. fast: 4 bits where "
+                    "the GPU has them. plan file / plan input: a measured plan. custom: your own.",
+                ),
+                io.Boolean.Input(
+                    "enabled",
+                    default=True,
+                    label_on="on",
+                    label_off="off",
+                    tooltip="Off passes the model through as it came, to compare by one click.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKEND_NAMES),
+                    default="auto",
+                    advanced=True,
+                    tooltip="Who computes. auto takes the first that can; reference is the slow, "
+                    "exact imitation that runs everywhere.",
+                ),
+                io.Boolean.Input(
+                    "strict",
+                    default=False,
+                    advanced=True,
+                    tooltip="Stop with an error where a call can't be quantized or a plan does not "
+                    "fit the model, instead of using the model's own attention.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with quantized attention."),
+                Plan.Output(display_name="plan", tooltip="The plan that is in use."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, preset: dict[str, Any], enabled: bool, backend: str, strict: bool
+    ) -> io.NodeOutput:
+        plan = plan_of(preset, str(model.load_device))
+        node = cls.hidden.unique_id
+        if not enabled:
+            show(node, "off: the model is passed through")
+            return io.NodeOutput(model, plan)
+        patched = patch(
+            model,
+            plan,
+            backend=backend,
+            strict=strict,
+            keep_cross=bool(preset.get("keep_cross_attention", False)),
+            reporters=[lambda report: show(node, str(report))],
+            title=plan.name or preset["preset"],
+        )
+        show(node, f"{describe(plan)}\n(the report follows after sampling)")
+        return io.NodeOutput(patched, plan)
+
+
+def plan_of(chosen: dict[str, Any], device: str) -> PrecisionPlan:
+    """The plan that the widget's values mean on a device."""
+    kind = chosen["preset"]
+    if kind in PRESETS:
+        return preset(kind, device)
+    if kind == "plan file":
+        return load_plan(chosen["file"])
+    if kind == "plan input":
+        plan = chosen.get("plan")
+        if not isinstance(plan, PrecisionPlan):
+            raise PlanError("connect a plan, or choose another preset")
+        return plan
+    return custom(
+        chosen["spec"],
+        start=chosen["start_percent"],
+        end=chosen["end_percent"],
+        layers=chosen["layers"],
+        min_tokens=chosen["min_tokens"],
+    )
+
+
+class SageReport(io.ComfyNode):
+    """What Sage Attention did in the run that made the latent (or image) that passes through."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SageDiffusionReport",
+            display_name="Sage Attention Report",
+            category=CATEGORY,
+            description="Shows what Sage Attention did in the last run: calls intercepted, "
+            "quantized and declined, by layer. Put it behind the sampler.",
+            search_aliases=["attention report", "attention summary", "which layers are quantized"],
+            is_output_node=True,
+            inputs=[
+                io.AnyType.Input(
+                    "after",
+                    tooltip="The sampler's latent, or the image: the report is read when it is "
+                    "there. It passes through unchanged.",
+                ),
+                io.Model.Input("model", tooltip="The MODEL that came out of Sage Attention."),
+                io.Boolean.Input(
+                    "details", default=True, tooltip="List every layer, not only the totals."
+                ),
+            ],
+            outputs=[
+                io.AnyType.Output(display_name="after", tooltip="What came in."),
+                io.String.Output(display_name="report", tooltip="The text."),
+                io.String.Output(display_name="json", tooltip="The same as JSON."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> float:
+        return float("nan")  # never cached: it reports on what happened, not on its inputs
+
+    @classmethod
+    def execute(cls, after: Any, model: Any, details: bool) -> io.NodeOutput:
+        attention = attached(model)
+        data: dict[str, Any] = {}
+        if attention is None:
+            text = "WARNING: this MODEL did not go through Sage Attention"
+        elif attention.last is None:
+            text = "WARNING: no sampling run has ended with this MODEL yet"
+        else:
+            report = attention.last
+            text, data = report.details() if details else str(report), report.to_dict()
+        show(cls.hidden.unique_id, text)
+        return io.NodeOutput(after, text, json.dumps(data), ui=ui.PreviewText(text))

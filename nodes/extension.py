@@ -1,0 +1,41 @@
+"""What ComfyUI asks the pack for."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from sage_diffusion.nodes.accuracy import SageAccuracyCheck
+from sage_diffusion.nodes.attention import SageAttention, SageReport
+from sage_diffusion.nodes.doctor import SageDoctor
+from sage_diffusion.nodes.host import register_plan_folder
+from sage_diffusion.nodes.plan import (
+    SageEditPlan,
+    SageLoadPlan,
+    SageMergePlans,
+    SagePlanPreview,
+    SageSavePlan,
+)
+
+NODES: list[type[io.ComfyNode]] = [
+    SageAttention,
+    SageReport,
+    SageLoadPlan,
+    SageSavePlan,
+    SageMergePlans,
+    SageEditPlan,
+    SagePlanPreview,
+    SageAccuracyCheck,
+    SageDoctor,
+]
+
+
+class SageExtension(ComfyExtension):
+    """The pack."""
+
+    async def on_load(self) -> None:
+        """Register ``models/sage_plans``."""
+        register_plan_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node."""
+        return NODES

@@ -1,0 +1,77 @@
+"""What several nodes ask of ComfyUI: the plan folders, a folder for reports, text on a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+from server import PromptServer
+
+from sage_diffusion.integrations.comfy_plans import OWN_PLANS, plan_files
+from sage_diffusion.plan import PlanError, PrecisionPlan
+
+#: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
+PLANS = "sage_plans"
+CATEGORY = "model/patch/Sage Diffusion"
+
+Plan = io.Custom("PLAN")
+
+
+def register_plan_folder() -> None:
+    """Tell ComfyUI about ``models/sage_plans``; folders of ``extra_model_paths.yaml`` stay."""
+    folder = str(Path(folder_paths.models_dir) / PLANS)
+    folder_paths.add_model_folder_path(PLANS, folder)
+    paths, _ = folder_paths.folder_names_and_paths[PLANS]
+    folder_paths.folder_names_and_paths[PLANS] = (paths, {".json"})
+
+
+def plan_names() -> list[str]:
+    """Names of every plan: the user's, then the pack's own."""
+    return list(plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS]))
+
+
+def plan_path(name: str) -> Path:
+    """The file of a plan.
+
+    Raises:
+        PlanError: no such plan.
+    """
+    found = plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS])
+    if name not in found:
+        raise PlanError(f"no plan named {name!r} in models/{PLANS} or among the pack's own")
+    return found[name]
+
+
+def load_plan(name: str) -> PrecisionPlan:
+    """A plan by name; :class:`PlanError` says what is wrong with its file."""
+    return PrecisionPlan.load(plan_path(name))
+
+
+def user_plan_folder() -> Path:
+    """Where new plans go."""
+    return Path(folder_paths.get_folder_paths(PLANS)[0])
+
+
+def report_path(prefix: str, ending: str) -> Path:
+    """A fresh file of the output folder: ``<prefix>_00001.<ending>``.
+
+    Raises:
+        ValueError: the prefix leaves the output folder.
+    """
+    root = Path(folder_paths.get_output_directory()).resolve()
+    folder = (root / prefix).resolve().parent
+    if not folder.is_relative_to(root):
+        raise ValueError(f"filename_prefix must stay inside the output folder, got {prefix!r}")
+    name = Path(prefix).name or "report"
+    number = 1
+    while (path := folder / f"{name}_{number:05}.{ending}").exists():
+        number += 1
+    return path
+
+
+def show(node_id: Any, text: str) -> None:
+    """Text on a node, now; works long after the node itself was executed."""
+    if PromptServer.instance is not None and node_id is not None:
+        PromptServer.instance.send_progress_text(text, str(node_id))

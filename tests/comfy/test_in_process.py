@@ -1,0 +1,378 @@
+"""Sage Attention inside ComfyUI's own samplers, on tiny models of five families."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
+from sage_diffusion.session import AttentionRefused
+
+LAYERS = {
+    "sd3": ["double.00", "double.01"],
+    "flux": ["double.00", "double.01", "single.00", "single.01"],
+    "wan": ["double.00", "double.00.1", "double.01", "double.01.1"],
+    "hyvid": [
+        "txt_in.individual_token_refiner.blocks.00",
+        "txt_in.individual_token_refiner.blocks.01",
+        "double.00",
+        "double.01",
+        "single.00",
+        "single.01",
+    ],
+    "sd15": [
+        f"{block}.0.attn{n}"
+        for block in (
+            "input.01",
+            "input.03",
+            "middle.00",
+            "output.00",
+            "output.01",
+            "output.02",
+            "output.03",
+        )
+        for n in (1, 2)
+    ],
+}
+
+
+class Calls:
+    """Observer that remembers where every call stood."""
+
+    def __init__(self):
+        self.seen = []
+
+    def observe(self, event):
+        self.seen.append((event.layer, event.step, event.branch, str(event.spec)))
+
+
+def error(actual, exact):
+    return float((actual - exact).norm() / exact.norm())
+
+
+def test_pass_through_is_bit_identical_and_knows_every_layer(family):
+    plain = family.sample()
+    patched = patch(family.model, "fp16")
+    assert torch.equal(family.sample(patched), plain)
+    report = attached(patched).last
+    assert [layer.name for layer in report.summary.layers] == LAYERS[family.name]
+    assert report.forwards == 3
+    assert report.summary.specs == {"fp16": 3 * len(LAYERS[family.name])}
+    assert not report.alarms
+
+
+@pytest.mark.parametrize(("spec", "bound"), [("int8/fp16", 0.01), ("int4/int8", 0.08)])
+def test_quantized_stays_within_a_bound_and_is_not_a_copy(family, spec, bound):
+    plain = family.sample()
+    patched = patch(family.model, spec)
+    quantized = family.sample(patched)
+    report = attached(patched).last
+    assert report.summary.quantized == report.summary.calls == 3 * len(LAYERS[family.name])
+    assert not report.summary.declined
+    assert 0 < error(quantized, plain) < bound
+
+
+def test_the_input_model_is_untouched_and_removal_restores(family):
+    plain = family.sample()
+    patched = patch(family.model, "int4/int8")
+    assert attached(family.model) is None
+    assert OVERRIDE not in family.model.model_options["transformer_options"]
+    family.sample(patched)
+    assert torch.equal(family.sample(), plain)
+    bare = without(patched)
+    assert torch.equal(family.sample(bare), plain)
+    assert attached(bare) is None
+    assert KEY not in bare.wrappers.get("apply_model", {})
+    for module in family.model.model.diffusion_model.modules():
+        assert "forward" not in module.__dict__
+
+
+def test_step_layer_and_branch_decide_as_the_plan_says(families):
+    sd3 = families("sd3")
+    rules = (
+        Rule("int4/int8", "double.01", 0.5, 1.0),
+        Rule("int8/int8", "double.00", branch="uncond"),
+    )
+    calls = Calls()
+    plan = PrecisionPlan("int8/fp16", rules)
+    patched = patch(sd3.model, plan, observers=[calls])
+    # Prompts of different lengths do not fit one batch, so cond and uncond run apart.
+    width, _, pooled = 4096, 77, 2048
+    longer = [[torch.zeros(1, 154, width), {"pooled_output": torch.zeros(1, pooled)}]]
+    before, sd3.negative = sd3.negative, longer
+    try:
+        sd3.sample(patched, steps=4)
+    finally:
+        sd3.negative = before
+    expected = []
+    for step in range(4):
+        progress = step / 3
+        for branch in ("cond", "uncond"):
+            late = progress >= 0.5
+            first = "int8/int8" if branch == "uncond" else "int8/fp16"
+            expected.append(("double.00", step, branch, first))
+            expected.append(("double.01", step, branch, "int4/int8" if late else "int8/fp16"))
+    assert sorted(calls.seen) == sorted(expected)
+
+
+def test_a_batch_of_both_branches_has_no_branch(families):
+    sd3, calls = families("sd3"), Calls()
+    sd3.sample(patch(sd3.model, "fp16", observers=[calls]), steps=2)
+    assert {branch for _, _, branch, _ in calls.seen} == {None}
+
+
+def test_second_order_samplers_belong_to_the_step_they_refine(families):
+    sd3, calls = families("sd3"), Calls()
+    sd3.sample(patch(sd3.model, "fp16", observers=[calls]), steps=4, sampler="dpm_2")
+    steps = [step for layer, step, _, _ in calls.seen if layer == "double.00"]
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 1, 2, 3}
+    assert len(steps) == 7  # two calls a step, one in the last
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "uni_pc", "lcm"])
+def test_samplers_of_all_kinds_run(families, sampler):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+    assert torch.isfinite(sd3.sample(patched, sampler=sampler)).all()
+    assert attached(patched).last.summary.quantized > 0
+
+
+def test_a_previous_override_gets_the_declined_calls(families):
+    sd3 = families("sd3")
+    seen = []
+
+    def other(func, *args, **kwargs):
+        seen.append(kwargs["transformer_options"].get("block_index"))
+        return func(*args, **kwargs)
+
+    model = sd3.model.clone()
+    model.model_options["transformer_options"][OVERRIDE] = other
+    plain = sd3.sample()
+    plan = PrecisionPlan("int8/fp16", (Rule("fp16", "double.00"),))
+    patched = patch(model, plan)
+    sd3.sample(patched)
+    assert len(seen) == 3  # double.00 of three steps; double.01 is ours
+    assert "other" in str(attached(patched).last)
+    seen.clear()
+    assert torch.equal(sd3.sample(without(patched)), plain)
+    assert len(seen) == 6
+
+
+def test_stays_on_top_of_a_node_placed_after_it(families):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+    seen = []
+
+    def selfish(func, *args, **kwargs):  # as some packs do: replaces, and does not chain
+        seen.append(1)
+        return func(*args, **kwargs)
+
+    later = patched.clone()
+    later.model_options["transformer_options"][OVERRIDE] = selfish
+    sd3.sample(later)
+    assert attached(patched).last.summary.quantized == 6
+    assert not seen
+    attached(patched).plan = PrecisionPlan("fp16")
+    sd3.sample(later)
+    assert len(seen) == 6  # it serves what we leave alone
+
+
+def test_an_override_that_also_climbs_on_top_does_not_recurse(families):
+    from comfy.patcher_extension import CallbacksMP
+
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "fp16")
+    below = {}
+
+    def rival(func, *args, **kwargs):
+        if below.get("f") is not None:
+            return below["f"](func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def climb(patcher, timestep, model_options):
+        options = model_options["transformer_options"]
+        if options.get(OVERRIDE) is not rival:
+            below["f"] = options.get(OVERRIDE)
+            options[OVERRIDE] = rival
+
+    later = patched.clone()
+    later.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "rival", climb)
+    assert torch.equal(sd3.sample(later), sd3.sample())
+    assert attached(patched).last.summary.calls == 6
+
+
+def test_patching_again_replaces_the_plan(families):
+    sd3 = families("sd3")
+    twice = patch(patch(sd3.model, "int4/int8"), "int8/fp16")
+    sd3.sample(twice)
+    assert attached(twice).last.summary.specs == {"int8/fp16": 6}
+
+
+def test_counts_start_anew_with_every_run_of_a_shared_clone(families):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+    clone = patched.clone()
+    sd3.sample(patched)
+    sd3.sample(clone, steps=2)
+    assert attached(clone).last.summary.calls == 4
+    assert attached(clone).last.forwards == 2
+
+
+def test_keep_cross_attention_leaves_calls_with_other_keys_alone(families):
+    wan = families("wan")
+    patched = patch(wan.model, "int8/fp16", keep_cross=True)
+    wan.sample(patched)
+    by_layer = {layer.name: dict(layer.ran) for layer in attached(patched).last.summary.layers}
+    assert set(by_layer["double.00"]) == {("int8/fp16", "reference")}
+    assert set(by_layer["double.00.1"]) == {("fp16", "native")}
+
+
+def test_a_plan_for_another_model_warns_and_stops_where_strict(families):
+    sd3 = families("sd3")
+    plan = PrecisionPlan("fp16", (Rule("int8/fp16", "transformer_blocks.*"),))
+    patched = patch(sd3.model, plan)
+    assert torch.equal(sd3.sample(patched), sd3.sample())
+    assert "another model" in str(attached(patched).last)
+    with pytest.raises(PlanError, match="another model"):
+        sd3.sample(patch(sd3.model, plan, strict=True))
+
+
+def test_a_fingerprint_of_another_model_warns(families):
+    sd3 = families("sd3")
+    plan = PrecisionPlan("int8/fp16", fingerprint={"model": "Flux", "layers": ["double.00"]})
+    patched = patch(sd3.model, plan)
+    sd3.sample(patched)
+    assert "does not belong to this model" in str(attached(patched).last)
+
+
+def test_a_backend_that_cannot_is_told_and_stops_where_strict(families):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16", backend="triton")
+    assert torch.equal(sd3.sample(patched), sd3.sample())
+    report = str(attached(patched).last)
+    assert "6 declined" in report
+    assert "needs a CUDA or ROCm device" in report
+    with pytest.raises(AttentionRefused, match="CUDA"):
+        sd3.sample(patch(sd3.model, "int8/fp16", backend="triton", strict=True))
+
+
+def test_lora_beside_it(families):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    weight = sd3.model.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight
+    lora = patched.clone()
+    assert lora.add_patches({key: (torch.full_like(weight, 0.01),)}, 1.0)
+    changed = sd3.sample(lora)
+    assert not torch.equal(changed, sd3.sample(patched))
+    assert attached(lora).last.summary.quantized == 6
+
+
+def test_easycache_beside_it(families):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    flux = families("flux")
+    patched = patch(flux.model, "int8/fp16")
+    cached = EasyCacheNode.execute(patched, 10.0, 0.15, 0.95, False).args[0]
+    flux.sample(cached, steps=6)
+    summary = attached(cached).last.summary
+    assert 0 < summary.calls < 6 * len(LAYERS["flux"])  # skipped steps call nothing
+    assert summary.quantized == summary.calls
+
+
+def test_compiled_models_run_and_are_counted(families):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+    eager = sd3.sample(patched)
+    compiled = patched.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    out = sd3.sample(compiled)
+    assert attached(compiled).last.summary.quantized == 6
+    assert [layer.name for layer in attached(compiled).last.summary.layers] == LAYERS["sd3"]
+    assert error(out, eager) < 1e-5
+
+
+def test_a_model_without_the_override_is_reached_through_its_modules(families):
+    """As PixArt does: attention is called without ``transformer_options``."""
+    from silent_attention import Silent
+
+    sd3 = families("sd3")
+    model = sd3.model.clone()
+    blocks = model.model.diffusion_model.joint_blocks
+    plain = sd3.sample()
+    silent = Silent()
+    blocks[0].add_module("silent", silent)
+    import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+
+    host = mmdit.optimized_attention
+
+    def route(q, k, v, heads, **kwargs):
+        return blocks[0].silent(q, k, v, heads)
+
+    mmdit.optimized_attention = route
+    try:
+        patched = patch(model, "int8/fp16")
+        quantized = sd3.sample(patched)
+        assert 0 < error(quantized, plain) < 0.01
+        summary = attached(patched).last.summary
+        assert [layer.name for layer in summary.layers] == ["double.00.silent"]
+        assert summary.quantized == 6
+        assert torch.equal(sd3.sample(model), plain)
+        assert "forward" not in silent.__dict__
+    finally:
+        mmdit.optimized_attention = host
+        del blocks[0].silent
+
+
+def test_a_model_out_of_reach_is_a_warning(families):
+    import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+
+    sd3 = families("sd3")
+    host = mmdit.optimized_attention
+
+    def deaf(*args, **kwargs):
+        kwargs.pop("transformer_options")
+        return host(*args, **kwargs)
+
+    mmdit.optimized_attention = deaf
+    try:
+        patched = patch(sd3.model, "int8/fp16")
+        sd3.sample(patched)
+    finally:
+        mmdit.optimized_attention = host
+    assert "WARNING: no attention call of SD3 was intercepted" in str(attached(patched).last)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [
+        ("comfy.ldm.pixart.blocks", "AttentionKVCompress", {"dim": 64, "num_heads": 2}),
+        ("comfy.ldm.hydit.attn_layers", "Attention", {"dim": 64, "num_heads": 2}),
+    ],
+)
+def test_silent_families_are_recognized(module, name, options):
+    import importlib
+
+    import comfy.ops
+
+    from sage_diffusion.integrations.comfy_layers import reach_of
+
+    cls = getattr(importlib.import_module(module), name)
+    host = torch.nn.Module()
+    host.blocks = torch.nn.ModuleList(
+        [cls(**options, operations=comfy.ops.disable_weight_init) for _ in range(2)]
+    )
+    assert list(reach_of(host).hidden) == ["double.00", "double.01"]
+
+
+def test_importing_the_pack_compiles_nothing():
+    assert "triton" not in {name for name in sys.modules if name == "triton"} or not any(
+        name.startswith("sage_diffusion.kernels") and name.endswith("triton")
+        for name in sys.modules
+    )
