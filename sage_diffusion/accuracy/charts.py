@@ -123,7 +123,7 @@ def error_map(report: AccuracyReport) -> HeatMap | None:
     edges = error_edges(list(means.values()))
     classes = {key: error_class(means[key], edges) if key in means else "exact" for key in cells}
     legend = [Key("e0", f"below {edges[0]:.3g}" if edges else f"{max(means.values()):.3g}")]
-    legend += [Key(f"e{i + 1}", f"{edge:.3g}") for i, edge in enumerate(edges)]
+    legend += [Key(f"e{i + 1}", f"from {edge:.3g}") for i, edge in enumerate(edges)]
     if any(css == "bad" for css in classes.values()):
         legend.append(Key("bad", "not finite"))
     if any(css == "exact" for css in classes.values()):

@@ -170,8 +170,22 @@ def compare(
     Raises:
         ValueError: no attention call reached the session, or the two runs differ in shape.
     """
-    parsed = PrecisionPlan.of(plan)
     exact = reference_run(run) if reference is None else reference
+    return compare_with(run, plan, exact, name=name, backend=backend, strict=strict, rows=rows)[0]
+
+
+def compare_with(
+    run: Run,
+    plan: PrecisionPlan | AttentionSpec | str,
+    exact: Generation,
+    *,
+    name: str | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    rows: int | None = None,
+) -> tuple[AccuracyReport, Generation]:
+    """:func:`compare` with a finished FP16 run; what the plan made comes along."""
+    parsed = PrecisionPlan.of(plan)
     observer = LayerAccuracy(rows)
     session = AttentionSession(parsed, backend=backend, strict=strict, observers=(observer,))
     found = run(session)
@@ -188,7 +202,7 @@ def compare(
         parsed,
         pictures=_pictures(found, exact),
     )
-    return replace(report, variants=(report.variant(),))
+    return replace(report, variants=(report.variant(),)), found
 
 
 def plan_name(plan: PrecisionPlan) -> str:

@@ -19,6 +19,7 @@ def heatmap_png(report: AccuracyReport) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter
     except ImportError:
         raise ImportError(
             "the heat map needs matplotlib: pip install 'sage-diffusion[plot]'"
@@ -48,7 +49,8 @@ def heatmap_png(report: AccuracyReport) -> bytes:
     axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]], fontsize=8)
     axes.set_xlabel("step")
     axes.set_title(f"{report.name}: relative L1 of attention", fontsize=10)
-    figure.colorbar(image, ax=axes, format="%.3g")
+    bar = figure.colorbar(image, ax=axes, format="%.3g")
+    bar.ax.yaxis.set_minor_formatter(FormatStrFormatter("%.3g"))
     buffer = io.BytesIO()
     # No date, no version: the same report gives the same file.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})

@@ -14,8 +14,8 @@ from sage_diffusion.accuracy.records import Picture
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Differences of quantized attention are a few grey levels: shown eight times as large.
-GAIN = 8.0
+#: Differences of quantized attention are a few grey levels: shown sixteen times as large.
+GAIN = 16.0
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def headline(report: AccuracyReport) -> list[tuple[str, str]]:
         tiles.append((f"worst cosine ({worst.layer}, step {worst.step})", number(worst.cosine)))
     total = len(report.rows)
     if total:
-        tiles.append(("calls below 16 bit", f"{len(report.quantized) / total:.0%} of {total}"))
+        share = f"{len(report.quantized) / total:.0%}"
+        tiles.append((f"of {total} attention calls below 16 bit", share))
     return tiles
 
 
@@ -88,9 +89,7 @@ def markdown(report: AccuracyReport) -> str:
     parts.append("\n".join(f"- {label}: **{value}**" for label, value in headline(report)))
     parts[-1] += f"\n- calls by spec: {shares(report.specs)}"
     if report.variants:
-        parts.append(
-            "## Side by side\n\n" + _table(VARIANT_HEAD, map(variant_cells, report.variants))
-        )
+        parts.append("## Side by side\n\n" + _table(*variant_table(report.variants)))
     end = report.end_to_end
     if end is not None and end.psnr:
         pictures = zip(end.labels, end.psnr, end.ssim, strict=True)
@@ -119,28 +118,25 @@ def _fallback_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) or "Nothing: every call ran as planned."
 
 
-VARIANT_HEAD = (
-    "plan",
-    "PSNR dB",
-    "SSIM",
-    "final latent cosine",
-    "mean relative L1",
-    "predicted time",
-    "calls",
-)
-
-
-def variant_cells(variant: Variant) -> tuple[str, ...]:
-    """One line under ``VARIANT_HEAD``."""
-    return (
-        variant.name,
-        number(variant.psnr, 2),
-        number(variant.ssim),
-        number(variant.latent_cosine, 5),
-        number(variant.rel_l1),
-        number(variant.predicted_time, 3),
-        shares(variant.specs),
-    )
+def variant_table(variants: Sequence[Variant]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of the side-by-side table; predicted time only where a variant has one."""
+    timed = any(variant.predicted_time is not None for variant in variants)
+    head = ("plan", "PSNR dB", "SSIM", "final latent cosine", "mean relative L1")
+    lines = []
+    for variant in variants:
+        time = (number(variant.predicted_time, 3),) if timed else ()
+        lines.append(
+            (
+                variant.name,
+                number(variant.psnr, 2),
+                number(variant.ssim),
+                number(variant.latent_cosine, 5),
+                number(variant.rel_l1),
+                *time,
+                shares(variant.specs),
+            )
+        )
+    return (*head, *(("predicted time",) if timed else ()), "calls"), lines
 
 
 AGGREGATE_HEAD = (
@@ -195,14 +191,16 @@ def html(report: AccuracyReport) -> str:
     maps = [charts.error_map(report), charts.spec_map(report)]
     lines = [charts.step_error_chart(report), charts.latent_chart(report)]
     end = report.end_to_end
+    variant_head, variant_lines = variant_table(report.variants)
     return environment.get_template("report.html.j2").render(
         report=report,
         headline=headline(report),
         maps=[chart for chart in maps if chart is not None],
         lines=[chart for chart in lines if chart is not None],
-        variant_head=VARIANT_HEAD,
+        variant_head=variant_head,
         variants=[
-            (variant.name == report.name, variant_cells(variant)) for variant in report.variants
+            (variant.name == report.name, line)
+            for variant, line in zip(report.variants, variant_lines, strict=True)
         ],
         aggregate_head=AGGREGATE_HEAD,
         layers=[aggregate_cells(layer) for layer in report.per_layer()],

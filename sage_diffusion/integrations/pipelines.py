@@ -80,9 +80,10 @@ class PipelineRun:
         for seed, batch in zip(self.seeds, images, strict=False):
             names = list(self.labels)
             if len(names) != len(batch):
-                names = [str(i) for i in range(len(batch))] if len(batch) > 1 else names[:1]
-            suffix = f"seed {seed}"
-            found += [f"{name}, {suffix}" for name in names] or [suffix]
+                names = [f"picture {i}" for i in range(len(batch))] if len(batch) > 1 else names[:1]
+            if len(self.seeds) > 1 or not names:
+                names = [f"{name}, seed {seed}" for name in names] or [f"seed {seed}"]
+            found += names
         return tuple(found)
 
 
@@ -144,14 +145,14 @@ def images_of(result: Any) -> Tensor:
     """Pictures ``[N, C, H, W]`` float32 in 0 .. 1 of a pipeline's output; frames are pictures.
 
     Raises:
-        TypeError: the output holds nothing that is a picture.
+        ValueError: the output holds nothing that is a picture.
     """
     for name in ("images", "frames", "sample"):
         if hasattr(result, name):
             return _pixels(getattr(result, name))
     if isinstance(result, tuple) and result:
         return _pixels(result[0])
-    raise TypeError(f"the pipeline returned no pictures but {type(result).__name__}")
+    raise ValueError(f"the pipeline returned no pictures but {type(result).__name__}")
 
 
 def _pixels(found: Any) -> Tensor:
@@ -160,7 +161,7 @@ def _pixels(found: Any) -> Tensor:
         return pixels.reshape(-1, *pixels.shape[-3:])
     if isinstance(found, np.ndarray):
         if found.ndim < 3 or found.dtype.kind not in "fu":
-            raise TypeError(f"the pipeline returned no pictures but {found.dtype} {found.shape}")
+            raise ValueError(f"the pipeline returned no pictures but {found.dtype} {found.shape}")
         scale = 255.0 if found.dtype.kind == "u" else 1.0
         pixels = torch.from_numpy(found.astype(np.float32) / scale)
         return pixels.reshape(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2)
@@ -168,7 +169,7 @@ def _pixels(found: Any) -> Tensor:
         return torch.cat([_pixels(part) for part in found])
     if hasattr(found, "convert"):  # a PIL picture
         return _pixels(np.asarray(found.convert("RGB"))[None])
-    raise TypeError(f"the pipeline returned no pictures but {type(found).__name__}")
+    raise ValueError(f"the pipeline returned no pictures but {type(found).__name__}")
 
 
 def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:

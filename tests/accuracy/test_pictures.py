@@ -26,7 +26,7 @@ def test_difference_is_amplified_and_clamped() -> None:
 def test_grid_shows_every_run_and_its_difference() -> None:
     first = torch.zeros(2, 3, 4, 4)
     second = torch.full((2, 3, 4, 4), 0.1)
-    grid = opened(pictures.grid_png([("a", first), ("b", second)], ["x", "y"], cell=12))
+    grid = opened(pictures.grid_png([("a", first), ("b", second)], ["x", "y"], cell=12, gain=8))
     width, height = grid.size
     assert height == 30 + 3 * (12 + 6) + 6 and width > 2 * 18
     column = width - 6 - 6 - 6  # in the last picture of each line

@@ -290,3 +290,10 @@ def test_save_writes_all_text_forms(tmp_path) -> None:
     assert [path.name for path in paths] == ["a.json", "a.md", "a.html"]
     assert AccuracyReport.from_json(paths[0].read_text("utf-8")) == report
     assert paths[2].read_text("utf-8") == report.to_html()
+
+
+def test_predicted_time_is_a_column_only_where_it_is_known() -> None:
+    report = make_report()
+    assert "| predicted time |" in report.to_markdown() and "| 1.250 |" in report.to_markdown()
+    untimed = make_report(variants=(report.variant(),))
+    assert "predicted time" not in untimed.to_markdown() + untimed.to_html()

@@ -27,7 +27,7 @@ def test_compare_pipeline_reports_calls_latents_and_pictures() -> None:
     assert report.steps == (0, 1, 2) and len(report.rows) == 2 * 2 * 3
     assert report.specs == {"int4/fp8-fast": 6, "int8/fp8": 6}
     end = report.end_to_end
-    assert end.labels == ("0, seed 1", "1, seed 1", "0, seed 2", "1, seed 2")
+    assert end.labels == tuple(f"picture {i}, seed {s}" for s in (1, 2) for i in (0, 1))
     assert len(end.psnr) == 4 and all(20 < value < 120 for value in end.psnr)
     assert len(end.latent_cosine) == 3 and all(0.9 < value < 1 for value in end.latent_cosine)
     again = compare_pipeline(pipe, plan, seeds=(1, 2), **CALL)
@@ -43,7 +43,7 @@ def test_a_run_leaves_the_pipeline_and_the_random_state_alone() -> None:
     run = PipelineRun(pipe, (3,), CALL, ("cat", "bird"), lambda: ticks.append(1))
     found = run(AttentionSession("int8/fp8"))
     assert len(ticks) == len(found.latents) == 3
-    assert found.labels == ("cat, seed 3", "bird, seed 3")
+    assert found.labels == ("cat", "bird")
     assert found.images.shape == (2, 3, 16, 16) and found.latents[0].shape == (2, 3, 16, 16)
     assert torch.equal(torch.get_rng_state(), state)
     assert "step" not in vars(pipe.scheduler) and "set_timesteps" not in vars(pipe.scheduler)
@@ -100,9 +100,9 @@ def test_pictures_of_every_kind_of_output(output, shape) -> None:
 
 
 def test_an_output_without_pictures_is_an_error() -> None:
-    with pytest.raises(TypeError, match="no pictures but Output"):
+    with pytest.raises(ValueError, match="no pictures but Output"):
         images_of(Output(audios=[1]))
-    with pytest.raises(TypeError, match="no pictures but str"):
+    with pytest.raises(ValueError, match="no pictures but str"):
         images_of(Output(images=["a"]))
 
 
