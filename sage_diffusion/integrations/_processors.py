@@ -38,6 +38,21 @@ class _Routed:
     """Marks the classes made here."""
 
 
+class _Alike(type):
+    """Makes a routed class equal to the class that it stands for.
+
+    diffusers looks processors up by their exact class (``set_default_attn_processor``, its hooks).
+    """
+
+    _sage_base: type
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or other is cls._sage_base
+
+    def __hash__(cls) -> int:
+        return hash(cls._sage_base)
+
+
 _lock = threading.RLock()
 
 
@@ -54,13 +69,11 @@ def _routed_class(cls: type) -> type:
         "__module__": cls.__module__,
         "__call__": _publishing(core.__call__),
         "__reduce_ex__": _reduce,
-        # Hosts compare a processor's class with exact classes and make new ones of it: both must
-        # meet the original.  type() tells the truth.
-        "__class__": property(lambda self: cls),
         "_sage_slot": None,
         "_sage_base": cls,
     }
-    return type(cls)("Sage" + cls.__name__, (core, _Routed), namespace)
+    meta = _Alike if type(cls) is type else type(cls)
+    return meta("Sage" + cls.__name__, (core, _Routed), namespace)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -182,6 +195,9 @@ def route(processor: Any, session: AttentionSession, path: str) -> Any:
 def unroute(processor: Any) -> Any:
     """The original of a routed processor, with what the host has set on the copy since."""
     slot = processor._sage_slot
+    if slot is None:  # the host made a new one of a routed processor's class
+        processor.__class__ = processor._sage_base
+        return processor
     slot.live = False
     original = slot.original
     state = {key: value for key, value in vars(processor).items() if key != "_sage_slot"}

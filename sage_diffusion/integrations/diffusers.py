@@ -146,7 +146,7 @@ class Patch:
             processor = _processor(module)
             if is_routed(processor):
                 slot = processor._sage_slot
-                ours = slot.session is self.session and slot.live
+                ours = slot is not None and slot.session is self.session and slot.live
                 if ours and slot.path == name:
                     continue
                 processor = slot.original if ours else unroute(processor)
@@ -191,8 +191,10 @@ class Patch:
             method.remove()
         for module, routed in self._routed:
             current = _processor(module)
-            if is_routed(current) and current._sage_slot.session is self.session:
-                module.processor = unroute(current)
+            if is_routed(current):
+                slot = current._sage_slot
+                if slot is None or slot.session is self.session:
+                    module.processor = unroute(current)
             # A host may have kept it and put it back later: then it must be the original.
             routed._sage_slot.live = False
         self._routed.clear()
