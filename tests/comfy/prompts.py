@@ -1,0 +1,74 @@
+"""API prompts of tiny models for the server tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: family -> (width, tokens, pooled, VAE, node of the empty latent)
+PARTS = {
+    "sd3": (4096, 154, 2048, "taesd3", "EmptySD3LatentImage"),
+    "flux": (4096, 64, 768, "taef1", "EmptySD3LatentImage"),
+    "sd15": (768, 77, 0, "taesd", "EmptyLatentImage"),
+    "wan": (4096, 64, 0, None, "EmptyHunyuanLatentVideo"),
+}
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    """One node of an API prompt."""
+    return {"class_type": kind, "inputs": inputs}
+
+
+def sampling(family: str, *, steps: int = 3, side: int = 64, **preset: Any) -> dict[str, Any]:
+    """Load, patch, sample, decode, save, report.  ``preset`` are Sage Attention's inputs."""
+    width, tokens, pooled, vae, latent = PARTS[family]
+    size: dict[str, Any] = {"width": side, "height": side, "batch_size": 1}
+    if latent == "EmptyHunyuanLatentVideo":
+        size["length"] = 5
+    prompt = {
+        "1": node("UNETLoader", unet_name=f"tiny_{family}.safetensors", weight_dtype="default"),
+        "2": node(
+            "SageDiffusionAttention",
+            model=["1", 0],
+            enabled=True,
+            backend="auto",
+            strict=False,
+            **(preset or {"preset": "quality"}),
+        ),
+        "3": node("TinyConditioning", width=width, tokens=tokens, pooled=pooled, seed=1),
+        "4": node("TinyConditioning", width=width, tokens=tokens, pooled=pooled, seed=2),
+        "5": node(latent, **size),
+        "6": node(
+            "KSampler",
+            model=["2", 0],
+            positive=["3", 0],
+            negative=["4", 0],
+            latent_image=["5", 0],
+            seed=42,
+            steps=steps,
+            cfg=1.0 if family == "flux" else 4.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        "7": node("SageDiffusionReport", after=["6", 0], model=["2", 0], details=True),
+    }
+    if vae is None:
+        prompt["9"] = node("SaveLatent", samples=["7", 0], filename_prefix=family)
+    else:
+        prompt["8"] = node("VAELoader", vae_name=vae)
+        prompt["9"] = node("VAEDecode", samples=["7", 0], vae=["8", 0])
+        prompt["10"] = node("SaveImage", images=["9", 0], filename_prefix=family)
+    return prompt
+
+
+def custom(spec: str, **more: Any) -> dict[str, Any]:
+    """Sage Attention's inputs for the preset "custom"."""
+    inputs = {
+        "spec": spec,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "layers": "*",
+        "keep_cross_attention": False,
+        "min_tokens": 0,
+    } | more
+    return {"preset": "custom", **{f"preset.{name}": value for name, value in inputs.items()}}
