@@ -38,9 +38,9 @@ FP4_GROUP = 16
 #: inputs can't overflow float32; rows this large are one-hot after the softmax anyway.
 MAX_SCALE = 1e12
 
-#: Values are clamped to this before they are smoothed or rotated, so that sums stay finite.
-#: :data:`MAX_SCALE` saturates Q and K long before.
-MAX_VALUE = 1e30
+#: Values are clamped to this before they are smoothed or rotated, so that their sums and products
+#: stay finite.  Nothing is lost: :data:`MAX_SCALE` saturates INT8 Q and K at 1.27e14.
+MAX_VALUE = 1e15
 
 #: Smaller dequantization scales become 1: the group is zero for every purpose, and the inverse of
 #: a denormal scale would not be finite.

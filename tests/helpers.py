@@ -1,7 +1,14 @@
 """What several test files use."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import torch
 from torch import Tensor
+
+from sage_diffusion.kernels.attention import tuning
 
 
 def relative_l1(got: Tensor, want: Tensor) -> float:
@@ -24,14 +31,23 @@ def fused_view(batch: int, heads: int, length: int, dim: int, seed: int, dtype=t
 def biased(batch: int, heads: int, length: int, dim: int, seed: int) -> tuple[Tensor, ...]:
     """q, k, v with the channel bias and the outliers of diffusion models' attention.
 
-    K has a large mean and every head a few channels of large spread (SageAttention, 2410.02367
-    figure 4), Q a smaller mean that drifts along the sequence, V a mean of 8 (SageAttention2).
+    Q and K have a mean per channel, Q's drifting along the sequence, and a few channels of large
+    spread (SageAttention, 2410.02367, figure 4); V has a mean of 8 (SageAttention2, 2411.10958).
     """
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, heads, length, dim, generator=g) for _ in range(3))
     spread = torch.ones(dim)
     spread[:: dim // 4] = 4.0
-    drift = torch.linspace(0.5, 1.5, length)[:, None]
-    q = q * spread + 3.0 * torch.randn(heads, 1, dim, generator=g) * drift
-    k = k * spread + 8.0 * torch.randn(heads, 1, dim, generator=g)
-    return q * 0.4, k * 0.4, v + 8.0 * torch.randn(heads, 1, dim, generator=g).sign()
+    drift = torch.linspace(0.8, 1.2, length)[:, None]
+    q = q * spread + 5.0 * torch.randn(heads, 1, dim, generator=g) * drift
+    k = k * spread + 5.0 * torch.randn(heads, 1, dim, generator=g)
+    return q * 0.3, k * 0.3, v + 8.0 * torch.randn(heads, 1, dim, generator=g).sign()
+
+
+@contextlib.contextmanager
+def card(cc: int) -> Iterator[Any]:
+    """A simulated GPU (:mod:`ptxvm`), and this package's launch configurations for it."""
+    from ptxvm import gpu  # needs Triton, the other helpers do not
+
+    with gpu(cc) as driver, mock.patch.object(tuning, "architecture", lambda device: f"sm_{cc}"):
+        yield driver

@@ -140,6 +140,21 @@ def test_approximate_division_is_never_exact():
 
 
 @triton.jit
+def _centre(X, M, Y, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(Y + o, tl.load(X + o).to(tl.float32) - tl.load(M + o))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_arithmetic(dtype):
+    """sm_120 subtracts a float32 from a half value in one instruction."""
+    x, mean, y = torch.randn(512).to(dtype), torch.randn(512), torch.zeros(512)
+    with gpu(120):
+        _centre[(1,)](x, mean, y, BLOCK=512)
+    assert torch.equal(y, x.float() - mean)
+
+
+@triton.jit
 def _histogram(X, H, n, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + o, mask=o < n, other=0)

@@ -103,7 +103,7 @@ def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float)
     Returns:
         ``[B, H, ceil(Lq / 128), Lk]`` float32 (SageAttention2, 2411.10958 equation 5).
     """
-    rows = k.float() if k_mean is None else k.float() - k_mean[:, :, None]
+    rows = quantize.finite(k) if k_mean is None else quantize.finite(k) - k_mean[:, :, None]
     group = q_mean.shape[1] // k.shape[1]
     return (q_mean * multiplier) @ rows.repeat_interleave(group, 1).transpose(2, 3)
 
@@ -112,7 +112,7 @@ def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float) -> Tensor:
     """The part of the log-sum-exp that smooth_k removed, ``[B, H, Lq]`` float32."""
     group = q.shape[1] // k_mean.shape[1]
     means = k_mean.repeat_interleave(group, 1)[..., None]
-    return (q.float() @ means)[..., 0] * sm_scale
+    return (quantize.finite(q) @ means)[..., 0] * sm_scale
 
 
 def attend_quantized(

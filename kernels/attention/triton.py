@@ -51,13 +51,21 @@ def _load_tile(p, rows, cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr
 
 
 @triton.jit
+def _load_mask(p, inside, EDGE: tl.constexpr):
+    if EDGE:
+        return tl.load(p, mask=inside[None, :] & tl.full(p.shape, True, tl.int1), other=0)
+    return tl.load(p)
+
+
+@triton.jit
 def _attend_range(
     acc,  # [BLOCK_M, DP] float32
     total,  # [BLOCK_M] float32
     top,  # [BLOCK_M] float32, log2 units
     q,  # [BLOCK_M, DP] int8
     q_scale,  # [BLOCK_M] float32, positive
-    o_m,  # [BLOCK_M] query indices, clamped to the last
+    o_m,  # [BLOCK_M] query indices
+    o_row,  # [BLOCK_M] the same within the block, clamped to the last query
     start,  # first key, a multiple of 64
     stop,
     k_len,
@@ -76,6 +84,7 @@ def _attend_range(
     P_RANGE: tl.constexpr,
     K_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
@@ -85,29 +94,30 @@ def _attend_range(
     p_v += first * stride_vn + o_n[:, None].to(tl.int64) * stride_vn
     p_v += o_d[None, :].to(tl.int64) * stride_vd  # [64, DP]
     if MASK:
-        p_mask += o_m[:, None].to(tl.int64) * stride_mm
-        p_mask += first * stride_mn + o_n[None, :].to(tl.int64) * stride_mn
+        p_mask += first * stride_mn
+        if MASK_ROWS:
+            p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
+        else:
+            p_mask += o_n[None, :] * stride_mn
     for n in tl.range(start, stop, _TILE_N):
         inside = n + o_n < k_len
         k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
         s = int_to_float(tl.dot(q, k), SHIFT)
-        if K_BLOCK == 1:
-            s *= tl.load(p_k_scale + n + o_n, mask=inside, other=1.0)[None, :]
-        elif K_BLOCK % _TILE_N == 0:
+        if K_BLOCK % _TILE_N == 0:
             s *= tl.load(p_k_scale + n // K_BLOCK)
         else:
-            s *= tl.load(p_k_scale + (n + o_n) // K_BLOCK, mask=inside, other=1.0)[None, :]
+            p_scale = p_k_scale + (n + o_n) // K_BLOCK
+            s *= _load_tile(p_scale, inside, inside, EDGE, False)[None, :]
         if EDGE:
             visible = inside[None, :]
             if CAUSAL:
                 visible = visible & (n + o_n[None, :] <= o_m[:, None])
             s = tl.where(visible, s, -float("inf"))
         if MASK == 1:
-            seen = _load_tile(p_mask, o_m[:, None] >= 0, inside[None, :], False, EDGE)
+            seen = _load_mask(p_mask, inside, EDGE)
             s = tl.where(seen != 0, s, -float("inf"))
         if MASK == 2:
-            bias = _load_tile(p_mask, o_m[:, None] >= 0, inside[None, :], False, EDGE)
-            bias = bias.to(tl.float32)
+            bias = _load_mask(p_mask, inside, EDGE).to(tl.float32)
             clamped = tl.minimum(tl.maximum(bias * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
             s = s * q_scale[:, None] + tl.where(bias == -float("inf"), bias, clamped)
             tile_top = tl.max(s, 1)
@@ -192,6 +202,7 @@ def _attention_fwd_kernel(
     Q_BLOCK: tl.constexpr,  # tokens of a scale
     K_BLOCK: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 boolean, 2 additive
+    MASK_ROWS: tl.constexpr,  # the mask differs from query to query
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -205,16 +216,16 @@ def _attention_fwd_kernel(
     i_bkv = i_b * (heads // group) + i_h // group
 
     rows, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, DP)
-    o_m = tl.minimum(rows, q_len - 1)
+    o_row = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i_m * BLOCK_M)
     p_q += (i_bh * q_len + i_m * BLOCK_M) * DP
     at = tl.arange(0, BLOCK_M)[:, None] * DP + o_d[None, :]
     q = tl.load(p_q + at, mask=rows[:, None] < q_len, other=0)
-    q_scale = tl.load(p_q_scale + i_bh * q_groups + o_m // Q_BLOCK)
+    q_scale = tl.load(p_q_scale + i_bh * q_groups + (i_m * BLOCK_M + o_row) // Q_BLOCK)
     p_k += i_bkv * k_len * DP
     p_k_scale += i_bkv * k_groups
     p_v += i_b * stride_vb + (i_h // group) * stride_vh
     if MASK:
-        p_mask += i_b * stride_mb + i_h * stride_mh
+        p_mask += i_b * stride_mb + i_h * stride_mh + i_m.to(tl.int64) * BLOCK_M * stride_mm
 
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -230,7 +241,8 @@ def _attention_fwd_kernel(
             top,
             q,
             q_scale,
-            o_m,
+            rows,
+            o_row,
             whole * EDGE,
             stop if EDGE else whole,
             k_len,
@@ -249,6 +261,7 @@ def _attention_fwd_kernel(
             P_RANGE,
             K_BLOCK,
             MASK,
+            MASK_ROWS,
             CAUSAL,
             SHIFT,
         )
@@ -307,7 +320,8 @@ def attend_quantized(
     if isinstance(v, QuantizedValue):
         if v.precision not in (Precision.INT8, Precision.FP8):
             raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
-        values, v_scale, v_mean = v.data, v.scale, v.mean
+        values, v_scale = v.data.contiguous(), v.scale.contiguous()
+        v_mean = None if v.mean is None else v.mean.contiguous()
         head_dim = values.shape[2]
         v_strides = (*values.stride()[:2], 1, values.stride(2))
         pv = v.precision.value
@@ -321,25 +335,28 @@ def attend_quantized(
         if pv != "fp8":
             raise ValueError(f"fp16_accumulator needs v in fp8, got {pv}")
         pv = "fp8-fast"
-    kind, mask_strides = 0, (0, 0, 0, 0)
+    kind, strides = 0, (0, 0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
         mask = mask.float() if mask.dtype == torch.float64 else mask
+        # The kernel's offsets within a tile have 32 bits.
+        if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
+            mask = mask.contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
-        mask_strides = mask.stride()
-    config = tuning.launch(tuning.architecture(device), dim, pv)
+        strides = mask.stride()
+    config = tuning.launch(tuning.architecture(device), dim, row_mask=strides[2] != 0)
     out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
     with torch.cuda.device_of(q.data):
         _attention_fwd_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
-            q.data,
-            k.data,
+            q.data.contiguous(),  # as our quantizers leave them; the twin keeps its input's order
+            k.data.contiguous(),
             values,
-            q.scale,
-            k.scale,
+            q.scale.contiguous(),
+            k.scale.contiguous(),
             v_scale,
             v_mean,
             mask,
@@ -352,7 +369,7 @@ def attend_quantized(
             q.scale.shape[2],
             k.scale.shape[2],
             *v_strides,
-            *mask_strides,
+            *strides,
             D=head_dim,
             DP=dim,
             PV=pv,
@@ -360,6 +377,7 @@ def attend_quantized(
             Q_BLOCK=q.block,
             K_BLOCK=k.block,
             MASK=kind,
+            MASK_ROWS=strides[2] != 0,
             CAUSAL=is_causal,
             SHIFT=config.shift,
             BLOCK_M=config.block_m,

@@ -26,19 +26,30 @@ class Launch(NamedTuple):
     shift: bool = False
 
 
-#: Launches by architecture ("*": any other) and padded head dim.
+#: Launches by prefix of the architecture, the first that matches, and padded head dim.  At head dim
+#: 128 fewer warps spill; on RDNA, whose matrix operands take twice the registers, so do 8.
 _LAUNCHES: dict[str, dict[int, Launch]] = {
     "sm_80": {
         64: Launch(128, 4, 3, shift=True),
         128: Launch(128, 8, 3, shift=True),
         256: Launch(64, 8, 2, shift=True),
     },
-    "amd": {
+    "gfx9": {
         64: Launch(128, 4, 1),
         128: Launch(128, 4, 1),
         256: Launch(64, 4, 1),
     },
-    "*": {
+    "gfx11": {
+        64: Launch(128, 8, 1),
+        128: Launch(128, 16, 1),
+        256: Launch(64, 16, 1),
+    },
+    "gfx": {
+        64: Launch(128, 8, 1),
+        128: Launch(128, 8, 1),
+        256: Launch(64, 16, 1),
+    },
+    "": {
         64: Launch(128, 4, 3),
         128: Launch(128, 8, 3),
         256: Launch(64, 8, 2),
@@ -55,11 +66,20 @@ _FP8_HIP = ("gfx950", "gfx12")
 _MATRIX_HIP = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 
 
-def launch(arch: str, dim: int, pv: str) -> Launch:
-    """The configuration for an architecture ("sm_89", "gfx942"), padded head dim and P/V format."""
-    del pv
-    table = _LAUNCHES.get("amd" if arch.startswith("gfx") else arch, _LAUNCHES["*"])
-    return table[dim]
+@functools.lru_cache(maxsize=256)
+def launch(arch: str, dim: int, row_mask: bool = False) -> Launch:
+    """The configuration for an architecture ("sm_89", "gfx942") and padded head dim.
+
+    Args:
+        row_mask: a mask that differs from query to query is read too; its tiles need registers and,
+            in every stage, shared memory.
+    """
+    found = next(table for prefix, table in _LAUNCHES.items() if arch.startswith(prefix))[dim]
+    if row_mask:
+        found = found._replace(
+            num_warps=max(found.num_warps, 8), num_stages=min(found.num_stages, 2)
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=64)

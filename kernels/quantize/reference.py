@@ -52,14 +52,14 @@ FP8_FAST_VALUE_MAX = 2.25
 
 def token_mean(x: Tensor) -> Tensor:
     """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
-    return _finite(x).mean(2)
+    return finite(x).mean(2)
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:
     """Means of ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32."""
     length = x.shape[2]
     blocks = -(-length // block)
-    padded = F.pad(_finite(x), (0, 0, 0, blocks * block - length))
+    padded = F.pad(finite(x), (0, 0, 0, blocks * block - length))
     sums = padded.unflatten(2, (blocks, block)).sum(3)
     counts = torch.full((blocks,), float(block), device=x.device)
     counts[-1] = length - (blocks - 1) * block
@@ -110,7 +110,7 @@ def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
     Returns:
         ``[B, H, L, padded_dim(D)]`` float32.
     """
-    rows = _finite(x)
+    rows = finite(x)
     if mean is not None:
         rows = rows - expand_block_mean(mean, x.shape[2])
     rows = F.pad(rows, (0, padded_dim(x.shape[-1]) - x.shape[-1]))
@@ -175,7 +175,7 @@ def quantize_value(
         fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
     """
     length = v.shape[2]
-    rows = _finite(v) if mean is None else _finite(v) - mean[:, :, None]
+    rows = finite(v) if mean is None else finite(v) - mean[:, :, None]
     channels = F.pad(rows.transpose(2, 3), (0, padded_length(length) - length))  # [B, H, D, Lp]
     amax = channels.abs().amax(-1)
     if precision is Precision.FP4:
@@ -213,8 +213,8 @@ def dequantize_value(v: QuantizedValue) -> Tensor:
     return rows if v.mean is None else rows + v.mean[:, :, None]
 
 
-def _finite(x: Tensor) -> Tensor:
-    """float32, clamped so that sums of it stay finite."""
+def finite(x: Tensor) -> Tensor:
+    """float32, clamped so that sums and products of it stay finite."""
     return x.float().clamp(-MAX_VALUE, MAX_VALUE)
 
 

@@ -153,7 +153,11 @@ class ArithmeticOps(Lanes):
                 i.args[0], np.ascontiguousarray(f(*ops).astype(np.float32)).view(np.uint64)[:, 0]
             )
             return
-        v = [self.read(a, ty) for a in i.args[1:]]
+        sources = [ty] * (len(i.args) - 1)
+        if ty in ("f16", "bf16") and i.op[-2] == "f32":
+            # sm_100 and later: f32 arithmetic that reads all but its last operand in a half type.
+            sources[-1] = ty = "f32"
+        v = [self.read(a, kind) for a, kind in zip(i.args[1:], sources, strict=True)]
         if ty in ("f32", "f16", "bf16", "f64"):
             up = (
                 np.float64

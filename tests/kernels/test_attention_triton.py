@@ -1,0 +1,165 @@
+"""The Triton kernel, as compiled for four architectures, against the twin.
+
+The simulated card stops at every access out of bounds and every race.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import card, fused_view, relative_l1
+
+from sage_diffusion.kernels.attention import reference
+from sage_diffusion.kernels.formats import LOG2E, Precision
+from sage_diffusion.kernels.quantize import reference as quantize
+from sage_diffusion.kernels.spec import AttentionSpec
+
+triton = pytest.importorskip("sage_diffusion.kernels.attention.triton")
+
+
+class Case(NamedTuple):
+    """One launch: compute capability, P/V format and shapes; Hkv = H / group."""
+
+    cc: int
+    pv: str
+    dim: int
+    q_len: int
+    k_len: int
+    heads: int = 2
+    group: int = 1
+    batch: int = 1
+    mask: str | None = None
+    is_causal: bool = False
+    block: bool = False
+    smooth_v: bool = False
+    dtype: torch.dtype = torch.float16
+    return_lse: bool = True
+
+
+CASES = {
+    "sm80-odd": Case(80, "fp16", 72, 200, 65, heads=3, group=3, is_causal=True),
+    "sm80-keys": Case(80, "int8", 64, 63, 200, batch=2, mask="keys", return_lse=False),
+    "sm80-one": Case(80, "fp16", 1, 1, 1, heads=1),
+    "sm80-int8-future": Case(80, "int8", 128, 130, 65, mask="bool", is_causal=True),
+    "sm89-additive": Case(89, "fp8", 128, 65, 200, mask="additive"),
+    "sm89-fast": Case(89, "fp8-fast", 40, 200, 63, heads=3, group=3, is_causal=True),
+    "sm89-wide": Case(89, "fp16", 256, 65, 130, mask="queries", dtype=torch.bfloat16),
+    "sm89-float": Case(89, "fp16", 64, 70, 64, mask="double", dtype=torch.float32),
+    "sm90-whole": Case(90, "fp8", 64, 128, 128, is_causal=True, block=True),
+    "sm90-pair": Case(90, "int8", 128, 65, 65, heads=4, group=2, batch=2, smooth_v=True),
+    "sm90-row": Case(90, "fp16", 40, 1, 200, mask="bool"),
+    "sm90-fast": Case(90, "fp8-fast", 128, 63, 129, mask="keys", block=True),
+    "sm120-block": Case(120, "fp16", 128, 200, 200, heads=3, group=3, block=True),
+    "sm120-wide": Case(120, "fp8-fast", 256, 63, 65, smooth_v=True, mask="additive"),
+    "sm120-short": Case(120, "int8", 72, 129, 1, is_causal=True),
+}
+
+
+def make_mask(kind: str | None, case: Case) -> torch.Tensor | None:
+    """Masks that broadcast along different dims; row 3 sees nothing where rows differ."""
+    g = torch.Generator().manual_seed(7)
+    if kind is None:
+        return None
+    if kind == "keys":  # [B, 1, 1, Lk]: padding
+        return (
+            torch.arange(case.k_len)
+            < torch.tensor([case.k_len - 5, 70])[: case.batch, None, None, None]
+        )
+    if kind == "queries":  # [Lq, 1], additive
+        rows = torch.randn(case.q_len, 1, generator=g)
+        rows[3:] = -math.inf
+        return rows
+    visible = torch.rand(1, case.heads, case.q_len, case.k_len, generator=g) > 0.4
+    visible[:, :, 3:4] = False
+    if kind == "bool":  # a view whose rows are not aligned
+        wide = torch.zeros(1, case.heads, case.q_len, case.k_len + 3, dtype=torch.bool)
+        wide[..., 3:] = visible
+        return wide[..., 3:]
+    bias = torch.randn(visible.shape, generator=g) * 3
+    bias[..., 0] = torch.finfo(torch.float32).min
+    bias = bias.masked_fill(~visible, -math.inf)
+    return bias.double() if kind == "double" else bias[:, :1].clone()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernel(name: str):
+    case = CASES[name]
+    heads = (case.heads, case.heads // case.group)
+    q = fused_view(case.batch, heads[0], case.q_len, case.dim, 0, case.dtype)
+    k = fused_view(case.batch, heads[1], case.k_len, case.dim, 1, case.dtype)
+    v = fused_view(case.batch, heads[1], case.k_len, case.dim, 2, case.dtype)
+    if case.dtype == torch.float32:
+        v = v * torch.logspace(-3, 7, case.dim)  # beyond the range of FP16
+    multiplier = case.dim**-0.5 * LOG2E
+    rows = {"multiplier": multiplier, "block": 128 if case.block else 1}
+    operands = (
+        quantize.quantize_rows(q, Precision.INT8, **rows),
+        quantize.quantize_rows(k, Precision.INT8, block=64 if case.block else 1),
+    )
+    fast = case.pv == "fp8-fast"
+    values: Any = v
+    if case.pv != "fp16":
+        mean = quantize.token_mean(v) if case.smooth_v else None
+        values = quantize.quantize_value(v, Precision(case.pv[:4].strip("-")), mean=mean, fast=fast)
+    mask = make_mask(case.mask, case)
+    options = {"mask": mask, "is_causal": case.is_causal, "fp16_accumulator": fast}
+    before = None if mask is None else mask.clone()
+    with card(case.cc) as gpu:
+        out, lse = triton.attend_quantized(
+            *operands, values, **options, return_lse=case.return_lse, out_dtype=torch.float32
+        )
+    assert len(gpu.launches) == 1
+    want, want_lse = reference.attend_quantized(*operands, values, **options)
+    # P rounded to FP8 may differ by one code where exp2 differs in the last place.
+    assert relative_l1(out, want) < (1e-4 if case.pv.startswith("fp8") else 1e-5)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    hidden = torch.isneginf(want_lse)
+    assert not out[hidden].any()
+    if case.return_lse:
+        torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    else:
+        assert lse is None
+    if mask is not None:
+        assert hidden.any() == (case.mask != "keys" and case.q_len > 3)
+        assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize(
+    "cc,name,scale",
+    [
+        (80, "int8/fp16+rotate", None),
+        (89, "int8/fp8", 0.3),
+        (90, "int8/int8+block", -0.2),
+        (120, "int8/fp8-fast+smooth_v", 0.0),
+    ],
+)
+def test_whole_call(cc, name, scale):
+    """Quantizers and attention in a row, on views of fused projections, against the twin."""
+    spec = AttentionSpec.parse(name)
+    q = fused_view(1, 2, 70, 64, 3)
+    k, v = fused_view(1, 1, 130, 64, 4) + 2, fused_view(1, 1, 130, 64, 5) + 4
+    copies = [x.clone() for x in (q, k, v)]
+    mask = torch.arange(130)[None, None, None] < 100
+    with card(cc) as gpu:
+        out, lse = triton.attention(q, k, v, spec, mask=mask, scale=scale, return_lse=True)
+    want, want_lse = reference.attention(q, k, v, spec, mask=mask, scale=scale)
+    assert out.dtype == q.dtype and gpu.launches[-1][0] == "_attention_fwd_kernel"
+    assert relative_l1(out, want) < 1e-3
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
+
+
+def test_refuses_what_it_cannot_read():
+    x = torch.zeros(1, 1, 2, 64)
+    int8, fp8 = (quantize.quantize_rows(x, p) for p in (Precision.INT8, Precision.FP8))
+    with pytest.raises(ValueError, match="k must be int8, got fp8"):
+        triton.attend_quantized(int8, fp8, x)
+    with pytest.raises(ValueError, match="delta_s must be None"):
+        triton.attend_quantized(int8, int8, x, delta_s=torch.zeros(1, 1, 1, 2))
+    with pytest.raises(ValueError, match="v must be int8 or fp8, got fp4"):
+        triton.attend_quantized(int8, int8, quantize.quantize_value(x, Precision.FP4))
+    with pytest.raises(ValueError, match="fp16_accumulator needs v in fp8, got half"):
+        triton.attend_quantized(int8, int8, x, fp16_accumulator=True)
+    with pytest.raises(ValueError, match=r"int4/int8: the kernel reads Q and K in int8"):
+        triton.attention(x, x, x, AttentionSpec.parse("int4/int8"))
