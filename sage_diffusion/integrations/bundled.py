@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -26,6 +27,12 @@ from torch import Tensor
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "emoji_dit"
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword of ``from_pretrained`` that this diffusers wants; 0.42 renamed it."""
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
 
 
 class EmojiPipeline(DiffusionPipeline):
@@ -74,7 +81,7 @@ class EmojiPipeline(DiffusionPipeline):
             )
         # FP16 on disk only: CPUs compute half types slowly, and the exact run should be exact.
         transformer = DiTTransformer2DModel.from_pretrained(
-            folder / "transformer", torch_dtype=dtype
+            folder / "transformer", **dtype_argument(dtype)
         )
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         return cls(transformer.eval(), scheduler, json.loads(names.read_text(encoding="utf-8")))

@@ -185,7 +185,7 @@ def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | 
     """
     from diffusers import DiffusionPipeline
 
-    from sage_diffusion.integrations.bundled import EmojiPipeline
+    from sage_diffusion.integrations.bundled import EmojiPipeline, dtype_argument
 
     gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
@@ -204,6 +204,6 @@ def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | 
                 "(owner/name), nor bundled"
             )
         kind = EmojiPipeline if is_ours else DiffusionPipeline
-        pipe = kind.from_pretrained(name, torch_dtype=dtype)
+        pipe = kind.from_pretrained(name, **dtype_argument(dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if gpu else "cpu"))

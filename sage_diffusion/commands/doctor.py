@@ -1,0 +1,117 @@
+"""``sage-diffusion doctor``: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from sage_diffusion.commands.common import AsJson, emit
+
+
+def doctor(
+    head_dim: Annotated[int, typer.Option(help="Head dim of the calls asked about.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Their number of tokens.", min=1)] = 4096,
+    device: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it on Python 3.10)
+        typer.Option(help="Ask about this device. [default: the GPU where there is one]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, devices, and every backend's answer to every spec of the ladder."""
+    from rich.table import Table
+
+    from sage_diffusion.kernels.spec import LADDER
+
+    document = diagnose(head_dim, tokens, device)
+    versions = Table(title="This machine", title_justify="left", show_header=False)
+    for key, value in document["environment"].items():
+        versions.add_row(key, value)
+    for gpu in document["devices"]:
+        versions.add_row("gpu", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
+    table = Table(
+        title=f"Backends on {document['device']} (head_dim {head_dim}, {tokens} tokens)",
+        title_justify="left",
+        caption="auto: what backend='auto' takes; yes: can run it when named",
+        caption_justify="left",
+    )
+    table.add_column("spec")
+    names = [backend["name"] for backend in document["backends"]]
+    for name in names:
+        table.add_column(name)
+    for spec in LADDER:
+        answers = document["specs"][spec]
+        cells = []
+        for name in names:
+            refused = answers["refusals"][name] is not None
+            cells.append("-" if refused else "auto" if name == answers["auto"] else "yes")
+        table.add_row(spec, *cells)
+    reasons = Table(title="Why not", title_justify="left", show_lines=False)
+    for heading in ("backend", "specs", "reason"):
+        reasons.add_column(heading)
+    for name in names:
+        grouped: dict[str, list[str]] = {}
+        for spec in LADDER:
+            reason = document["specs"][spec]["refusals"][name]
+            if reason is not None:
+                grouped.setdefault(reason, []).append(spec)
+        for reason, specs in grouped.items():
+            listed = "all" if len(specs) == len(LADDER) else ", ".join(specs)
+            reasons.add_row(name, listed, reason)
+    emit(as_json, document, versions, table, reasons)
+
+
+def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str, Any]:
+    """The answers as plain data."""
+    import torch
+
+    from sage_diffusion import backends
+    from sage_diffusion.accuracy.environment import environment, version
+    from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+
+    gpu = torch.cuda.is_available()
+    target = torch.device(device or ("cuda" if gpu else "cpu"))
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    capability, hip_arch = (None, None)
+    if target.type == "cuda":
+        if not gpu:
+            raise ValueError("torch sees no CUDA or ROCm device here")
+        capability, hip_arch = backends.device_arch(target)
+    shape = (1, 1, tokens, head_dim)
+    specs = {}
+    for name in LADDER:
+        spec = AttentionSpec.parse(name)
+        call = backends.AttentionCall(
+            shape, shape, dtype, target.type, capability, hip_arch, None, False, False, spec
+        )
+        try:
+            chosen: str | None = backends.select(call).name
+        except backends.BackendUnavailable:
+            chosen = None
+        specs[name] = {"auto": chosen, "refusals": backends.refusals(call)}
+    comfy = version("comfyui") or version("comfyui-frontend-package")
+    found = environment(comfyui=comfy or "not installed")
+    for name in ("triton", "diffusers"):
+        found.setdefault(name, "not installed")
+    return {
+        "environment": found,
+        "devices": [_gpu(i) for i in range(torch.cuda.device_count())] if gpu else [],
+        "device": str(target),
+        "backends": [{"name": b.name, "describes": b.describes} for b in backends.BACKENDS],
+        "specs": specs,
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    from sage_diffusion.backends import device_arch
+
+    properties = torch.cuda.get_device_properties(index)
+    capability, hip_arch = device_arch(torch.device("cuda", index))
+    architecture = hip_arch or (f"sm_{capability[0]}{capability[1]}" if capability else "unknown")
+    return {
+        "name": properties.name,
+        "architecture": architecture,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
