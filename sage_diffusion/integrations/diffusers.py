@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class Patch:
         self.session = session
         self.skipped: dict[str, str] = {}
         self._only = only
+        self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
         self._routed: list[tuple[nn.Module, Any]] = []
         self._methods: list[HostMethod] = []
         self._driver: ScheduleDriver | None = None
@@ -111,7 +112,8 @@ class Patch:
 
     def _attention_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Layer name and module of everything that has an attention processor."""
-        denoisers = _denoisers(self.target)
+        denoisers = _denoisers(self.target, self._known)
+        self._known.update(denoisers)
         for component, model in denoisers.items():
             prefix = f"{component}." if len(denoisers) > 1 else ""
             for path, module in model.named_modules():
@@ -401,8 +403,8 @@ def _is_pipeline(target: Any) -> bool:
     )
 
 
-def _denoisers(target: Any) -> dict[str, nn.Module]:
-    """The models to patch by component name; a model alone has the name ""."""
+def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
+    """The models to patch by component name, ``known`` ones included; a lone model's is ""."""
     if isinstance(target, nn.Module):
         return {"": _unwrapped(target)}
     if not _is_pipeline(target):
@@ -414,7 +416,7 @@ def _denoisers(target: Any) -> dict[str, nn.Module]:
         model = _unwrapped(component)
         if not isinstance(model, diffusers.ModelMixin) or any(x in name for x in _NOT_DENOISERS):
             continue
-        if any(attention_sites(_class_of(_processor(m))) for m in model.modules()):
+        if name in known or any(attention_sites(_class_of(_processor(m))) for m in model.modules()):
             found[name] = model
     return found
 
