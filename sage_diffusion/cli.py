@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -17,7 +18,7 @@ from sage_diffusion.commands.common import CommandError
 
 #: Each is a module of ``sage_diffusion.commands`` with a function of its name, or with a Typer
 #: ``app`` of sub-commands.  The one line that a new command adds.
-COMMANDS = ("demo", "compare", "plan", "doctor", "cost")
+COMMANDS = ("demo", "compare", "calibrate", "evaluate", "plan", "doctor", "cost")
 
 
 def build(names: Sequence[str] = COMMANDS) -> typer.Typer:
@@ -44,7 +45,9 @@ def build(names: Sequence[str] = COMMANDS) -> typer.Typer:
 
 
 # Typer carries its own copy of click in some versions and uses click's in others.
-_ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_ClickException: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
