@@ -28,7 +28,7 @@ from ..tiles import int_to_float, round_to_int
 from . import tuning
 from .reference import MASK_FLOOR, half_value, smoothed_lse
 
-_TILE_N, _LOG2E = tl.constexpr(TILE_N), tl.constexpr(LOG2E)
+_LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
 
 #: log2 of the largest code of P.
@@ -87,9 +87,10 @@ def _attend_range(
     MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    o_n, o_d = tl.arange(0, _TILE_N), tl.arange(0, DP)
-    first = start.to(tl.int64)
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
+    first, tile = start.to(tl.int64), tl.full([], BLOCK_N, tl.int64)
     p_k += first * DP + o_n[None, :] * DP + o_d[:, None]  # [DP, 64]
     p_v += first * stride_vn + o_n[:, None].to(tl.int64) * stride_vn
     p_v += o_d[None, :].to(tl.int64) * stride_vd  # [64, DP]
@@ -99,11 +100,11 @@ def _attend_range(
             p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
         else:
             p_mask += o_n[None, :] * stride_mn
-    for n in tl.range(start, stop, _TILE_N):
+    for n in tl.range(start, stop, BLOCK_N):
         inside = n + o_n < k_len
         k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
         s = int_to_float(tl.dot(q, k), SHIFT)
-        if K_BLOCK % _TILE_N == 0:
+        if K_BLOCK % BLOCK_N == 0:
             s *= tl.load(p_k_scale + n // K_BLOCK)
         else:
             p_scale = p_k_scale + (n + o_n) // K_BLOCK
@@ -162,10 +163,10 @@ def _attend_range(
                 )
         total = total * alpha + seen_total
         top = new_top
-        p_k += _TILE_N * DP
-        p_v += _TILE_N * stride_vn
+        p_k += BLOCK_N * DP
+        p_v += tile * stride_vn
         if MASK:
-            p_mask += _TILE_N * stride_mn
+            p_mask += tile * stride_mn
     return acc, total, top
 
 
@@ -206,6 +207,7 @@ def _attention_fwd_kernel(
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # always TILE_N: part of the numerics
 ):
     blocks = tl.cdiv(q_len, BLOCK_M)
     i_m = tl.program_id(0) % blocks
@@ -230,9 +232,9 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    whole, stop = k_len // _TILE_N * _TILE_N, k_len
+    whole, stop = k_len // BLOCK_N * BLOCK_N, k_len
     if CAUSAL:
-        whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // _TILE_N * _TILE_N)
+        whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
         acc, total, top = _attend_range(
@@ -264,6 +266,7 @@ def _attention_fwd_kernel(
             MASK_ROWS,
             CAUSAL,
             SHIFT,
+            BLOCK_N,
         )
 
     seen = total > 0.0
@@ -381,6 +384,7 @@ def attend_quantized(
             CAUSAL=is_causal,
             SHIFT=config.shift,
             BLOCK_M=config.block_m,
+            BLOCK_N=TILE_N,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,

@@ -6,6 +6,7 @@ The simulated card stops at every access out of bounds and every race.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers import card, fused_view, relative_l1
@@ -148,6 +149,21 @@ def test_whole_call(cc, name, scale):
     assert relative_l1(out, want) < 1e-3
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """One tile of V spans 2^31 elements, so that even a step to the next leaves 32 bits."""
+    try:
+        storage = torch.from_numpy(np.zeros(128 * 2**25 + 64, np.float16))  # pages nobody touches
+    except MemoryError:
+        pytest.skip("needs 8 GiB of address space")
+    v = storage.as_strided((1, 1, 129, 64), (1, 1, 2**25, 1))
+    v.copy_(torch.randn(1, 1, 129, 64))
+    q, k = (quantize.quantize_rows(torch.randn(1, 1, n, 64), Precision.INT8) for n in (2, 129))
+    with card(89):
+        out, _ = triton.attend_quantized(q, k, v)
+    want, _ = reference.attend_quantized(q, k, v.contiguous())
+    assert relative_l1(out, want) < 1e-5
 
 
 def test_refuses_what_it_cannot_read():

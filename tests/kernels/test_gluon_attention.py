@@ -1,0 +1,165 @@
+"""The Gluon kernel as compiled: run instruction by instruction, against the twin."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.9")
+
+from helpers import card, fused_view, relative_l1
+
+from sage_diffusion.kernels.attention import gluon, gluon_columns, reference
+from sage_diffusion.kernels.formats import LOG2E, Precision
+from sage_diffusion.kernels.quantize import reference as quantize
+from sage_diffusion.kernels.quantize.permute import permute_value
+from sage_diffusion.kernels.spec import AttentionSpec
+
+
+class Case(NamedTuple):
+    """One call on quantized operands; lengths of Q and K."""
+
+    cc: int
+    qk: str
+    pv: str
+    head_dim: int
+    q_len: int
+    k_len: int
+    mask: str | None = None
+    is_causal: bool = False
+    delta_s: bool = False
+    heads: int = 2
+    kv_heads: int = 2
+    block: bool = False
+    smooth_v: bool = False
+
+
+CASES = [
+    Case(89, "int4", "fp8", 128, 130, 257, delta_s=True),
+    Case(89, "int4", "fp8", 64, 63, 200, mask="bool"),
+    Case(80, "int4", "int8", 128, 200, 127, is_causal=True, delta_s=True, smooth_v=True),
+    Case(80, "int4", "int8", 40, 65, 64, mask="additive", is_causal=True),
+    Case(86, "int8", "int8", 72, 63, 65, heads=3, kv_heads=1),
+    Case(80, "int8", "int8", 128, 127, 200, mask="additive", block=True),
+    Case(89, "int8", "fp8", 96, 257, 257, is_causal=True, heads=3, kv_heads=1),
+    Case(89, "int8", "fp8", 1, 1, 1),
+    Case(120, "int8", "fp8", 80, 64, 63, mask="bool", block=True, smooth_v=True),
+]
+
+
+def masked(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    """A mask that hides every key from the first query."""
+    if case.mask is None:
+        return None
+    shape = (1, case.heads, case.q_len, case.k_len)
+    mask = torch.rand(shape, generator=generator) < 0.5
+    mask[:, :, 0] = False
+    if case.mask == "bool":
+        return mask
+    return torch.where(mask, torch.randn(shape, generator=generator), -torch.inf)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:6])))
+def test_equals_the_twin(case):
+    g = torch.Generator().manual_seed(case.q_len)
+    q = torch.randn(1, case.heads, case.q_len, case.head_dim, generator=g)
+    k = torch.randn(1, case.kv_heads, case.k_len, case.head_dim, generator=g)
+    v = torch.randn(1, case.kv_heads, case.k_len, case.head_dim, generator=g) + 1
+    fast, qk = case.pv == "fp8", Precision(case.qk)
+    operands = (
+        quantize.quantize_rows(
+            q, qk, block=128 if case.block else 1, multiplier=2 * LOG2E / case.head_dim**0.5
+        ),
+        quantize.quantize_rows(k, qk, block=64 if case.block else 1),
+    )
+    mean = quantize.token_mean(v) if case.smooth_v else None
+    values = quantize.quantize_value(v, Precision(case.pv), mean=mean, fast=fast)
+    options = {"is_causal": case.is_causal, "fp16_accumulator": fast, "mask": masked(case, g)}
+    if case.delta_s:
+        blocks = -(-case.q_len // 128)
+        options["delta_s"] = torch.randn(1, case.heads, blocks, case.k_len, generator=g)
+    with card(case.cc) as gpu:
+        out, lse = gluon.attend_quantized(*operands, permute_value(values), **options)
+    assert [name for name, _ in gpu.launches] == ["_scales_kernel", "attention_kernel"]
+    want, want_lse = reference.attend_quantized(*operands, values, **options)
+    # P rounded to 8 bits may differ by one code where exp2 differs in the last place.
+    assert relative_l1(out, want) < 1e-4
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    if case.mask is not None:
+        assert not out[:, :, 0].any() and torch.isneginf(lse[:, :, 0]).all()
+
+
+def test_int8_tiles_of_falling_maxima():
+    """Each tile's P is scaled to its own maximum, far below the running one or not."""
+    g = torch.Generator().manual_seed(0)
+    q, v = torch.ones(1, 1, 16, 64), torch.randn(1, 1, 256, 64, generator=g) + 1
+    k = (
+        torch.ones(1, 1, 256, 64)
+        * torch.tensor([0.0, 1.5, -1.0, 1.0]).repeat_interleave(64)[:, None]
+    )
+    k = k + 0.02 * torch.randn(1, 1, 256, 64, generator=g)
+    operands = (
+        quantize.quantize_rows(q, Precision.INT8, multiplier=0.25),
+        quantize.quantize_rows(k, Precision.INT8),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    with card(80):
+        out, lse = gluon.attend_quantized(*operands, permute_value(values))
+    want, want_lse = reference.attend_quantized(*operands, values)
+    assert relative_l1(out, want) < 1e-5
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cc,name,q_len,scale,mask",
+    [
+        (89, "int4/fp8-fast", 130, -0.2, torch.arange(200)[None, None, None] < 70),
+        (80, "int8/int8+smooth_v", 70, None, torch.linspace(-3, 0, 200).expand(1, 1, 1, -1)),
+    ],
+)
+def test_whole_call(cc, name, q_len, scale, mask, monkeypatch):
+    """Quantizers, delta-S by chunks and attention in a row, on views of fused projections."""
+    monkeypatch.setattr(gluon, "BIAS_BYTES", 0)
+    monkeypatch.setattr(gluon, "_MIN_BIAS_BLOCKS", 1)
+    spec = AttentionSpec.parse(name)
+    q = fused_view(1, 2, q_len, 64, 3)
+    k, v = fused_view(1, 1, 200, 64, 4) + 2, fused_view(1, 1, 200, 64, 5) + 4
+    copies = [x.clone() for x in (q, k, v)]
+    with card(cc) as gpu:
+        out, lse = gluon.attention(q, k, v, spec, mask=mask, scale=scale, return_lse=True)
+    names = [name for name, _ in gpu.launches]
+    assert names.count("attention_kernel") == -(-q_len // 128)
+    assert names.count("_bias_kernel") == -(-q_len // 128)
+    want, want_lse = reference.attention(q, k, v, spec, mask=mask, scale=scale)
+    assert out.dtype == q.dtype
+    assert relative_l1(out, want) < 1e-3
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
+
+
+def test_delta_s_in_column_order():
+    """The bias kernel against the twin's delta-S: some blocks of several, plus a mask."""
+    q = fused_view(1, 2, 300, 40, 1).float()
+    k = fused_view(1, 1, 70, 40, 2, torch.bfloat16)
+    q_mean, k_mean = quantize.block_mean(q, 128), quantize.token_mean(k)
+    mask = torch.where(torch.arange(70) < 65, 0.5, -torch.inf).expand(1, 2, 1, 70)
+    with card(80):
+        got = gluon_columns.key_bias(
+            2, k, q_mean=q_mean, k_mean=k_mean, multiplier=0.3, mask=mask, first_block=1, blocks=2
+        )
+    want = reference.delta_s(q_mean, k, k_mean, 0.3)[:, :, 1:] + mask * LOG2E
+    want = gluon_columns.as_columns(want)
+    inside = gluon_columns.as_columns(torch.ones(70)) > 0
+    torch.testing.assert_close(got[..., inside], want[..., inside], rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_what_it_cannot_read():
+    x = torch.zeros(1, 1, 2, 64)
+    int8, int4 = (quantize.quantize_rows(x, p) for p in (Precision.INT8, Precision.INT4))
+    fp8 = quantize.quantize_value(x, Precision.FP8)
+    with pytest.raises(ValueError, match="must both be int4 or int8, got int8 and int4"):
+        gluon.attend_quantized(int8, int4, fp8)
+    with pytest.raises(ValueError, match="got fp8 and fp16_accumulator=False"):
+        gluon.attend_quantized(int8, int8, fp8)
+    with pytest.raises(ValueError, match="int8/fp8: the kernel reads P and V in int8, or"):
+        gluon.attention(x, x, x, AttentionSpec.parse("int8/fp8"))

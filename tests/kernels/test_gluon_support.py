@@ -1,0 +1,65 @@
+"""What the Gluon kernel serves, as data, and the token orders of its operands."""
+
+import pytest
+import torch
+
+from sage_diffusion.kernels.attention.gluon_support import unsupported
+from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.quantize import permute, reference
+from sage_diffusion.kernels.spec import AttentionSpec
+
+
+@pytest.mark.parametrize(
+    "spec,capability,hip,head_dim,reason",
+    [
+        ("int4/fp8-fast", (8, 9), None, 128, None),
+        ("int4/int8", (8, 0), None, 1, None),
+        ("int8/fp8-fast", (12, 0), None, 64, None),
+        (
+            "int4/int8",
+            (12, 0),
+            None,
+            64,
+            "int4 tensor cores exist on sm_80 .. sm_89, not on sm_120",
+        ),
+        ("int4/fp8-fast", (8, 6), None, 64, "fp8 needs sm_89 or newer, found sm_86"),
+        ("int8/int8", (9, 0), None, 64, "found sm_90"),
+        ("int8/int8", (7, 5), None, 64, "found sm_75"),
+        ("int8/int8", None, "gfx942", 64, "needs an NVIDIA card, found gfx942"),
+        ("int8/fp16", (8, 9), None, 64, "reads P and V in int8, or in fp8 with the fp16"),
+        ("fp4/fp8-fast", (8, 9), None, 64, "int4 or int8, not in fp4"),
+        ("int4/int8", (8, 0), None, 160, "head_dim must be at most 128, got 160"),
+    ],
+)
+def test_unsupported(spec, capability, hip, head_dim, reason):
+    got = unsupported(AttentionSpec.parse(spec), capability, hip, head_dim)
+    assert (got is None) if reason is None else (reason in got)
+
+
+def test_two_accumulator_tiles_make_one_operand_word():
+    """A thread's four neighbours in V's storage are its columns of two n8 tiles of S."""
+    order = permute.token_order().tolist()
+    assert sorted(order) == list(range(32))
+    for thread in range(4):
+        for half in range(2):
+            at = 16 * half + 4 * thread
+            first = 16 * half + 2 * thread
+            assert order[at : at + 4] == [first, first + 1, first + 8, first + 9]
+
+
+def test_columns_of_a_thread_stand_side_by_side():
+    order = permute.column_order().tolist()
+    assert sorted(order) == list(range(64))
+    for position, column in enumerate(order):
+        assert column % 8 // 2 == position // 16  # mma.m16n8's accumulator layout
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
+def test_permuted_value_round_trips(precision):
+    v = torch.randn(1, 2, 70, 40, generator=torch.Generator().manual_seed(0))
+    value = reference.quantize_value(v, precision)
+    permuted = permute.permute_value(value)
+    token = permute.token_order()[5] + 32
+    assert torch.equal(permuted.data[..., 32 + 5].float(), value.data[..., token].float())
+    assert not torch.equal(permuted.data.float(), value.data.float())
+    assert torch.equal(permute.restore_value(permuted).data.float(), value.data.float())
