@@ -1,0 +1,5 @@
+"""Precision that adapts: measure what each layer and step can bear, plan, guard, prove.
+
+``calibrate`` -> :class:`~sage_diffusion.adapt.table.ScoreTable` -> ``make_plan`` ->
+:class:`~sage_diffusion.plan.PrecisionPlan`.
+"""
