@@ -1,0 +1,281 @@
+"""``ScoreTable``: what every spec did to every (layer, step, branch), with its spread, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sage_diffusion.adapt.measure import METRICS
+from sage_diffusion.adapt.travel import mismatch
+from sage_diffusion.files import write_text
+
+VERSION = 1
+
+#: Branch of calls that serve both or where the host doesn't say.
+BOTH = "both"
+
+
+class TableError(ValueError):
+    """A score table that can't be read, or that belongs to another model or calibration."""
+
+
+@dataclass
+class ScoreTable:
+    """Measurements of a calibration; grows while it runs.
+
+    Axes of the arrays: layer, step, branch, spec; NaN stands for "not measured", never 0.
+
+    Attributes:
+        specs: names of the candidates.
+        steps: of the sampling runs.
+        fingerprint: of the model (:func:`sage_diffusion.adapt.travel.fingerprint`).
+        settings: how it was measured (rows, seed, share of cells ..); must agree when resuming.
+        layers: names in the order of their first call.
+        branches: "both", or "cond" and "uncond".
+        schedule: sigma of every step, where the host tells it.
+        runs: finished ``(prompt, seed)`` pairs.
+        extra: cells ``(layer, step, branch)`` measured in a second pass, extra_runs: its runs.
+        count: measurements of every cell, ``[L, S, B]``.
+        mean, m2: running mean and sum of squared deviations ``[L, S, B, K, len(METRICS)]``.
+        work: ``B * H * Lq * Lk * D`` of one call, ``[L, S, B]``; NaN where no call was seen.
+        calls: calls per run of every cell, ``[L, S, B]``.
+        outliers: max over runs of the outlier factor of Q, K and V, ``[L, S, B, 3]``.
+        sensitivity: effect on the final latent, see :mod:`sage_diffusion.adapt.sensitivity`.
+    """
+
+    specs: tuple[str, ...]
+    steps: int
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
+    schedule: list[float] | None = None
+    runs: list[tuple[str, int]] = field(default_factory=list)
+    extra: list[tuple[str, int, str]] = field(default_factory=list)
+    extra_runs: list[tuple[str, int]] = field(default_factory=list)
+    sensitivity: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), self.steps, len(self.branches))
+        self.count = np.zeros(shape, dtype=np.int64)
+        self.mean = np.full((*shape, len(self.specs), len(METRICS)), np.nan)
+        self.m2 = np.zeros((*shape, len(self.specs), len(METRICS)))
+        self.work = np.full(shape, np.nan)
+        self.calls = np.zeros(shape, dtype=np.int64)
+        self.outliers = np.full((*shape, 3), np.nan)
+
+    # ------------------------------------------------------------------ growing
+    def _grow(self, layer: str, branch: str) -> tuple[int, int]:
+        for axis, names, name in ((0, self.layers, layer), (2, self.branches, branch)):
+            if name in names:
+                continue
+            names.append(name)
+            for key, empty in (
+                ("count", 0),
+                ("mean", np.nan),
+                ("m2", 0.0),
+                ("work", np.nan),
+                ("calls", 0),
+                ("outliers", np.nan),
+            ):
+                array = getattr(self, key)
+                shape = list(array.shape)
+                shape[axis] = 1
+                fresh = np.full(shape, empty, dtype=array.dtype)
+                setattr(self, key, np.concatenate([array, fresh], axis))
+        return self.layers.index(layer), self.branches.index(branch)
+
+    def saw(self, layer: str, step: int, branch: str | None, work: float, calls: int) -> None:
+        """A run called this cell ``calls`` times with this much work a call."""
+        i, b = self._grow(layer, branch or BOTH)
+        self.work[i, step, b], self.calls[i, step, b] = work, calls
+
+    def add(
+        self,
+        layer: str,
+        step: int,
+        branch: str | None,
+        values: np.ndarray,
+        outliers: Sequence[float] = (math.nan,) * 3,
+    ) -> None:
+        """One measurement of a cell: ``values`` is ``[len(specs), len(METRICS)]``."""
+        i, b = self._grow(layer, branch or BOTH)
+        cell = i, step, b
+        if self.count[cell] == 0:
+            self.mean[cell] = 0.0
+        self.count[cell] += 1
+        delta = values - self.mean[cell]
+        self.mean[cell] += delta / self.count[cell]
+        self.m2[cell] += delta * (values - self.mean[cell])
+        self.outliers[cell] = np.fmax(self.outliers[cell], outliers)
+
+    # ------------------------------------------------------------------ reading
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, steps, branches."""
+        return len(self.layers), self.steps, len(self.branches)
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which cells have a measurement, ``[L, S, B]`` bool."""
+        return self.count > 0
+
+    @property
+    def exists(self) -> np.ndarray:
+        """Which cells the model calls at all, ``[L, S, B]`` bool.
+
+        A cell that no run called (a step cache skipped it) is unknown, not absent, as long as its
+        layer and branch occur at other steps.
+        """
+        called = ~np.isnan(self.work)
+        return np.broadcast_to(called.any(1, keepdims=True), called.shape).copy()
+
+    def metric(self, name: str) -> np.ndarray:
+        """Mean of ``cosine``, ``rel_l1``, ``error`` or ``score`` = cosine (1 - L1), ``[L,S,B,K]``.
+
+        The score is made from the mean cosine and mean L1.
+        """
+        if name == "score":
+            return self.metric("cosine") * (1 - self.metric("rel_l1"))
+        if name not in METRICS:
+            raise ValueError(f"metric must be score, {', '.join(METRICS)}, got {name!r}")
+        return self.mean[..., METRICS.index(name)]
+
+    def spread(self, name: str) -> np.ndarray:
+        """Standard deviation over prompts and seeds, ``[L, S, B, K]``; NaN below two runs."""
+        counts = np.where(self.count > 1, self.count - 1, np.nan)[..., None]
+        return np.sqrt(self.m2[..., METRICS.index(name)] / counts)
+
+    def filled_work(self) -> np.ndarray:
+        """Work of all calls of every cell per run, gaps taken from the layer's other steps.
+
+        ``[L, S, B]``; 0 where the layer never serves that branch.
+        """
+        total = np.where(np.isnan(self.work), np.nan, self.work * self.calls)
+        with np.errstate(invalid="ignore"):
+            counts = (~np.isnan(total)).sum(1, keepdims=True)
+            mean = np.nansum(total, 1, keepdims=True) / np.maximum(counts, 1)
+        return np.where(np.isnan(total), np.broadcast_to(mean, total.shape), total)
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; NaN becomes null."""
+        return {
+            "version": VERSION,
+            "specs": list(self.specs),
+            "steps": self.steps,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "schedule": self.schedule,
+            "layers": list(self.layers),
+            "branches": list(self.branches),
+            "runs": [list(run) for run in self.runs],
+            "extra": [list(cell) for cell in self.extra],
+            "extra_runs": [list(run) for run in self.extra_runs],
+            "metrics": list(METRICS),
+            "count": self.count.tolist(),
+            "mean": _plain(self.mean),
+            "m2": _plain(self.m2),
+            "work": _plain(self.work),
+            "calls": self.calls.tolist(),
+            "outliers": _plain(self.outliers),
+            "sensitivity": self.sensitivity,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the table; the file is whole at any moment, even when interrupted."""
+        write_text(Path(path), json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ScoreTable:
+        """Read a table.
+
+        Raises:
+            TableError: unreadable, no table, or of a later version; the message names the file.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TableError(f"{path}: cannot be read: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise TableError(f"{path}: is not JSON: {error}") from None
+        try:
+            return cls.from_dict(data)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ScoreTable:
+        """The table of :meth:`to_dict`."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("version"), int):
+            raise TableError("is not a score table: version is missing")
+        if data["version"] != VERSION:
+            raise TableError(
+                f"score table of version {data['version']}, this program reads {VERSION}"
+            )
+        try:
+            if tuple(data["metrics"]) != METRICS:
+                raise TableError(f"metrics must be {', '.join(METRICS)}, got {data['metrics']}")
+            table = cls(
+                tuple(data["specs"]),
+                int(data["steps"]),
+                dict(data["fingerprint"]),
+                dict(data["settings"]),
+                list(data["layers"]),
+                list(data["branches"]),
+                data["schedule"],
+                [(str(prompt), int(seed)) for prompt, seed in data["runs"]],
+                [(str(layer), int(step), str(b)) for layer, step, b in data["extra"]],
+                [(str(prompt), int(seed)) for prompt, seed in data["extra_runs"]],
+                data["sensitivity"],
+            )
+            for key in ("count", "mean", "m2", "work", "calls", "outliers"):
+                target = getattr(table, key)
+                array = np.array(data[key], dtype=np.float64).reshape(target.shape)
+                setattr(table, key, array.astype(target.dtype))
+        except KeyError as error:
+            raise TableError(f"is not a score table: {error.args[0]} is missing") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, TableError):
+                raise
+            raise TableError(f"is not a score table: {error}") from None
+        return table
+
+    def check_same(self, other: ScoreTable) -> None:
+        """May this table be continued by a calibration that would have made ``other``?
+
+        Raises:
+            TableError: naming what differs.
+        """
+        reason = mismatch(self.fingerprint, other.fingerprint)
+        if reason is not None:
+            raise TableError(f"the score table belongs to another model: {reason}")
+        for name in ("specs", "settings"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise TableError(
+                    f"the score table was made with other {name}: {_short(mine)}, now they are "
+                    f"{_short(theirs)}; delete the file or calibrate into another one"
+                )
+
+
+def _plain(array: np.ndarray) -> Any:
+    """Nested lists, 6 significant digits, NaN as None."""
+    if array.ndim == 0:
+        return None if math.isnan(array) else float(f"{array:.6g}")
+    return (
+        [_plain(part) for part in array]
+        if array.ndim > 1
+        else [None if math.isnan(x) else float(f"{x:.6g}") for x in array.tolist()]
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,144 @@
+"""Plans and tables that travel: whose they are, and how several become one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
+from sage_diffusion.session import AttentionSession
+
+
+def fingerprint(
+    layers: Sequence[str], *, model: str | None = None, head_dims: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """What a model looks like to a plan: class, layer names and head dims.
+
+    Args:
+        layers: names of the layers, in any order.
+        model: class name of the model, where the host knows it.
+        head_dims: layer -> head dim, as far as known.
+    """
+    found: dict[str, Any] = {}
+    if layers:  # a host may name its layers at their first call only
+        found["layers"] = sorted(layers)
+    if model is not None:
+        found["model"] = model
+    if head_dims:
+        found["head_dims"] = {name: int(head_dims[name]) for name in sorted(head_dims)}
+    return found
+
+
+def session_fingerprint(
+    session: AttentionSession,
+    model: str | None = None,
+    head_dims: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """:func:`fingerprint` of a patched model, from its session's layers."""
+    return fingerprint(list(session.layers), model=model, head_dims=head_dims)
+
+
+def mismatch(expected: Mapping[str, Any] | None, found: Mapping[str, Any]) -> str | None:
+    """Why a plan with fingerprint ``expected`` doesn't belong to the model ``found``, or None.
+
+    Only what both sides know is compared.
+    """
+    if not expected:
+        return None
+    if expected.get("model") and found.get("model") and expected["model"] != found["model"]:
+        return f"it was made for {expected['model']}, this is {found['model']}"
+    if expected.get("layers") is not None and found.get("layers") is not None:
+        wanted, here = set(expected["layers"]), set(found["layers"])
+        missing, new = sorted(wanted - here), sorted(here - wanted)
+        if missing or new:
+            parts = []
+            if missing:
+                parts.append(f"{len(missing)} of its layers are not here ({missing[0]} ..)")
+            if new:
+                parts.append(f"{len(new)} layers here are unknown to it ({new[0]} ..)")
+            return "; ".join(parts)
+    dims, here_dims = expected.get("head_dims") or {}, found.get("head_dims") or {}
+    for name in sorted(set(dims) & set(here_dims)):
+        if dims[name] != here_dims[name]:
+            return f"{name} has head dim {here_dims[name]}, the plan expects {dims[name]}"
+    return None
+
+
+def check_fingerprint(plan: PrecisionPlan, found: Mapping[str, Any]) -> None:
+    """Refuse a plan whose fingerprint is another model's; plans without one pass.
+
+    Raises:
+        PlanError: saying what differs.
+    """
+    reason = mismatch(plan.fingerprint, found)
+    if reason is not None:
+        raise PlanError(f"the plan does not belong to this model: {reason}")
+
+
+def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
+    """One plan: ``first``'s rules before ``second``'s, ``second``'s default for the rest.
+
+    Rules of ``second`` that ``first``'s leave nothing are dropped.  What only describes one of the
+    two (schedule, fingerprint, calibration) is kept where both agree or only ``second`` has it, as
+    progress of the merged rules is counted in one schedule only.
+
+    Raises:
+        PlanError: both plans store schedules, and different ones.
+    """
+    if first.schedule and second.schedule and first.schedule != second.schedule:
+        raise PlanError(
+            "plans with different schedules can't be merged: their rules count progress "
+            f"differently ({len(first.schedule)} and {len(second.schedule)} sigmas)"
+        )
+    rules: list[Rule] = []
+    for rule in (*first.rules, *second.rules):
+        if not any(earlier.covers(rule) for earlier in rules):
+            rules.append(rule)
+    same = first.fingerprint == second.fingerprint
+    return replace(
+        second,
+        rules=tuple(rules),
+        name=second.name or first.name,
+        model=second.model or first.model,
+        schedule=second.schedule or first.schedule,
+        fingerprint=second.fingerprint if same or not first.fingerprint else None,
+        calibration=None if first.calibration else second.calibration,
+    )
+
+
+def remap_plan(plan: PrecisionPlan, sigmas: Sequence[float]) -> PrecisionPlan:
+    """The plan's rules moved to another schedule: each range covers the same sigmas as before.
+
+    Args:
+        plan: must store its own schedule.
+        sigmas: the other schedule, strictly descending, one value per step.
+
+    Raises:
+        PlanError: the plan stores no schedule, or a rule covers no step of the new one and nothing
+            would be left.
+    """
+    if plan.schedule is None:
+        raise PlanError("the plan stores no schedule, so it can't be moved to another one")
+    target = tuple(float(s) for s in sigmas)
+    if len(target) < 2 or any(b >= a for a, b in itertools.pairwise(target)):
+        raise PlanError("sigmas must be at least two strictly descending values")
+    # Where step i of the new schedule stands in the old one; a rule keeps the steps inside it.
+    places = [plan.remap(s) for s in target]
+    last = len(target) - 1
+    rules: list[Rule] = []
+    for rule in plan.rules:
+        inside = [
+            i
+            for i, p in enumerate(places)
+            if rule.start <= p < rule.end or (rule.end == 1.0 and p >= 1.0)
+        ]
+        if not inside:
+            continue
+        start = 0.0 if inside[0] == 0 else (inside[0] - 0.5) / last
+        end = 1.0 if inside[-1] == last else (inside[-1] + 0.5) / last
+        moved = replace(rule, start=start, end=end)
+        if not any(earlier.covers(moved) for earlier in rules):
+            rules.append(moved)
+    return replace(plan, rules=tuple(rules), schedule=target)
