@@ -32,3 +32,9 @@ def int_to_float(x, SHIFT: tl.constexpr):
     if SHIFT:
         return (x + _SHIFT_BITS).to(tl.float32, bitcast=True) - _SHIFT
     return x.to(tl.float32)
+
+
+@triton.jit
+def stored_token(position):
+    """Token at a position of a permuted V, within each 32 (``quantize.permute.token_order``)."""
+    return (position & ~15) | ((position & 2) << 2) | ((position >> 1) & 6) | (position & 1)

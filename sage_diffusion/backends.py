@@ -153,6 +153,32 @@ def _refuse_triton(call: AttentionCall) -> str | None:
     return tuning.unsupported(call.spec, call.capability, call.hip_arch)
 
 
+def _refuse_gluon(call: AttentionCall) -> str | None:
+    from sage_diffusion.kernels.attention import gluon_support
+
+    if not call.spec.quantized:
+        return "fp16 is not quantized: PyTorch's own attention runs it"
+    if call.device != "cuda":
+        return f"needs a CUDA device, the tensors are on {call.device}"
+    version, needed = triton_version(), gluon_support.TRITON_VERSION
+    if version is None:
+        return "triton is not installed (Windows: pip install triton-windows)"
+    if version < needed:
+        return (
+            f"needs triton {needed[0]}.{needed[1]} or newer for inline assembly, "
+            f"found {version[0]}.{version[1]}"
+        )
+    return gluon_support.unsupported(
+        call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
+    )
+
+
+def _load_gluon() -> Run:
+    from sage_diffusion.kernels.attention import gluon
+
+    return gluon.attention
+
+
 def _load_triton() -> Run:
     from sage_diffusion.kernels.attention import triton
 
@@ -222,6 +248,12 @@ def _backends() -> tuple[Backend, ...]:
     from sage_diffusion import providers
 
     return (
+        Backend(
+            "gluon",
+            "this package's kernels whose P stays in registers: INT4, and 8 bit, on NVIDIA cards",
+            _refuse_gluon,
+            _load_gluon,
+        ),
         Backend("triton", "this package's kernels", _refuse_triton, _load_triton),
         Backend(
             "sageattention",

@@ -25,7 +25,7 @@ from ..formats import (
     padded_dim,
     padded_length,
 )
-from ..tiles import round_even, round_to_int
+from ..tiles import round_even, round_to_int, stored_token
 from .reference import CLIP_CANDIDATES, CLIP_LIMIT, CLIP_RESOLUTION, FP8_FAST_VALUE_MAX
 
 #: Tokens whose statistics one program sums up; the few partial sums are added by Torch.
@@ -51,7 +51,7 @@ class ChannelStats(NamedTuple):
 
 
 @triton.jit
-def _load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D: tl.constexpr):
+def load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D: tl.constexpr):
     """Rows as float32 [BLOCK, BLOCK_D], 0 outside, and which elements are inside."""
     inside = (o_l[:, None] < length) & (o_d[None, :] < D)
     offsets = o_l[:, None].to(tl.int64) * stride_l + o_d[None, :].to(tl.int64) * stride_d
@@ -132,7 +132,7 @@ def _quantize_rows_kernel(
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    x, inside = _load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+    x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
     if p_mean is not None:
         i_mean = i_bh * means
         if MEAN_BLOCK:
@@ -199,7 +199,7 @@ def _stats_kernel(
     stop = tl.minimum(length, (i_c + 1) * CHUNK)
     for start in range(i_c * CHUNK, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
-        x, inside = _load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+        x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
         if p_sum is not None:
             total += tl.sum(x, 0)
         if p_low is not None:
@@ -234,14 +234,18 @@ def _quantize_value_kernel(
     BLOCK_D: tl.constexpr,
     TOP: tl.constexpr,
     FP8: tl.constexpr,
+    PERMUTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = padded // BLOCK
     i_l = tl.program_id(0) % blocks
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    o_l, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    if PERMUTED:
+        o_l = stored_token(o_l)
+    o_l += i_l * BLOCK
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    x, inside = _load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+    x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
     low = tl.load(p_low + i_bh * D + o_d, mask=o_d < D, other=0.0)
     high = tl.load(p_high + i_bh * D + o_d, mask=o_d < D, other=0.0)
     if p_mean is not None:
@@ -322,11 +326,13 @@ def quantize_value(
     *,
     mean: Tensor | None = None,
     fast: bool = False,
+    permuted: bool = False,
     stats: ChannelStats | None = None,
 ) -> QuantizedValue:
     """As :func:`.reference.quantize_value`, for INT8 and FP8.
 
     Args:
+        permuted: store the tokens as :func:`.permute.permute_value` does.
         stats: V's :func:`channel_stats` where they are known; saves one pass over V.
 
     Raises:
@@ -359,6 +365,7 @@ def quantize_value(
             BLOCK_D=padded_dim(head_dim),
             TOP=FP8_FAST_VALUE_MAX if fast else precision.qmax,
             FP8=precision is Precision.FP8,
+            PERMUTED=permuted,
             BLOCK=TILE_N,
             num_warps=4 if head_dim <= 128 else 8,
             enable_fp_fusion=False,

@@ -1,0 +1,250 @@
+"""The Gluon attention kernel's host side: tensor cores that ``tl.dot`` doesn't reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from ..formats import (
+    K_SCALE_BLOCK,
+    LOG2E,
+    Q_BLOCK,
+    Q_SCALE_BLOCK,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+    padded_length,
+)
+from ..quantize import triton as quantize
+from ..spec import AttentionSpec
+from .gluon_columns import as_columns, columns_length, key_bias, key_scales
+from .gluon_kernel import attention_kernel
+from .gluon_support import launch, unsupported_spec
+from .reference import smoothed_lse
+
+#: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
+BIAS_BYTES = 64 * 2**20
+_MIN_BIAS_BLOCKS = 8
+
+#: Smallest softmax scale times log2(e): scores of scale 0 must stay products with a positive one.
+_MIN_MULTIPLIER = 1e-30
+
+#: ``bias(first_block, blocks)`` -> ``[B, H, blocks, columns]`` for blocks of 128 query rows.
+Bias = Callable[[int, int], Tensor]
+
+
+def attend_quantized(
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: QuantizedValue,
+    *,
+    delta_s: Tensor | None = None,
+    bias: Bias | None = None,
+    bias_hides: bool = False,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    fp16_accumulator: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attend_quantized`.
+
+    Args:
+        q, k: INT4 or INT8; q's scales must be positive.
+        v: INT8 or FP8 with permuted tokens (:func:`..quantize.permute.permute_value`).
+        delta_s: as of the twin, in token order.
+        bias: computes delta-S, a mask of the keys, or their sum in column order when it is needed;
+            instead of ``delta_s``.
+        bias_hides: ``bias`` holds a mask, which may hide all keys of a row.
+        mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        out_dtype: of the output.
+        return_lse: otherwise the log-sum-exp is not computed and None is returned.
+
+    Raises:
+        ValueError: a format that the kernel doesn't read.
+    """
+    if q.precision is not k.precision or q.precision not in (Precision.INT4, Precision.INT8):
+        raise ValueError(
+            f"q and k must both be int4 or int8, got {q.precision.value} and {k.precision.value}"
+        )
+    if (v.precision, fp16_accumulator) not in ((Precision.INT8, False), (Precision.FP8, True)):
+        raise ValueError(
+            "v must be int8, or fp8 with fp16_accumulator, "
+            f"got {v.precision.value} and fp16_accumulator={fp16_accumulator}"
+        )
+    batch, heads, q_len = q.data.shape[:3]
+    kv_heads, k_len = k.data.shape[1:3]
+    head_dim, device = v.data.shape[2], q.data.device
+    q_words, k_words, v_words = (x.data.contiguous().view(torch.int32) for x in (q, k, v))
+    dim = q_words.shape[3] * (8 if q.precision is Precision.INT4 else 4)
+    config = launch(dim)
+
+    kind, mask_strides = 0, (0, 0, 0)
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+        mask = mask.float() if mask.dtype == torch.float64 else mask
+        if mask.shape[-1] != k_len or mask.stride(-1) != 1:
+            mask = mask.expand(*mask.shape[:-1], k_len).contiguous()
+        mask = mask.expand(batch, heads, q_len, k_len)
+        mask_strides = mask.stride()[:3]
+    if delta_s is not None:
+        columns = as_columns(delta_s)
+
+        def bias(first: int, count: int) -> Tensor:
+            return columns[:, :, first : first + count].contiguous()
+
+    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    scales = key_scales(k)
+    blocks = triton.cdiv(q_len, config.block_m)
+    ratio = Q_BLOCK // config.block_m
+    chunk = blocks
+    if bias is not None:
+        rows = BIAS_BYTES // (4 * batch * heads * columns_length(k_len))
+        chunk = min(blocks, max(_MIN_BIAS_BLOCKS, rows) * ratio)
+    with torch.cuda.device_of(q.data):
+        for first in range(0, blocks, chunk):
+            count = min(chunk, blocks - first)
+            added = None
+            if bias is not None:
+                added = bias(first // ratio, triton.cdiv(count, ratio))
+            attention_kernel[(count * batch * heads,)](
+                q_words,
+                k_words,
+                v_words,
+                q.scale.contiguous(),
+                scales,
+                v.scale.contiguous(),
+                None if v.mean is None else v.mean.contiguous(),
+                added,
+                mask,
+                out,
+                lse,
+                heads,
+                heads // kv_heads,
+                q_len,
+                k_len,
+                q.scale.shape[2],
+                padded_length(k_len),
+                first,
+                count,
+                *((0, 0, 0) if added is None else added.stride()[:3]),
+                *mask_strides,
+                D=head_dim,
+                WORDS=q_words.shape[3],
+                DP=dim,
+                INT4=q.precision is Precision.INT4,
+                FP8=v.precision is Precision.FP8,
+                Q_BLOCK=q.block,
+                MASK=kind,
+                HIDES=mask is not None or bias_hides,
+                CAUSAL=is_causal,
+                BM=config.block_m,
+                STEP=config.step,
+                STAGES=config.stages,
+                num_warps=config.num_warps,
+            )
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attention` for the specs that :func:`.gluon_support.unsupported` passes.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
+        if ``return_lse``, else None.
+
+    Raises:
+        ValueError: the spec is not one of this kernel's.
+    """
+    reason = unsupported_spec(spec)
+    if reason is not None:
+        raise ValueError(f"{spec}: {reason}")
+    dtype = q.dtype
+    if dtype == torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
+    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    multiplier = max(abs(sm_scale) * LOG2E, _MIN_MULTIPLIER)
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    rows = q if sm_scale >= 0 else -q
+    q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
+    by_block = spec.granularity == "block"
+    q_codes = quantize.quantize_rows(
+        rows,
+        spec.qk,
+        mean=q_mean,
+        rotation=spec.rotate,
+        clip=spec.clip,
+        block=Q_SCALE_BLOCK if by_block else 1,
+        multiplier=multiplier,
+    )
+    k_codes = quantize.quantize_rows(
+        k,
+        spec.qk,
+        mean=k_mean,
+        rotation=spec.rotate,
+        clip=spec.clip,
+        block=K_SCALE_BLOCK if by_block else 1,
+    )
+    stats = quantize.channel_stats(v) if spec.smooth_v else None
+    fast = spec.pv_accumulator == "fp16"
+    values = quantize.quantize_value(
+        v,
+        spec.pv,
+        mean=None if stats is None else stats.mean,
+        fast=fast,
+        permuted=True,
+        stats=stats,
+    )
+
+    bias, key_mask = None, None
+    if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
+        # One mask for all queries costs nothing as part of the bias.
+        key_mask = mask.expand(q.shape[0], q.shape[1], 1, k.shape[2])
+        mask = None
+    if q_mean is not None or key_mask is not None:
+
+        def bias(first: int, count: int) -> Tensor:
+            smooth = q_mean is not None
+            added = key_bias(
+                q.shape[1],
+                k,
+                q_mean=q_mean,
+                k_mean=k_mean,
+                multiplier=multiplier,
+                mask=key_mask,
+                first_block=first if smooth else 0,
+                blocks=count if smooth else 1,
+            )
+            return added if smooth else added.expand(-1, -1, count, -1)
+
+    out, lse = attend_quantized(
+        q_codes,
+        k_codes,
+        values,
+        bias=bias,
+        bias_hides=key_mask is not None,
+        mask=mask,
+        is_causal=is_causal,
+        fp16_accumulator=fast,
+        out_dtype=dtype,
+        return_lse=return_lse,
+    )
+    if lse is not None and k_mean is not None:
+        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    return out, lse

@@ -1,0 +1,191 @@
+"""Inline assembly of the Gluon attention kernel: products of one thread's registers.
+
+Every function is called while compiling, with the names of the registers that one thread holds of
+each tensor, in layout order, and returns PTX.  ``docs/kernels.md`` explains the orders.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+
+#: 1.5 * 2^23 as float32 bits.  An integer sum that starts here *is* the float 12582912 + sum, so
+#: that no conversion instruction is needed (|sum| < 2^22).
+MAGIC_BITS = 0x4B400000
+
+_INT4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.s4.s4.s32"
+_INT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+_FP8_F16 = "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16"
+
+
+@gluon.constexpr_function
+def _list(names):
+    return "{" + ", ".join(names) + "}"
+
+
+@gluon.constexpr_function
+def _scores(mma, outputs, inputs):
+    (s,), (q, k, magic, scale, offset, *smoothing) = outputs, inputs
+    k_tiles = len(q) // 4  # 4 words of q a k tile, 2 of k a k and n8 tile
+    lines = ["{ .reg .b32 c<4>; .reg .f32 x<4>;"]
+    for n in range(len(s) // 4):
+        for t in range(k_tiles):
+            word = 2 * (n * k_tiles + t)
+            lines.append(
+                f"{mma} {{c0, c1, c2, c3}}, {_list(q[4 * t : 4 * t + 4])}, "
+                f"{_list(k[word : word + 2])}, {'{c0, c1, c2, c3}' if t else _list(magic)};"
+            )
+        for i in range(4):
+            column, out = 2 * n + i % 2, s[4 * n + i]
+            lines.append(
+                f"mov.b32 x{i}, c{i}; fma.rn.f32 {out}, x{i}, {scale[column]}, {offset[column]};"
+            )
+            if smoothing:
+                q_scale, bias = smoothing
+                lines.append(f"fma.rn.f32 {out}, {out}, {q_scale[i // 2]}, {bias[column]};")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def scores_int4(outputs, inputs):
+    """``(magic + Q K^T) * scale + offset`` of one tile, Q and K in words of 8 nibbles.
+
+    With a bias, ``.. * q_scale + bias``.
+    """
+    return _scores(_INT4, outputs, inputs)
+
+
+@gluon.constexpr_function
+def scores_int8(outputs, inputs):
+    """As :func:`scores_int4`, Q and K in words of 4 bytes."""
+    return _scores(_INT8, outputs, inputs)
+
+
+@gluon.constexpr_function
+def magic_words(outputs, inputs):
+    """The magic bits in four registers.
+
+    They depend on sizes, whose sign bits are never set: ptxas would otherwise write the constants
+    anew for every tile.
+    """
+    (out,), sizes = outputs, inputs
+    return "\n".join(
+        f"shr.u32 {name}, {size[0]}, 31; or.b32 {name}, {name}, {MAGIC_BITS};"
+        for name, size in zip(out, sizes, strict=True)
+    )
+
+
+@gluon.constexpr_function
+def _p_words(p):
+    """P's registers as words of the product's operand: 4 bytes each, lowest first.
+
+    Two n8 tiles of the score accumulator make one k16 half of the operand; V's tokens are stored
+    in the matching order.
+    """
+    words = []
+    for tile in range(0, len(p) // 4, 2):
+        for row in range(2):
+            low, high = 4 * tile + 2 * row, 4 * (tile + 1) + 2 * row
+            words.append([p[low], p[low + 1], p[high], p[high + 1]])
+    return words
+
+
+@gluon.constexpr_function
+def values_fp8(outputs, inputs):
+    """``out = acc * alpha + e4m3(p) @ v``; the product accumulates in FP16 over the tile's keys."""
+    (out,), (p, v, acc, alpha) = outputs, inputs
+    words = _p_words(p)
+    k_tiles = len(words) // 4
+    lines = [
+        f"{{ .reg .b32 a<{len(words)}>, c<2>, z; .reg .b16 h<4>; .reg .f32 x<4>; mov.b32 z, 0;"
+    ]
+    for i, (w, x, y, z) in enumerate(words):
+        lines.append(f"cvt.rn.satfinite.e4m3x2.f32 h0, {x}, {w};")
+        lines.append(f"cvt.rn.satfinite.e4m3x2.f32 h1, {z}, {y}; mov.b32 a{i}, {{h0, h1}};")
+    for n in range(len(out) // 4):
+        for k in range(k_tiles):
+            word = 2 * (n * k_tiles + k)
+            lines.append(
+                f"{_FP8_F16} {{c0, c1}}, {_list([f'a{4 * k + i}' for i in range(4)])}, "
+                f"{_list(v[word : word + 2])}, {'{c0, c1}' if k else '{z, z}'};"
+            )
+        lines.append("mov.b32 {h0, h1}, c0; mov.b32 {h2, h3}, c1;")
+        for i in range(4):
+            r = 4 * n + i
+            lines.append(f"cvt.f32.f16 x{i}, h{i};")
+            lines.append(f"fma.rn.f32 {out[r]}, {acc[r]}, {alpha[i // 2]}, x{i};")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def values_int8(outputs, inputs):
+    """``out = acc * alpha + round(p) @ v``; p is at most 127."""
+    (out,), (p, v, acc, alpha, magic) = outputs, inputs
+    words = _p_words(p)
+    k_tiles = len(words) // 4
+    lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>; .reg .f32 x<4>;"]
+    for i, word in enumerate(words):
+        for j in range(4):  # the sum's low byte is the rounded code
+            lines.append(f"add.rn.f32 x{j}, {word[j]}, 0f{MAGIC_BITS:08X}; mov.b32 b{j}, x{j};")
+        lines.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040;")
+        lines.append(f"prmt.b32 a{i}, b0, b2, 0x5410;")
+    for n in range(len(out) // 4):
+        for k in range(k_tiles):
+            word = 2 * (n * k_tiles + k)
+            lines.append(
+                f"{_INT8} {{c0, c1, c2, c3}}, {_list([f'a{4 * k + i}' for i in range(4)])}, "
+                f"{_list(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else _list(magic)};"
+            )
+        for i in range(4):
+            r = 4 * n + i
+            lines.append(
+                f"mov.b32 x{i}, c{i}; add.rn.f32 x{i}, x{i}, 0f{MAGIC_BITS | 1 << 31:08X};"
+            )
+            lines.append(f"fma.rn.f32 {out[r]}, {acc[r]}, {alpha[i // 2]}, x{i};")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def hide_columns(outputs, inputs):
+    """-inf for the columns of a row from ``visible`` on, a count per row.
+
+    Written out so that the columns are immediates: as a tensor they would take 16 registers.
+    """
+    (out,), (s, visible) = outputs, inputs
+    lines = [
+        "{ .reg .b32 own, seen<2>; .reg .pred shown;",
+        "mov.u32 own, %laneid; and.b32 own, own, 3; shl.b32 own, own, 1;",
+        *(f"sub.s32 seen{row}, {visible[row]}, own;" for row in range(2)),
+    ]
+    for i, (dst, src) in enumerate(zip(out, s, strict=True)):
+        lines.append(f"setp.gt.s32 shown, seen{i // 2 % 2}, {8 * (i // 4) + i % 2};")
+        lines.append(f"selp.f32 {dst}, {src}, 0fFF800000, shown;")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def add_row(outputs, inputs):
+    """``out = total * alpha + sum of p`` over one *thread's* columns; four threads share a row.
+
+    The partial sums of the four are added once at the end (:func:`finish_row`); until then the
+    copies of a row's register differ between the threads, which nothing else may look at.
+    """
+    (out,), (p, total, alpha) = outputs, inputs
+    lines = ["{ .reg .f32 y<2>;"]
+    for row in range(2):
+        columns = [r for i, r in enumerate(p) if i % 4 // 2 == row]
+        lines.append(f"fma.rn.f32 y0, {total[row]}, {alpha[row]}, {columns[0]};")
+        lines.append(f"add.rn.f32 y1, {columns[1]}, {columns[2]};")
+        lines += [f"add.rn.f32 y{i % 2}, y{i % 2}, {c};" for i, c in enumerate(columns[3:])]
+        lines.append(f"add.rn.f32 {out[row]}, y0, y1;")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def finish_row(outputs, inputs):
+    """The sum of :func:`add_row` over the four threads of a row, in each of them."""
+    (out,), (total,) = outputs, inputs
+    lines = ["{ .reg .f32 y;"]
+    for dst, src in zip(out, total, strict=True):
+        lines.append(f"shfl.sync.bfly.b32 y, {src}, 1, 31, -1; add.rn.f32 {dst}, {src}, y;")
+        lines.append(f"shfl.sync.bfly.b32 y, {dst}, 2, 31, -1; add.rn.f32 {dst}, {dst}, y;")
+    return "\n".join([*lines, "}"])

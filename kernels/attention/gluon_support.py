@@ -1,0 +1,80 @@
+"""Which GPU runs which spec on the Gluon kernel, and how.  Data only: no Triton here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..formats import Precision
+from ..spec import AttentionSpec
+
+
+class GluonLaunch(NamedTuple):
+    """A launch configuration.
+
+    Attributes:
+        num_warps: each owns 16 query rows.
+        step: tiles of 64 keys between two barriers.
+        stages: steps whose K and V are in shared memory.
+    """
+
+    num_warps: int
+    step: int
+    stages: int
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a program."""
+        return 16 * self.num_warps
+
+
+#: By padded head dim.  ``stages`` is a power of two, which makes a ring's slot one instruction.
+_LAUNCHES = {64: GluonLaunch(8, 2, 2), 128: GluonLaunch(8, 1, 4)}
+
+MAX_HEAD_DIM = max(_LAUNCHES)
+
+#: Triton's first version with ``gl.inline_asm``.
+TRITON_VERSION = (3, 9)
+
+
+def launch(dim: int) -> GluonLaunch:
+    """The configuration for a padded head dim."""
+    return _LAUNCHES[dim]
+
+
+def unsupported_spec(spec: AttentionSpec) -> str | None:
+    """Why the kernel computes a spec on no device, or None."""
+    if spec.qk not in (Precision.INT4, Precision.INT8):
+        return f"the kernel reads Q and K in int4 or int8, not in {spec.qk.value}"
+    if spec.pv is Precision.INT8 or (spec.pv is Precision.FP8 and spec.pv_accumulator == "fp16"):
+        return None
+    return "the kernel reads P and V in int8, or in fp8 with the fp16 accumulator (fp8-fast)"
+
+
+def unsupported(
+    spec: AttentionSpec,
+    capability: tuple[int, int] | None,
+    hip_arch: str | None,
+    head_dim: int | None = None,
+) -> str | None:
+    """Why a GPU cannot run a spec on the Gluon kernel, or None if it can.
+
+    Args:
+        capability: CUDA compute capability, None on AMD.
+        hip_arch: e.g. "gfx1201", None on NVIDIA.
+        head_dim: None if it doesn't matter yet.
+    """
+    reason = unsupported_spec(spec)
+    if reason is not None:
+        return reason
+    if capability is None:
+        return f"needs an NVIDIA card, found {hip_arch or 'none'}"
+    found = f"sm_{capability[0]}{capability[1]}"
+    if capability[0] not in (8, 12):
+        return f"written for mma.sync on sm_80 .. sm_89 and sm_12x, found {found}"
+    if spec.qk is Precision.INT4 and capability[0] != 8:
+        return f"int4 tensor cores exist on sm_80 .. sm_89, not on {found}"
+    if spec.pv is Precision.FP8 and capability < (8, 9):
+        return f"fp8 needs sm_89 or newer, found {found}"
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}: registers would spill"
+    return None
