@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_emoji import tiny_emoji
+from tiny_pipelines import build
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule
 from sage_diffusion.integrations.bundled import EmojiPipeline
@@ -114,3 +115,15 @@ def test_load_pipeline_reads_folders_of_ours_and_of_diffusers(tmp_path) -> None:
         load_pipeline(str(tmp_path / "nowhere"))
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert index["_class_name"] == "EmojiPipeline"
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("flux", 1), ("wan", 5), ("sd15", 1)])
+def test_text_to_image_and_video_pipelines(name: str, pictures: int) -> None:
+    tiny = build(name)
+    arguments = {k: v for k, v in tiny.kwargs.items() if k not in ("generator", "output_type")}
+    report = compare_pipeline(
+        tiny.pipe, "int8/fp8", rows=8, **{**arguments, "num_inference_steps": 2}
+    )
+    assert report.steps == (0, 1) and set(report.specs) == {"int8/fp8"}
+    assert len(report.end_to_end.psnr) == pictures and min(report.end_to_end.psnr) > 20
+    assert len(report.end_to_end.latent_cosine) == 2 and not report.summary["declined"]
