@@ -1,0 +1,152 @@
+"""Predicted bounds: the cost model on machine code, our kernels' goals, other people's files."""
+
+import json
+import zipfile
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.9")
+
+from sage_diffusion import cli, cost
+from sage_diffusion.cost_compile import compile_attention
+from sage_diffusion.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
+from sage_diffusion.kernels.spec import AttentionSpec
+
+
+def test_cycles_of_a_loop():
+    """Every pipe by hand: 4 schedulers, 64 integer lanes, 16 special ones, 128 shared bytes."""
+    loop = [
+        "IMMA.16864.S4.S4.SAT R0, R4.ROW, R8.COL, R12",
+        "@!P0 QMMA.16832.F16.E4M3.E4M3 R0, R4.ROW, R8.COL, RZ",
+        "MUFU.EX2 R1, R1",
+        "FFMA R0, R1, R2, R3",
+        "IMAD R0, R1, R2, R3",
+        "LOP3.LUT R0, R1, R2, RZ, 0xc0, !PT",
+        "LDSM.16.M88.4 R0, [R1]",
+        "LDG.E.128 R0, [R2.64]",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+    ]
+    got = bound(loop, GPUS["rtx4090"])
+    assert got.macs == {"i4": 16 * 8 * 64, "f8/f16": 16 * 8 * 32}
+    assert got.cycles == {
+        "issue": 9 / 4,
+        "tensor": 8192 / 2048 + 4096 / 1024,
+        "mufu": 2.0,
+        "fma": 0.25 + 0.5,
+        "alu": 0.5,
+        "shared": 32 * 16 / 128,
+        "global": 32 * 16 / 64,
+    }
+    assert not got.unknown
+    assert bound(["FROB R1"], GPUS["a100"]).unknown == {"FROB": 1}
+    assert bound(loop[:1], GPUS["h100"]).cycles["tensor"] == float("inf")
+
+
+@pytest.mark.parametrize(
+    "op,want",
+    [
+        ("HMMA.16816.F32", (2048, "f16/f32")),
+        ("HMMA.16816.F16", (2048, "f16/f16")),
+        ("IMMA.16832.S8.S8.SAT", (4096, "i8")),
+        ("QMMA.16832.F32.E4M3.E4M3", (4096, "f8/f32")),
+        ("QGMMA.64x128x32.F16.E4M3.E4M3", (64 * 128 * 32, "f8/f16")),
+        ("OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X", (8192, "f4")),
+        ("FFMA", (0, "")),
+    ],
+)
+def test_tensor_core_work(op, want):
+    assert macs(op) == want
+
+
+def test_main_loop_is_the_innermost_with_the_work():
+    code = ["MOV R0, R1", "IMMA.16864.S4.S4.SAT R0", "IADD3 R0", "@P0 BRA 0x10", "BRA 0x0"]
+    function = Function("f", tuple(code), ((1, 3), (0, 4)), 32, 0)
+    assert main_loop(function) == tuple(code[1:4])
+    assert opcode("@!P0 IMAD.MOV.U32 R1, RZ, RZ, R2") == "IMAD.MOV.U32"
+
+
+#: (card, spec, head dim, cycles, share of the second pipe) at most: the kernels' goals.
+GOALS = [
+    ("rtx4090", "int4/fp8-fast", 128, 192, 0.66),
+    ("rtx4090", "int4/fp8-fast", 64, 200, 0.97),
+    ("rtx4090", "int8/fp8-fast", 128, 256, 0.58),
+    ("rtx3090", "int4/int8", 128, 192, 0.74),
+    ("a100", "int4/int8", 128, 157, 0.91),
+]
+
+
+@pytest.mark.parametrize("gpu,spec,head_dim,cycles,second", GOALS)
+def test_goals(gpu, spec, head_dim, cycles, second):
+    (got,) = cost.kernel_costs([gpu], [spec], [head_dim])
+    assert (got.gpu, got.spec, got.head_dim) == (gpu, spec, head_dim)
+    assert got.cycles <= cycles and got.second <= second
+    assert got.spills == 0 and got.registers <= 255
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory):
+    """A compiled kernel as other people's package, and as a bare file."""
+    kernel = compile_attention(AttentionSpec.parse("int4/fp8-fast"), 128, (8, 9))
+    folder = tmp_path_factory.mktemp("peer")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.cubin)
+    wheel = folder / "some_peer-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.write(cubin, "some_peer/kernels.so")
+        z.writestr("some_peer/__init__.py", "raise RuntimeError('executed')")
+    return kernel, cubin, wheel
+
+
+def test_machine_code_of_int4(int4):
+    kernel, cubin, _ = int4
+    (function,) = functions(cubin)
+    loop = [opcode(i) for i in main_loop(function)]
+    assert sum(op.startswith("IMMA.16864.S4.S4") for op in loop) == 16
+    assert sum(op.startswith("QMMA.16832.F16.E4M3") for op in loop) == 32
+    assert not any(op.startswith(("STS", "STL", "LDL")) for op in loop)  # P stays in registers
+    assert kernel.shared <= 101376
+
+
+def test_peers_by_path(int4):
+    _, cubin, wheel = int4
+    ours = cost.kernel_costs(["rtx4090"], ["int4/fp8-fast"], [128])[0]
+    for path in (cubin, wheel):
+        (peer,) = cost.peer_costs(str(path), ["rtx4090"])
+        assert (peer.cycles, peer.second, peer.registers) == (
+            ours.cycles,
+            ours.second,
+            ours.registers,
+        )
+        assert peer.spec == f"{'kernel' if path is cubin else 'some_peer'} int4/fp8"
+    with pytest.raises(cost.CostError, match="no tensor-core kernel for h100 was found"):
+        cost.peer_costs(str(wheel), ["h100"])
+
+
+def test_bad_input(tmp_path):
+    text = tmp_path / "text.so"
+    text.write_text("no machine code")
+    with pytest.raises(cost.CostError, match="must hold machine code for a GPU"):
+        cost.peer_costs(str(text))
+    with pytest.raises(cost.CostError, match="or an installed package, got 'nobody_has_this'"):
+        cost.peer_costs("nobody_has_this")
+    with pytest.raises(cost.CostError, match=r"gpu must be one of rtx2080ti, .*, got 'rtx1'"):
+        cost.kernel_costs(["rtx1"])
+    with pytest.raises(cost.CostError, match="no kernel of this package runs on rtx2080ti"):
+        cost.kernel_costs(["rtx2080ti"])
+
+
+def test_command(int4, capsys):
+    options = ["cost", "--spec", "int4/fp8-fast", "--head-dim", "128"]
+    assert cli.main([*options, "--against", str(int4[1]), "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert [k["spec"] for k in kernels] == ["int4/fp8-fast", "kernel int4/fp8"]
+    fields = "gpu spec head_dim cycles bound second spills registers"
+    assert list(kernels[0]) == fields.split()
+    assert cli.main(options) == 0
+    table = capsys.readouterr().out
+    assert "Predicted bounds" in table and "int4/fp8-fast" in table and "192" in table
+    assert cli.main(["cost", "--gpu", "rtx2080ti", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "Triton needs sm_80 or newer" in json.loads(printed.out)["error"]
+    assert cli.main(["cost", "--mask", "causal"]) == 1
+    assert "mask must be bool or additive, got 'causal'" in capsys.readouterr().err
