@@ -338,7 +338,7 @@ def attend_quantized(
         if pv != "fp8":
             raise ValueError(f"fp16_accumulator needs v in fp8, got {pv}")
         pv = "fp8-fast"
-    kind, strides = 0, (0, 0, 0, 0)
+    kind, strides = 0, [0, 0, 0, 0]
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
@@ -347,7 +347,7 @@ def attend_quantized(
         if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
             mask = mask.contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
-        strides = mask.stride()
+        strides = list(mask.stride())
     config = tuning.launch(tuning.architecture(device), dim, row_mask=strides[2] != 0)
     out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
     lse = None

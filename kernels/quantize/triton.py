@@ -342,7 +342,7 @@ def quantize_value(
         raise ValueError(f"precision must be int8 or fp8, got {precision.value}")
     batch, heads, length, head_dim = v.shape
     if stats is None:
-        _, low, high = _partial_stats(v, sums=False)
+        low, high = _partial_stats(v, sums=False)
         low, high = low.amin(2), high.amax(2)
     else:
         low, high = stats.low, stats.high
@@ -375,7 +375,7 @@ def quantize_value(
 
 def token_mean(x: Tensor) -> Tensor:
     """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
-    sums, _, _ = _partial_stats(x, extremes=False)
+    (sums,) = _partial_stats(x, extremes=False)
     return sums.sum(2) * (1.0 / x.shape[2])
 
 
@@ -387,7 +387,7 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     """
     if block % 64:
         raise ValueError(f"block must be a multiple of 64, got {block}")
-    sums, _, _ = _partial_stats(x, extremes=False, chunk=block, average=True)
+    (sums,) = _partial_stats(x, extremes=False, chunk=block, average=True)
     return sums
 
 
@@ -404,8 +404,11 @@ def _partial_stats(
     extremes: bool = True,
     chunk: int = STATS_CHUNK,
     average: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Sums, minima and maxima of every ``chunk`` tokens, ``[B, H, chunks, D]`` float32 each."""
+) -> list[Tensor]:
+    """Sums, minima and maxima of every ``chunk`` tokens, those that are asked for.
+
+    Each is ``[B, H, chunks, D]`` float32; ``average`` turns sums into means.
+    """
     batch, heads, length, head_dim = x.shape
     chunks = triton.cdiv(length, chunk)
     shape = (batch, heads, chunks, head_dim)
@@ -428,4 +431,4 @@ def _partial_stats(
             num_warps=4 if head_dim <= 128 else 8,
             enable_fp_fusion=False,
         )
-    return tuple(outputs)
+    return [x for x in outputs if x is not None]
