@@ -37,19 +37,19 @@ def test_zero_channels_have_a_plain_scale(precision):
 
 
 @pytest.mark.parametrize(
-    "precision,worst",
+    "precision,worst,block",
     [
-        (Precision.INT8, 0.5 / 127),
-        (Precision.INT4, 0.5 / 7),
-        (Precision.FP8, 2**-4),
-        (Precision.FP4, 0.25),
+        (Precision.INT8, 0.5 / 127, 1),
+        (Precision.INT8, 0.5 / 127, 64),
+        (Precision.INT4, 0.5 / 7, 1),
+        (Precision.INT4, 0.5 / 7, 64),
+        (Precision.FP8, 2**-4, 1),
+        (Precision.FP8, 2**-4, 64),
+        (Precision.FP4, 0.25, 1),  # always one scale per row
     ],
 )
-@pytest.mark.parametrize("block", [1, 64])
 def test_rows_come_back_within_half_a_step(precision, worst, block):
     """INT: half a step of the largest; FP8: half an ulp; FP4: half the widest gap, 4 to 6."""
-    if precision is Precision.FP4 and block != 1:
-        pytest.skip("FP4 has one scale per row")
     x = fused_view(2, 3, 100, 64, seed=0)
     codes = reference.quantize_rows(x, precision, block=block)
     limit = x.float().abs().amax((2, 3), keepdim=True) if block > 1 else x.abs().amax(-1, True)
