@@ -419,6 +419,23 @@ def test_group_offloading_on_the_cpu():
     assert patch.summary().calls == 2 * calls_per_step("flux")
 
 
+@pytest.mark.parametrize("first", ["offload", "patch"])
+def test_model_offloading(first):
+    pytest.importorskip("accelerate")
+    tiny = build("sd15")
+    enable(tiny.pipe)
+    if first == "patch":
+        tiny.pipe.set_attn_processor("fp16")
+    tiny.pipe.enable_model_cpu_offload(device="cpu")
+    if first == "offload":
+        tiny.pipe.set_attn_processor("fp16")
+    assert torch.equal(tiny(steps=2), plain("sd15"))
+    assert tiny.pipe.sage.summary().calls == 2 * calls_per_step("sd15")
+    tiny.pipe.set_attn_processor(None)
+    tiny.pipe.remove_all_hooks()
+    assert torch.equal(tiny(steps=2), plain("sd15"))
+
+
 def test_accelerate_s_offloading_hooks():
     accelerate = pytest.importorskip("accelerate")
     tiny = build("sd15")
