@@ -1,4 +1,4 @@
-"""Finding NaN and infinity without waiting for the device at every call."""
+"""Looking at numbers of every call without waiting for the device at every call."""
 
 from __future__ import annotations
 
@@ -6,38 +6,36 @@ import torch
 from torch import Tensor
 
 
-class FiniteWatch:
-    """One flag per watched call of a step, gathered on the device and read a step later.
+class DeferredValues:
+    """Scalars that stay on their device until a later step asks for them.
 
-    On a GPU the flags of a step are copied to pinned memory without blocking and read once the
-    copy has finished; :meth:`poll` never waits, so a report may come one step late.
+    On a GPU the values of a step are copied to pinned memory without blocking and read once the
+    copy has finished; :meth:`poll` never waits, so a value may come one step late.
     """
 
     def __init__(self) -> None:
-        self._names: list[tuple[str, int]] = []
-        self._flags: list[Tensor] = []
-        # In flight: what was watched, the flags on the host, and the event behind the copy.
+        self._keys: list[tuple[str, int]] = []
+        self._values: list[Tensor] = []
+        # In flight: what was put, the values on the host, and the event behind the copy.
         self._pending: list[tuple[list[tuple[str, int]], Tensor, torch.cuda.Event | None]] = []
 
-    def look(self, name: str, step: int, out: Tensor) -> None:
-        """Remember whether ``out`` is finite; queues device work, waits for nothing."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return  # a captured graph replays without this Python code
-        low, high = torch.aminmax(out.detach())  # NaN propagates through both
-        self._names.append((name, step))
-        # In float32: the difference of two half values may overflow where both are finite.
-        self._flags.append((high.float() - low.float()).isfinite())
+    def put(self, name: str, step: int, value: Tensor) -> None:
+        """Remember a 0-dim tensor; queues no copy yet and waits for nothing."""
+        self._keys.append((name, step))
+        self._values.append(value)
 
-    def poll(self, step: int) -> list[tuple[str, int]]:
-        """``(name, step)`` of the non-finite outputs that are known by now."""
+    def poll(self) -> list[tuple[str, int, float]]:
+        """``(name, step, value)`` of everything that is known by now, each once."""
         self._send()
-        found, waiting = [], []
+        found: list[tuple[str, int, float]] = []
+        waiting = []
         for entry in self._pending:
-            names, flags, event = entry
+            keys, values, event = entry
             if event is not None and not event.query():
                 waiting.append(entry)
                 continue
-            found += [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
+            numbers = values.tolist()
+            found += [(*key, float(x)) for key, x in zip(keys, numbers, strict=True)]
         self._pending = waiting
         return found
 
@@ -49,19 +47,48 @@ class FiniteWatch:
                 event.synchronize()
 
     def _send(self) -> None:
-        """Copy the flags gathered so far to the host, one copy per device."""
+        """Copy the values gathered so far to the host, one copy per device."""
         by_device: dict[torch.device, list[int]] = {}
-        for i, flag in enumerate(self._flags):
-            by_device.setdefault(flag.device, []).append(i)
+        for i, value in enumerate(self._values):
+            by_device.setdefault(value.device, []).append(i)
         for device, indices in by_device.items():
-            names = [self._names[i] for i in indices]
-            flags = torch.stack([self._flags[i] for i in indices])
+            keys = [self._keys[i] for i in indices]
+            values = torch.stack([self._values[i].float() for i in indices])
             event = None
             if device.type == "cuda":
-                host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-                host.copy_(flags, non_blocking=True)
+                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                host.copy_(values, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(device))
-                flags = host
-            self._pending.append((names, flags, event))
-        self._names, self._flags = [], []
+                values = host
+            self._pending.append((keys, values, event))
+        self._keys, self._values = [], []
+
+
+class FiniteWatch:
+    """One flag per watched call of a step, gathered on the device and read a step later."""
+
+    def __init__(self) -> None:
+        self._flags = DeferredValues()
+
+    def look(self, name: str, step: int, out: Tensor) -> Tensor:
+        """Remember whether ``out`` is finite; queues device work, waits for nothing.
+
+        Returns:
+            The flag, a 0-dim bool tensor on ``out``'s device.
+        """
+        low, high = torch.aminmax(out.detach())  # NaN propagates through both
+        # In float32: the difference of two half values may overflow where both are finite.
+        finite = (high.float() - low.float()).isfinite()
+        # A captured graph replays without this Python code.
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self._flags.put(name, step, finite)
+        return finite
+
+    def poll(self, step: int) -> list[tuple[str, int]]:
+        """``(name, step)`` of the non-finite outputs that are known by now."""
+        return [(name, at) for name, at, finite in self._flags.poll() if not finite]
+
+    def wait(self) -> None:
+        """Wait for every copy in flight (at the end of a run)."""
+        self._flags.wait()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sage_diffusion import backends, ops
 from sage_diffusion.finite import FiniteWatch
+from sage_diffusion.guard import Guard, GuardState
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
 from sage_diffusion.summary import LayerSummary, SessionSummary
@@ -172,6 +173,7 @@ class AttentionSession:
         strict: raise where a call that the plan quantizes can't be served, or where an output is
             not finite, instead of running the host's own attention and counting.
         observers: see :class:`Observer`.
+        guard: drift checks and stepping up, see :class:`sage_diffusion.guard.Guard`.
     """
 
     def __init__(
@@ -181,6 +183,7 @@ class AttentionSession:
         backend: str = "auto",
         strict: bool = False,
         observers: Sequence[Observer] = (),
+        guard: Guard | None = None,
     ):
         if backend not in backends.BACKEND_NAMES:
             names = ", ".join(backends.BACKEND_NAMES)
@@ -196,6 +199,7 @@ class AttentionSession:
         self.sigma: float | None = None
         self.branch: str | None = None
         self.watch = FiniteWatch()
+        self.guard = GuardState(guard or Guard())
         self.non_finite: dict[str, list[int]] = {}
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int], AttentionSpec] = {}
@@ -210,6 +214,7 @@ class AttentionSession:
     def plan(self, plan: PrecisionPlan | AttentionSpec | str) -> None:
         self._plan = PrecisionPlan.of(plan)
         self._specs.clear()
+        self.guard.reset()
 
     def layer(self, name: str, native: Native | None = None) -> Layer:
         """The layer of that name, made on first use."""
@@ -247,8 +252,8 @@ class AttentionSession:
             self.progress = self._plan.remap(sigma)
         else:
             self.progress = step_progress(step, self.steps)
-        self._specs.clear()
         self._report_non_finite()
+        self._specs.clear()
 
     def set_branch(self, branch: str | None) -> None:
         """The calls that follow belong to "cond", "uncond", or both (None)."""
@@ -271,6 +276,7 @@ class AttentionSession:
     def finish(self) -> None:
         """Sampling ended: look at the last step's outputs, waiting for the device."""
         self.watch.wait()
+        self.guard.wait()
         self._report_non_finite()
         self.step, self.progress, self.branch = -1, 0.0, None
         self._specs.clear()
@@ -281,7 +287,11 @@ class AttentionSession:
             steps = self.non_finite.setdefault(name, [])
             if not steps:
                 fresh.append(name)
+                # Another rung may fail the same way: straight to the host's own attention.
+                self.guard.raise_layer(name, step, f"non-finite output at step {step}", rungs=3)
             steps.append(step)
+        for done in self.guard.poll():
+            log.warning("%s", done)
         if fresh:
             message = f"non-finite attention output in {', '.join(fresh[:4])}"
             if self.strict:
@@ -295,6 +305,7 @@ class AttentionSession:
         spec = self._specs.get(key)
         if spec is None:
             spec = self._plan.resolve(layer, self.progress, branch=self.branch, tokens=tokens)
+            spec = self.guard.spec(layer, spec)
             self._specs[key] = spec
         return spec
 
@@ -374,8 +385,19 @@ class AttentionSession:
             return None
         run = backends.load(chosen)
         out, _ = run(q, k, v, spec, four_dims(mask), is_causal, scale, False)
+        finite = self.watch.look(layer.name, self.step, out)
+        if not self.strict:
+            if out.device.type == "cpu":  # reading the flag waits for nothing here
+                if not finite:
+                    layer.decline("the quantized output was not finite, run again natively")
+                    return None
+            elif chosen.name != "triton":
+                # Waiting for the flag would cost more than a pass over the output.  Our own kernels
+                # make no NaN of finite inputs and are spared it.
+                out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
-        self.watch.look(layer.name, self.step, out)
+        if self.guard.due(layer.index, self.step):
+            self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
         return out
 
     # ------------------------------------------------------------------ what happened
@@ -388,6 +410,8 @@ class AttentionSession:
                     dict(layer.ran),
                     dict(layer.declined),
                     tuple(self.non_finite.get(layer.name, ())),
+                    tuple(self.guard.reasons.get(layer.name, ())),
+                    self.guard.drift.get(layer.name),
                 )
                 for layer in self.layers.values()
             )
@@ -399,22 +423,27 @@ class AttentionSession:
             layer.ran.clear()
             layer.declined.clear()
         self.non_finite.clear()
+        self.guard.reset()
         self._logged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSession:
         # A copied model gets a session of its own: same plan, no observers, fresh counters.
-        new = AttentionSession(self._plan, backend=self.backend, strict=self.strict)
+        new = AttentionSession(
+            self._plan, backend=self.backend, strict=self.strict, guard=self.guard.guard
+        )
         memo[id(self)] = new
         for name, layer in self.layers.items():
             memo[id(layer)] = Layer(new, name, layer.native)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_session, (self._plan, self.backend, self.strict)
+        return _restore_session, (self._plan, self.backend, self.strict, self.guard.guard)
 
 
-def _restore_session(plan: PrecisionPlan, backend: str, strict: bool) -> AttentionSession:
-    return AttentionSession(plan, backend=backend, strict=strict)
+def _restore_session(
+    plan: PrecisionPlan, backend: str, strict: bool, guard: Guard
+) -> AttentionSession:
+    return AttentionSession(plan, backend=backend, strict=strict, guard=guard)
 
 
 def torch_native(

@@ -17,12 +17,17 @@ class LayerSummary:
         ran: (spec, backend) -> calls; backend "native" is the host's own attention, as planned.
         declined: reason -> calls that the host had to run itself although the plan quantizes.
         non_finite: steps whose output had NaN or infinity.
+        stepped_up: why the guard gave the layer a more accurate spec, once per time.
+        drift: largest relative L1 distance from exact attention that the guard found, None where
+            it did not look.
     """
 
     name: str
     ran: Mapping[tuple[str, str], int]
     declined: Mapping[str, int]
     non_finite: tuple[int, ...] = ()
+    stepped_up: tuple[str, ...] = ()
+    drift: float | None = None
 
     @property
     def calls(self) -> int:
@@ -84,6 +89,8 @@ class SessionSummary:
                     ],
                     "declined": dict(layer.declined),
                     "non_finite_steps": list(layer.non_finite),
+                    "stepped_up": list(layer.stepped_up),
+                    "drift": layer.drift,
                 }
                 for layer in self.layers
             ],
@@ -100,5 +107,6 @@ class SessionSummary:
             parts += [f"own attention x{n}: {reason}" for reason, n in layer.declined.items()]
             if layer.non_finite:
                 parts.append(f"NOT FINITE at steps {', '.join(map(str, layer.non_finite))}")
+            parts += [f"stepped up: {reason}" for reason in layer.stepped_up]
             lines.append(f"  {layer.name:<{width}}  {', '.join(parts) or 'not called'}")
         return "\n".join(lines)
