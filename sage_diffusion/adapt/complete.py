@@ -19,6 +19,8 @@ CANDIDATES = tuple(itertools.product((0, 1, 2, 3), (0.1,), (0.1, 1.0, 10.0)))
 
 _SWEEPS = 20
 _FOLDS = 5
+#: Fewer measured cells can't be split into folds.
+LEAST_CELLS = 2 * _FOLDS
 #: Errors below this are exact for every purpose; their logarithm is cut off here.
 _FLOOR = 1e-14
 
@@ -56,9 +58,9 @@ def complete(table: ScoreTable, seed: int = 0) -> Completed:
     error = table.metric("error")
     if (measured | ~exists).all():
         return Completed(error.copy(), measured, 0.0, np.zeros(measured.shape), 0)
-    if measured.sum() < 2 * _FOLDS:
+    if measured.sum() < LEAST_CELLS:
         raise TableError(
-            f"only {int(measured.sum())} cells are measured, completing needs {2 * _FOLDS}: "
+            f"only {int(measured.sum())} cells are measured, completing needs {LEAST_CELLS}: "
             "measure a larger share"
         )
     filled, bar, doubt, rank = complete_log(np.log(np.maximum(error, _FLOOR)), measured, seed)

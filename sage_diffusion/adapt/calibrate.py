@@ -1,0 +1,353 @@
+"""Calibration: watch live sampling, measure some cells of every run, never lose a finished run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage_diffusion.adapt.complete import LEAST_CELLS, complete
+from sage_diffusion.adapt.measure import RowCall, measure, outliers, sample_rows
+from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.travel import session_fingerprint
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.session import AttentionEvent, AttentionSession
+
+#: What a plan may choose from unless the caller says otherwise.
+SPECS = ("int8/fp16", "int8/int8", "int8/fp8-fast", "int4/int8", "int4/fp8-fast")
+
+#: Fewer prompts say nothing about the next one.
+MIN_PROMPTS = 2
+
+#: Calls of one cell in one run that are measured; more add cost, not knowledge.
+_CALLS_PER_CELL = 2
+
+
+class CalibrationError(ValueError):
+    """Calibration can't begin or found nothing to measure."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A host that samples with a session attached.
+
+    ``model`` is the class name of the network that the session's layers belong to.
+    """
+
+    session: AttentionSession
+    model: str | None
+
+    def sample(self, prompt: Any, seed: int) -> Tensor:
+        """Run the whole sampling loop; returns the final latents (or pictures) ``[B, ...]``."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a calibration stands, given to the progress callback after each run.
+
+    Attributes:
+        stage: "measure", "remeasure" or "sensitivity".
+        done, total: runs of the stage.
+        seconds: since the calibration began.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
+class Calibrator:
+    """Observer that measures the chosen cells of a run.
+
+    Cells are chosen as in a Latin square: every stretch of ``1 / share`` steps has one measured
+    step of each layer, a different one for neighbouring layers, so that every row and column of
+    the table has at least one.
+
+    Args:
+        specs: candidates, fp16 excluded.
+        session: whose layers and steps are measured.
+        share: of the cells to measure, 0 .. 1.
+        rows: query rows per measured call.
+        seed: of the choice of cells and rows.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        session: AttentionSession,
+        *,
+        share: float,
+        rows: int,
+        seed: int,
+    ):
+        self.specs = tuple(specs)
+        self.session, self.share, self.rows, self.seed = session, share, rows, seed
+        self.only: set[tuple[str, int, str]] | None = None
+        self.head_dims: dict[str, int] = {}
+        self._order: dict[str, int] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen: a new run begins."""
+        self._calls: Counter[tuple[str, int, str]] = Counter()
+        self._work: dict[tuple[str, int, str], float] = {}
+        self._found: list[tuple[tuple[str, int, str], Tensor]] = []
+        self._sigmas: dict[int, float] = {}
+        self.steps = 0
+
+    def chooses(self, layer: str, step: int, branch: str | None) -> bool:
+        """Is this cell measured?"""
+        if self.only is not None:
+            return (layer, step, branch or BOTH) in self.only
+        period = max(1, min(round(1 / self.share), self.session.steps))
+        picks = -(-period // max(len(self.session.layers), 1))  # few layers: more of each
+        stretch, inside = divmod(step, period)
+        block, position = divmod(self.place(layer) * picks, period)
+        order = np.random.default_rng((self.seed, stretch, block)).permutation(period)
+        shift = 1 if branch == "uncond" else 0  # the two branches complete each other
+        return inside in {int(order[(position + j + shift) % period]) for j in range(picks)}
+
+    def place(self, layer: str) -> int:
+        """Position of the layer in the order of first calls."""
+        return self._order.setdefault(layer, len(self._order))
+
+    def observe(self, event: AttentionEvent) -> None:
+        """See :class:`sage_diffusion.session.Observer`."""
+        if event.step < 0:
+            return
+        cell = (event.layer, event.step, event.branch or BOTH)
+        self.steps = self.session.steps
+        if self.session.sigma is not None:
+            self._sigmas[event.step] = self.session.sigma
+        batch, heads, q_len, dim = event.q.shape
+        self._calls[cell] += 1
+        self._work[cell] = float(batch * heads * q_len * event.k.shape[2] * dim)
+        self.head_dims[event.layer] = dim
+        place = self.place(event.layer)
+        if self._calls[cell] > _CALLS_PER_CELL:
+            return
+        if not self.chooses(event.layer, event.step, event.branch):
+            return
+        seed = (self.seed * 7919 + place * 1009 + event.step) % (2**31)
+        index = sample_rows(q_len, self.rows, seed, event.q.device)
+        call = RowCall(
+            event.q,
+            event.k,
+            event.v,
+            index,
+            mask=event.mask,
+            is_causal=event.is_causal,
+            scale=event.scale,
+        )
+        exact = None
+        if not event.spec.quantized and event.out.dtype == torch.float32:
+            exact = event.out[:, :, index]  # the host computed these rows exactly already
+        values = measure(call, self.specs, exact).flatten()
+        peaks = torch.stack([outliers(x) for x in (event.q, event.k, event.v)])
+        self._found.append((cell, torch.cat([values, peaks])))
+
+    def store(self, table: ScoreTable) -> None:
+        """Move the finished run's measurements into the table."""
+        for (layer, step, branch), calls in self._calls.items():
+            table.saw(layer, step, branch, self._work[layer, step, branch], calls)
+        if self._found:
+            numbers = torch.stack([v for _, v in self._found]).double().cpu().numpy()
+            for (cell, _), row in zip(self._found, numbers, strict=True):
+                table.add(*cell, row[:-3].reshape(len(self.specs), -1), row[-3:])
+        if len(self._sigmas) == self.steps:
+            table.schedule = [self._sigmas[step] for step in range(self.steps)]
+        self.begin()
+
+
+def calibrate(
+    sampler: Sampler,
+    prompts: Sequence[Any],
+    seeds: Iterable[int] = (0,),
+    *,
+    specs: Sequence[str | AttentionSpec] = SPECS,
+    share: float = 0.25,
+    rows: int = 64,
+    seed: int = 0,
+    bar_db: float = 3.0,
+    sensitivity: int = 1,
+    path: str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> ScoreTable:
+    """Measure what each spec does to each layer and step of a model, on live sampling.
+
+    Every (prompt, seed) is sampled once with the model's own attention while an observer measures
+    some cells; the table is saved after each run, so an interrupted calibration goes on where it
+    stopped when called again with the same arguments.
+
+    Args:
+        sampler: see :class:`Sampler`.
+        prompts: what ``sampler.sample`` takes, at least two; they are known by their ``str()``.
+        seeds: every prompt is sampled once with each.
+        specs: candidates.
+        share: of the cells that are measured; the others are completed from them.
+        rows: query rows per measured call.
+        seed: of the choice of cells and rows.
+        bar_db: where completing is less certain than this (held-out RMS, dB of squared error), the
+            most doubtful cells are measured as well.
+        sensitivity: (prompt, seed) pairs on which to measure what groups of cells do to the final
+            latents; 0 skips that stage.
+        path: the table's file; an existing one is continued.
+        progress: called after each run.
+
+    Returns:
+        The table, as saved.
+
+    Raises:
+        CalibrationError: too few prompts, no candidates, or a model whose attention is not reached.
+        TableError: ``path`` holds another model's or calibration's table.
+    """
+    from sage_diffusion.adapt.sensitivity import measure_sensitivity
+
+    candidates = _candidates(specs)
+    pairs = [(prompt, int(s)) for prompt in prompts for s in seeds]
+    if len(prompts) < MIN_PROMPTS:
+        raise CalibrationError(
+            f"calibration needs at least {MIN_PROMPTS} prompts, got {len(prompts)}"
+        )
+    if not pairs:
+        raise CalibrationError("calibration needs at least one seed")
+    if not 0 < share <= 1:
+        raise CalibrationError(f"share must be above 0 and at most 1, got {share}")
+    if rows < 1:
+        raise CalibrationError(f"rows must be at least 1, got {rows}")
+    job = _Job(sampler, candidates, share, rows, seed, path, progress)
+    job.passes("measure", pairs, job.table.runs)
+    if not job.table.extra:
+        job.table.extra = _doubtful(job.table, bar_db)
+    if job.table.extra:
+        job.passes("remeasure", pairs, job.table.extra_runs)
+    if sensitivity and job.table.sensitivity is None:
+        job.table.sensitivity = measure_sensitivity(
+            sampler, job.table, pairs[:sensitivity], progress=job.tell
+        )
+        job.save()
+    return job.table
+
+
+class _Job:
+    """One calibration under way: the table, its file and the runs that feed it."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        specs: tuple[AttentionSpec, ...],
+        share: float,
+        rows: int,
+        seed: int,
+        path: str | Path | None,
+        progress: Callable[[Progress], None] | None,
+    ):
+        self.sampler, self.path, self.progress = sampler, path, progress
+        self.began = time.monotonic()
+        self.watcher = Calibrator(specs, sampler.session, share=share, rows=rows, seed=seed)
+        settings = {"share": share, "rows": rows, "seed": seed}
+        self.table = ScoreTable(tuple(map(str, specs)), 0, self._fingerprint(), settings)
+        if path is not None and Path(path).exists():
+            stored = ScoreTable.load(path)
+            stored.check_same(self.table)
+            self.table = stored
+            for name in stored.layers:
+                self.watcher.place(name)  # the order of the first calls decides the choice
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Report to whoever calibrates."""
+        if self.progress is not None:
+            self.progress(Progress(stage, done, total, time.monotonic() - self.began))
+
+    def save(self) -> None:
+        """Write the table, if it has a file."""
+        if self.path is not None:
+            self.table.save(self.path)
+
+    def passes(
+        self, stage: str, pairs: Sequence[tuple[Any, int]], finished: list[tuple[str, int]]
+    ) -> None:
+        """Sample every pair that is not finished, saving after each."""
+        if stage == "remeasure":
+            self.watcher.only = set(self.table.extra)
+        for number, (prompt, seed) in enumerate(pairs):
+            key = (str(prompt), seed)
+            if key not in finished:
+                self._run(prompt, seed)
+                finished.append(key)
+                self.save()
+            self.tell(stage, number + 1, len(pairs))
+
+    def _run(self, prompt: Any, seed: int) -> None:
+        session, watcher = self.sampler.session, self.watcher
+        watcher.begin()
+        session.observers.append(watcher)
+        try:
+            with planned(session, "fp16"):
+                self.sampler.sample(prompt, seed)
+        finally:
+            session.observers.remove(watcher)
+        if not watcher.steps:
+            raise CalibrationError(
+                "no attention call was seen while sampling: the model has no attention that is "
+                "reached, or its host never called session.start and session.begin_step"
+            )
+        if not self.table.steps:
+            self.table = replace(self.table, steps=watcher.steps)
+        if watcher.steps != self.table.steps:
+            raise CalibrationError(
+                f"this run had {watcher.steps} steps, the table is of {self.table.steps}: "
+                "calibrate all prompts with the same number of steps"
+            )
+        if not self.table.runs:  # some hosts name their layers at the first call only
+            self.table.fingerprint = self._fingerprint()
+        self.table.check_same(replace(self.table, fingerprint=self._fingerprint()))
+        watcher.store(self.table)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return session_fingerprint(self.sampler.session, self.sampler.model, self.watcher.head_dims)
+
+
+@contextlib.contextmanager
+def planned(session: AttentionSession, plan: PrecisionPlan | str) -> Iterator[None]:
+    """The session follows another plan inside the block."""
+    before = session.plan
+    session.plan = plan
+    try:
+        yield
+    finally:
+        session.plan = before
+
+
+def _candidates(specs: Sequence[str | AttentionSpec]) -> tuple[AttentionSpec, ...]:
+    parsed = tuple(dict.fromkeys(AttentionSpec.parse(spec) for spec in specs))
+    chosen = tuple(spec for spec in parsed if spec.quantized)
+    if not chosen:
+        raise CalibrationError(
+            "there is nothing to calibrate: name at least one quantized spec, such as int8/fp8"
+        )
+    return chosen
+
+
+def _doubtful(table: ScoreTable, bar_db: float) -> list[tuple[str, int, str]]:
+    """Cells to measure as well: the more doubtful half where completing is too uncertain, all
+    where too few were measured to complete anything."""
+    open_cells = np.argwhere(table.exists & ~table.measured)
+    if len(open_cells) and table.measured.sum() >= LEAST_CELLS:
+        completed = complete(table)
+        if completed.bar_db <= bar_db:
+            return []
+        doubt = [-completed.doubt_db[tuple(cell)] for cell in open_cells]
+        half = np.argsort(doubt, kind="stable")[: -(-len(doubt) // 2)]
+        open_cells = open_cells[np.sort(half)]
+    return [(table.layers[i], int(s), table.branches[b]) for i, s, b in open_cells]

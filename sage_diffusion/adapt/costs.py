@@ -1,0 +1,118 @@
+"""What a spec costs on a card, relative to FP16 attention, as plain data.
+
+Cycles of one SM for a tile of 16 queries x 64 keys at head dim 128 in the slowest pipe, both
+products: what the tensor cores allow, a predicted bound and no timing.  ``sage-diffusion cost``
+prints the bounds of the compiled kernels; its JSON can be given instead (:func:`load_costs`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from sage_diffusion.kernels.spec import AttentionSpec
+
+SOURCE = "predicted bound: what the tensor cores allow, no timing"
+
+#: card -> spec -> cycles.  A spec that a card lacks can't run natively there.
+CYCLES: Mapping[str, Mapping[str, float]] = {
+    "rtx3090": {
+        "fp16": 512,
+        "int8/fp16": 384,
+        "int8/int8": 256,
+        "int4/int8": 192,
+    },
+    "rtx4090": {
+        "fp16": 512,
+        "int8/fp16": 384,
+        "int8/int8": 256,
+        "int8/fp8": 384,
+        "int8/fp8-fast": 256,
+        "int4/int8": 192,
+        "int4/fp8-fast": 192,
+    },
+    "rtx5090": {
+        "fp16": 512,
+        "int8/fp16": 384,
+        "int8/int8": 256,
+        "int8/fp8": 384,
+        "int8/fp8-fast": 256,
+        "fp4/fp8-fast": 192,
+        "fp4/fp4": 128,
+    },
+    "a100": {
+        "fp16": 256,
+        "int8/fp16": 237,
+        "int8/int8": 154,
+        "int4/int8": 96,
+    },
+    "h100": {
+        "fp16": 128,
+        "int8/fp16": 134,
+        "int8/int8": 130,
+        "int8/fp8": 130,
+        "int8/fp8-fast": 130,
+    },
+}
+
+
+class CostTableError(ValueError):
+    """A cost table that can't be read, or that lacks a spec."""
+
+
+def card_costs(card: str) -> dict[str, float]:
+    """Cycles of a built-in card.
+
+    Raises:
+        CostTableError: there is no such card.
+    """
+    if card not in CYCLES:
+        raise CostTableError(f"card must be one of {', '.join(CYCLES)}, got {card!r}")
+    return dict(CYCLES[card])
+
+
+def load_costs(source: str | Path | Mapping[str, float]) -> dict[str, float]:
+    """Costs from a card's name, a mapping, or a JSON file ``{"fp16": 512, "int8/fp8": 256, ..}``.
+
+    Raises:
+        CostTableError: unreadable, or a value that is no positive number.
+    """
+    if isinstance(source, Mapping):
+        data = dict(source)
+    elif str(source).endswith(".json"):
+        try:
+            data = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CostTableError(f"{source}: cannot be read: {error}") from None
+    else:
+        return card_costs(str(source))
+    if not isinstance(data, dict):
+        raise CostTableError(f"costs must be an object of spec -> number, got {data!r}")
+    costs = {}
+    for name, value in data.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise CostTableError(f"the cost of {name} must be a positive number, got {value!r}")
+        costs[str(AttentionSpec.parse(name))] = float(value)
+    if "fp16" not in costs:
+        raise CostTableError("costs must name fp16: every other cost is relative to it")
+    return costs
+
+
+def relative_cost(spec: AttentionSpec | str, costs: Mapping[str, float]) -> float:
+    """Time of a spec relative to fp16; variants of a ladder name (``+rotate``) cost the same.
+
+    Raises:
+        CostTableError: the card can't run the spec.
+    """
+    parsed = AttentionSpec.parse(spec)
+    fast = "-fast" if parsed.pv_accumulator == "fp16" else ""
+    ladder = f"{parsed.qk.value}/{parsed.pv.value}{fast}" if parsed.quantized else "fp16"
+    for key in (str(parsed), ladder):
+        if key in costs:
+            return costs[key] / costs["fp16"]
+    raise CostTableError(
+        f"no cost of {parsed} is known for this card; known are {', '.join(costs)}"
+    )

@@ -1,0 +1,309 @@
+"""From a score table and a card's costs to the plan of least time or of best quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sage_diffusion.adapt.complete import complete
+from sage_diffusion.adapt.compress import compress
+from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
+from sage_diffusion.adapt.sensitivity import cell_weights
+from sage_diffusion.adapt.solve import Infeasible, solve
+from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PlanError, PrecisionPlan, step_progress
+
+
+class Unreachable(PlanError):
+    """No plan meets the floor or the budget; the message says the best reachable."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to choose from.
+
+    Attributes:
+        specs: options, fp16 among them.
+        damage: final squared error of every cell and option, ``[L, S, B, K]``.
+        time: of every cell and option, as a share of all of FP16 attention's, same shape.
+        peak: range of the reference latents, None if only local errors are known.
+        table: where the numbers come from.
+        bar_db: how certain completed cells are.
+    """
+
+    specs: tuple[str, ...]
+    damage: np.ndarray
+    time: np.ndarray
+    peak: float | None
+    table: ScoreTable
+    bar_db: float
+
+    @property
+    def exists(self) -> np.ndarray:
+        """Cells that there are, ``[L, S, B]``."""
+        return self.table.exists
+
+    def quality(self, damage: float) -> float:
+        """PSNR of the final latents in dB; without sensitivity, signal to error of attention."""
+        top = 1.0 if self.peak is None else self.peak**2
+        return 10 * math.log10(top / max(damage, 1e-14 * top))
+
+    def allowed_damage(self, quality: float) -> float:
+        """Inverse of :meth:`quality`."""
+        return (1.0 if self.peak is None else self.peak**2) * 10 ** (-quality / 10)
+
+    def totals(self, index: np.ndarray) -> tuple[float, float]:
+        """Predicted time and damage of a choice ``[L, S, B]`` of options."""
+        pick = np.take_along_axis(self.time, index[..., None], -1)[..., 0]
+        hurt = np.take_along_axis(self.damage, index[..., None], -1)[..., 0]
+        return float(pick[self.exists].sum()), float(hurt[self.exists].sum())
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what is predicted of it.
+
+    Attributes:
+        plan: few rules that resolve to ``index`` exactly.
+        index: option of every cell, ``[L, S, B]``.
+        specs: the options.
+        time: relative to FP16 attention.
+        quality: predicted, dB (see :meth:`Problem.quality`).
+        ideal_time, ideal_quality: before the plan was compressed into few rules.
+        gap: of the solver, relative to its objective; 0 is proven best.
+    """
+
+    plan: PrecisionPlan
+    index: np.ndarray
+    specs: tuple[str, ...]
+    time: float
+    quality: float
+    ideal_time: float
+    ideal_quality: float
+    gap: float
+
+    def share(self, test: Any) -> float:
+        """Share of the cells whose spec's name passes ``test``."""
+        hits = [test(self.specs[k]) for k in self.index.ravel().tolist()]
+        return sum(hits) / len(hits)
+
+
+def problem(
+    table: ScoreTable,
+    costs: str | Path | Mapping[str, float] = "rtx4090",
+    specs: Sequence[str] | None = None,
+) -> Problem:
+    """Score table and costs as one knapsack.
+
+    Args:
+        table: calibrated.
+        costs: a card's name, a mapping spec -> cost, or a JSON file of one.
+        specs: options; fp16 and all that the table has and the card can run if None.
+
+    Raises:
+        CostTableError: a named spec has no cost, or the card can run none of the table's.
+        PlanError: a named spec was not calibrated.
+    """
+    prices = load_costs(costs)
+    exact = True
+    if specs is None:
+        chosen = []
+        for name in table.specs:
+            try:
+                relative_cost(name, prices)
+            except CostTableError:
+                continue  # the card can't run it
+            chosen.append(name)
+        if not chosen:
+            raise CostTableError(f"the card can run none of {', '.join(table.specs)}")
+    else:
+        chosen = [str(AttentionSpec.parse(name)) for name in specs]
+        exact = "fp16" in chosen
+        chosen = [name for name in dict.fromkeys(chosen) if name != "fp16"]
+        for name in chosen:
+            if name not in table.specs:
+                raise PlanError(
+                    f"{name} was not calibrated; the table has {', '.join(table.specs)}"
+                )
+    completed = complete(table)
+    columns = [table.specs.index(name) for name in chosen]
+    damage = (completed.error * cell_weights(table))[..., columns]
+    work = table.filled_work()
+    share = (work / work.sum())[..., None]
+    time = share * np.array([relative_cost(name, prices) for name in chosen])
+    damage = np.nan_to_num(damage)
+    if exact:
+        damage = np.concatenate([np.zeros_like(share), damage], -1)
+        time = np.concatenate([share, time], -1)
+    return Problem(
+        ("fp16", *chosen) if exact else tuple(chosen),
+        damage,
+        time,
+        None if table.sensitivity is None else float(table.sensitivity["peak"]),
+        table,
+        completed.bar_db,
+    )
+
+
+def make_plan(
+    table: ScoreTable,
+    *,
+    floor: float | None = None,
+    budget: float | None = None,
+    costs: str | Path | Mapping[str, float] = "rtx4090",
+    specs: Sequence[str] | None = None,
+    max_loss_db: float = 0.25,
+    name: str | None = None,
+) -> Planned:
+    """The fastest plan that keeps a quality, or the best plan within a time.
+
+    Args:
+        table: calibrated.
+        floor: least predicted quality in dB; the fastest such plan is made.
+        budget: most predicted time, relative to FP16 attention; the best such plan is made.
+        costs, specs: see :func:`problem`.
+        max_loss_db: how much predicted quality the compression into few rules may cost (with a
+            floor, the loss is taken from time instead and the floor holds).
+        name: title of the plan.
+
+    Raises:
+        Unreachable: no plan meets the floor or the budget; says the best reachable.
+        ValueError: not exactly one of ``floor`` and ``budget``.
+    """
+    if (floor is None) == (budget is None):
+        raise ValueError(f"give either floor or budget, got floor={floor}, budget={budget}")
+    task = problem(table, costs, specs)
+    cells = task.exists
+    damage, time = task.damage[cells], task.time[cells]
+    try:
+        if floor is not None:
+            allowed = task.allowed_damage(floor)
+            choice = solve(time, damage, allowed)
+        else:
+            assert budget is not None
+            choice = solve(damage, time, budget)
+    except Infeasible as error:
+        if floor is not None:
+            best = task.quality(error.best)
+            message = f"no plan keeps {floor:.1f} dB, the best reachable is {best:.1f} dB"
+        else:
+            message = (
+                f"no plan takes {budget:.3f} of FP16's time, the fastest takes {error.best:.3f}"
+            )
+        raise Unreachable(message) from None
+    index = np.zeros(cells.shape, dtype=np.int64)
+    index[cells] = choice.index
+    ideal_time, ideal_damage = task.totals(index)
+    packed = compress(
+        task.damage,
+        task.time,
+        cells,
+        index,
+        task.specs,
+        table.layers,
+        table.branches,
+        max_loss=10 ** (max_loss_db / 10),
+        limit_damage=task.allowed_damage(floor) if floor is not None else None,
+        limit_time=budget,
+    )
+    time_, damage_ = task.totals(packed.index)
+    plan = PrecisionPlan(
+        AttentionSpec.parse(packed.default),
+        packed.rules,
+        model=table.fingerprint.get("model"),
+        name=name,
+        schedule=None if table.schedule is None else tuple(table.schedule),
+        fingerprint=table.fingerprint or None,
+        calibration=_provenance(task, time_, damage_, floor, budget, costs),
+    )
+    return Planned(
+        plan,
+        packed.index,
+        task.specs,
+        time_,
+        task.quality(damage_),
+        ideal_time,
+        task.quality(ideal_damage),
+        choice.gap,
+    )
+
+
+def predict(task: Problem, plan: PrecisionPlan | str) -> tuple[float, float]:
+    """Predicted time and quality of any plan whose specs the problem knows.
+
+    Raises:
+        PlanError: the plan uses a spec that was not calibrated or has no cost.
+    """
+    index = plan_index(task.table, PrecisionPlan.of(plan), task.specs)
+    time, damage = task.totals(index)
+    return time, task.quality(damage)
+
+
+def predicted_time(
+    table: ScoreTable, plan: PrecisionPlan | str, costs: str | Path | Mapping[str, float]
+) -> float:
+    """Time of all attention under any plan relative to FP16, weighted by each cell's work.
+
+    A table without scores will do: only its ``work`` is read.
+
+    Raises:
+        CostTableError: the card can't run one of the plan's specs.
+    """
+    prices = load_costs(costs)
+    parsed = PrecisionPlan.of(plan)
+    work = table.filled_work()
+    total = 0.0
+    for i, layer in enumerate(table.layers):
+        for step in range(table.steps):
+            place = step_progress(step, table.steps)
+            for b, branch in enumerate(table.branches):
+                spec = parsed.resolve(layer, place, branch=None if branch == BOTH else branch)
+                total += work[i, step, b] * relative_cost(spec, prices)
+    return float(total / work.sum())
+
+
+def plan_index(table: ScoreTable, plan: PrecisionPlan, specs: Sequence[str]) -> np.ndarray:
+    """The option that a plan resolves to in every cell, ``[L, S, B]``.
+
+    Raises:
+        PlanError: it resolves to a spec that is not among ``specs``.
+    """
+    index = np.zeros(table.shape, dtype=np.int64)
+    for i, layer in enumerate(table.layers):
+        for step in range(table.steps):
+            place = step_progress(step, table.steps)
+            for b, branch in enumerate(table.branches):
+                spec = plan.resolve(layer, place, branch=None if branch == BOTH else branch)
+                if str(spec) not in specs:
+                    raise PlanError(f"nothing is known of {spec}; known are {', '.join(specs)}")
+                index[i, step, b] = specs.index(str(spec))
+    return index
+
+
+def _provenance(
+    task: Problem,
+    time: float,
+    damage: float,
+    floor: float | None,
+    budget: float | None,
+    costs: str | Path | Mapping[str, float],
+) -> dict[str, Any]:
+    table = task.table
+    quality = "psnr_db" if task.peak is not None else "attention_snr_db"
+    found: dict[str, Any] = {
+        "predicted": {"time": round(time, 4), quality: round(task.quality(damage), 2)},
+        "asked": {"floor": floor} if floor is not None else {"budget": budget},
+        "costs": str(costs) if isinstance(costs, (str, Path)) else dict(costs),
+        "runs": len(table.runs),
+        "measured_cells": int(table.measured.sum()),
+        "cells": int(table.exists.sum()),
+        "completion_bar_db": round(task.bar_db, 2),
+        "steps": table.steps,
+    }
+    return found

@@ -1,0 +1,89 @@
+"""Pictures of a calibration and of an evaluation (needs matplotlib)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sage_diffusion.adapt.complete import complete
+from sage_diffusion.adapt.evaluate import Evaluation
+from sage_diffusion.adapt.table import ScoreTable
+
+_KINDS = {
+    "adaptive": ("adaptive plan", "tab:red", "*", 220),
+    "uniform": ("one spec everywhere", "tab:blue", "o", 60),
+    "first_last": ("first and last steps in 8 bit", "tab:orange", "s", 50),
+}
+
+
+def pareto(evaluation: Evaluation, path: str | Path) -> None:
+    """Quality against predicted speed, every plan a point, the front a line."""
+    figure, axes = _axes(7, 4.5)
+    points = [(1 / s.predicted_time, s.psnr, s) for s in evaluation.scored if math.isfinite(s.psnr)]
+    for kind, (label, colour, marker, size) in _KINDS.items():
+        some = [(x, y) for x, y, s in points if s.kind == kind]
+        if some:
+            axes.scatter(*zip(*some, strict=True), s=size, c=colour, marker=marker, label=label)
+    for x, y, s in points:
+        if s.kind != "first_last":
+            axes.annotate(s.name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda p: (-p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    if front:
+        axes.plot(*zip(*front, strict=True), c="grey", lw=1, zorder=0)
+    axes.set_xlabel(f"predicted speed of attention, FP16 = 1 ({evaluation.card}, a bound)")
+    axes.set_ylabel("PSNR against FP16, dB")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def heat_map(table: ScoreTable, spec: str, path: str | Path) -> None:
+    """Error of a spec per layer and step, measured cells dotted."""
+    completed = complete(table)
+    errors = completed.error[..., table.specs.index(spec)]
+    decibel = 10 * np.log10(np.maximum(np.nanmean(errors, 2), 1e-14))
+    figure, axes = _axes(1.5 + 0.3 * table.steps, 1.2 + 0.25 * len(table.layers))
+    image = axes.imshow(decibel, aspect="auto", cmap="viridis")
+    rows, columns = np.nonzero(table.measured.any(2))
+    axes.scatter(columns, rows, s=4, c="white")
+    axes.set_yticks(range(len(table.layers)), table.layers, fontsize=7)
+    axes.set_xlabel("step (dots: measured, others completed)")
+    axes.set_title(f"error of {spec}, dB", fontsize=9)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def layer_bars(table: ScoreTable, path: str | Path) -> None:
+    """Mean score cosine * (1 - L1) of every layer and spec, with the spread over steps."""
+    scores = table.metric("score")
+    figure, axes = _axes(2 + 0.5 * len(table.layers), 4)
+    width = 0.8 / len(table.specs)
+    places = np.arange(len(table.layers))
+    for k, spec in enumerate(table.specs):
+        with np.errstate(invalid="ignore"):
+            mean = np.nanmean(scores[..., k], (1, 2))
+            spread = np.nanstd(scores[..., k], (1, 2))
+        axes.bar(places + (k + 0.5) * width - 0.4, mean, width, yerr=spread, label=spec)
+    axes.set_xticks(places, table.layers, rotation=60, ha="right", fontsize=7)
+    axes.set_ylabel("cosine x (1 - L1)")
+    axes.legend(fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

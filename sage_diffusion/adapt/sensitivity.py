@@ -1,0 +1,185 @@
+"""What an error in a layer at a step does to the final latents.
+
+Errors of different cells are nearly independent, so their squares add up::
+
+    final squared error = sum over cells of  sensitivity(cell) * local squared error(cell, spec)
+
+Groups of cells (layer groups x step groups) are run in a low spec one at a time, everything else in
+FP16; some mixed runs check, and take part in, the fit by non-negative least squares.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sage_diffusion.adapt.complete import complete
+from sage_diffusion.adapt.globs import cover, step_range
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan, Rule
+
+if TYPE_CHECKING:
+    from sage_diffusion.adapt.calibrate import Sampler
+
+#: Mixed runs, each with a random half of the groups in the low spec.
+_CHECKS = 2
+
+
+def measure_sensitivity(
+    sampler: Sampler,
+    table: ScoreTable,
+    pairs: Sequence[tuple[Any, int]],
+    *,
+    layer_groups: int = 6,
+    step_groups: int = 5,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every group of cells in the least accurate spec and fit what it does to the result.
+
+    Args:
+        sampler: host with the session.
+        table: calibrated; its errors scale the effects.
+        pairs: (prompt, seed) to average over.
+        layer_groups, step_groups: how many groups the layers and the steps are split into.
+        progress: called as ``progress("sensitivity", done, total)``.
+
+    Returns:
+        Plain data for ``ScoreTable.sensitivity``: ``spec``; ``layers`` (names per group); ``steps``
+        (``[first, stop)`` per group); ``weight [LG][SG]`` (final squared error per local one);
+        ``effect [LG][SG]`` (squared error of the final latents, geometric mean over the samples);
+        ``factor [K]`` (measured over predicted error of each spec used everywhere: what kind of
+        error a spec makes, and by how much chaotic samples raise the mean); ``peak`` (largest minus
+        smallest reference latent); ``checks`` (predicted and measured error of the mixed runs).
+    """
+    from sage_diffusion.adapt.calibrate import planned
+
+    error = complete(table).error
+    low = int(np.argmax(np.nanmean(error, (0, 1, 2))))
+    layers = [
+        list(part) for part in np.array_split(table.layers, min(layer_groups, table.shape[0]))
+    ]
+    edges = np.linspace(0, table.steps, min(step_groups, table.steps) + 1).round().astype(int)
+    steps = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+    grid = (len(layers), len(steps))
+    total_error = _group_sums(table, error[..., low], layers, steps)
+
+    rng = np.random.default_rng(0)
+    masks = [np.arange(grid[0] * grid[1]).reshape(grid) == i for i in range(grid[0] * grid[1])]
+    for _ in range(_CHECKS):
+        mask = np.zeros(masks[0].size, dtype=bool)
+        mask[rng.permutation(mask.size)[: mask.size // 2 or 1]] = True
+        masks.append(mask.reshape(grid))
+    plans = [group_plan(table.specs[low], mask, layers, steps, table) for mask in masks]
+    plans += [PrecisionPlan.of(name) for name in table.specs]
+    errors: list[list[float]] = [[] for _ in plans]  # of every sample
+    peak = 0.0
+    done, total = 0, len(pairs) * len(plans)
+    for prompt, seed in pairs:
+        with planned(sampler.session, "fp16"):
+            reference = sampler.sample(prompt, seed).float()
+        peak = max(peak, float(reference.max() - reference.min()))
+        for i, plan in enumerate(plans):
+            with planned(sampler.session, plan):
+                out = sampler.sample(prompt, seed).float()
+            errors[i] += (out - reference).square().flatten(1).mean(1).tolist()
+            done += 1
+            if progress is not None:
+                progress("sensitivity", done, total)
+    # Samples differ in how chaotic they are by orders of magnitude; in the logarithm each has one
+    # vote on what matters, while the level is that of the mean squared error.
+    votes = np.exp(np.log(np.maximum(errors, 1e-20)).mean(1))
+    measured, uniform = votes[: len(masks)], np.mean(errors, 1)[len(masks) :]
+
+    design = np.stack([(mask * total_error).ravel() for mask in masks])
+    single = grid[0] * grid[1]
+    alone = measured[:single] / np.maximum(np.diag(design[:single]), 1e-300)
+    weight = nonnegative_fit(design, measured, alone)
+    sums = np.array(
+        [_group_sums(table, error[..., k], layers, steps) for k in range(len(table.specs))]
+    )
+    predicted = (sums.reshape(len(table.specs), -1) * weight).sum(1)
+    return {
+        "spec": table.specs[low],
+        "layers": layers,
+        "steps": [list(s) for s in steps],
+        "weight": _rounded(weight.reshape(grid)),
+        "effect": _rounded(measured[:single].reshape(grid)),
+        "factor": [float(f"{x:.6g}") for x in uniform / np.maximum(predicted, 1e-300)],
+        "peak": peak,
+        "checks": [
+            {"predicted": float(design[i] @ alone), "measured": float(measured[i])}
+            for i in range(single, len(masks))
+        ],
+    }
+
+
+def cell_weights(table: ScoreTable) -> np.ndarray:
+    """Final squared error per unit of local squared error, ``[L, S, B, K]``.
+
+    Without a sensitivity stage every cell weighs ``1 / cells``: what is predicted then is the mean
+    local error.
+    """
+    if table.sensitivity is None:
+        share = table.exists / max(int(table.exists.sum()), 1)
+        return np.repeat(share[..., None], len(table.specs), -1)
+    found = np.full(table.shape, np.nan)
+    for names, row in zip(table.sensitivity["layers"], table.sensitivity["weight"], strict=True):
+        for (first, stop), value in zip(table.sensitivity["steps"], row, strict=True):
+            for name in names:
+                found[table.layers.index(name), first:stop] = value
+    # A layer that appeared after the stage was run: as sensitive as the mean.
+    found = np.where(np.isnan(found), np.nanmean(found), found)
+    return found[..., None] * np.array(table.sensitivity["factor"])
+
+
+def group_plan(
+    spec: str,
+    mask: np.ndarray,
+    layers: Sequence[Sequence[str]],
+    steps: Sequence[tuple[int, int]],
+    table: ScoreTable,
+) -> PrecisionPlan:
+    """FP16 everywhere but in the groups of ``mask [LG, SG]``."""
+    parsed = AttentionSpec.parse(spec)
+    rules = []
+    for names, row in zip(layers, mask, strict=True):
+        for (first, stop), on in zip(steps, row, strict=True):
+            if on:
+                start, end = step_range(first, stop, table.steps)
+                rules += [Rule(parsed, g, start, end) for g in cover(names, table.layers)]
+    return PrecisionPlan(AttentionSpec.parse("fp16"), tuple(rules))
+
+
+def nonnegative_fit(design: np.ndarray, target: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """``x >= 0`` with ``design @ x`` close to ``target`` relative to its size.
+
+    Multiplicative updates (Lee and Seung) from ``start``; everything must be non-negative.
+    """
+    scale = 1.0 / np.maximum(target, target.max() * 1e-3)
+    a, b = design * scale[:, None], target * scale
+    x = np.maximum(start, 1e-300)
+    gram, right = a.T @ a, a.T @ b
+    for _ in range(5000):
+        x = x * right / np.maximum(gram @ x, 1e-300)
+    return x
+
+
+def _group_sums(
+    table: ScoreTable,
+    error: np.ndarray,
+    layers: Sequence[Sequence[str]],
+    steps: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """Local squared errors summed over each group, ``[LG, SG]``."""
+    rows = [[table.layers.index(name) for name in names] for names in layers]
+    return np.array(
+        [[np.nansum(error[index, first:stop]) for first, stop in steps] for index in rows]
+    )
+
+
+def _rounded(array: np.ndarray) -> list[list[float]]:
+    return [[float(f"{x:.6g}") for x in row] for row in array]

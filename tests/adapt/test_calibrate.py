@@ -1,0 +1,165 @@
+"""Calibration of a tiny random transformer: live, resumable, without loss."""
+
+import numpy as np
+import pytest
+from adapt_host import TinySampler
+
+from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
+from sage_diffusion.adapt.sensitivity import cell_weights, nonnegative_fit
+from sage_diffusion.adapt.table import ScoreTable, TableError
+
+SPECS = ("int8/fp8-fast", "int4/fp8-fast")
+
+
+def run(sampler, **options):
+    options = {"specs": SPECS, "sensitivity": 0, "rows": 16} | options
+    return calibrate(sampler, options.pop("prompts", ["a", "bb"]), **options)
+
+
+def test_every_row_and_column_has_a_measured_cell():
+    for layers, steps in ((4, 12), (2, 8), (6, 10), (1, 5)):
+        table = run(TinySampler(layers=layers, steps=steps), bar_db=1e9)
+        measured = table.measured
+        assert measured.any(1).all()
+        assert measured.any(0).all()
+        if layers >= 4 and steps % 4 == 0:
+            assert measured.mean() == 0.25
+    assert table.layers == ["blocks.0.attn"]
+    assert table.schedule == [1, 0.8, 0.6, 0.4, 0.2] or np.allclose(
+        table.schedule, [1, 0.8, 0.6, 0.4, 0.2]
+    )
+
+
+def test_scores_have_mean_and_spread_and_outliers():
+    table = run(TinySampler(), share=1, seeds=(0, 1))
+    assert (table.count == 4).all()
+    scores = table.metric("score")
+    assert (scores[..., 0] > scores[..., 1]).all()  # INT8 is better than INT4 everywhere
+    assert (table.spread("error") > 0).all()
+    assert (table.outliers > 2).all()
+    assert (table.filled_work() == 2 * 2 * 40 * 40 * 32).all()
+    assert len(table.runs) == 4
+
+
+def test_a_sampling_run_is_not_changed_by_watching():
+    sampler = TinySampler()
+    before = sampler.sample("a", 0)
+    run(sampler)
+    assert (sampler.sample("a", 0) == before).all()
+    assert not sampler.session.observers
+
+
+def test_a_poisoned_layer_is_found():
+    table = run(TinySampler(poison=2), share=1)
+    by_layer = np.nanmean(table.metric("score")[..., 1], (1, 2))
+    assert by_layer.argmin() == 2
+    assert by_layer[2] < 0.9 * np.delete(by_layer, 2).min()
+    assert table.outliers[..., 1].mean((1, 2)).argmax() == 2
+
+
+class Interrupted(TinySampler):
+    """Breaks off in the middle of the third run."""
+
+    def sample(self, prompt, seed):
+        if self.runs == 2:
+            self.runs += 1
+            self.attach()
+            self.session.start(self.steps)
+            raise KeyboardInterrupt
+        return super().sample(prompt, seed)
+
+
+def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path):
+    path = tmp_path / "scores.json"
+    options = {"prompts": ["a", "bb", "ccc"], "path": path, "share": 0.5, "bar_db": 1e9}
+    sampler = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(sampler, **options)
+    assert ScoreTable.load(path).runs == [("a", 0), ("bb", 0)]
+    assert not sampler.session.observers
+    again = TinySampler()
+    seen = []
+    resumed = run(again, progress=lambda p: seen.append((p.stage, p.done, p.total)), **options)
+    assert again.runs == 1  # the two finished runs were not repeated
+    assert seen[0] == ("measure", 1, 3)
+    straight = run(TinySampler(), **options | {"path": None})
+    assert np.allclose(resumed.mean, straight.mean, rtol=1e-5, equal_nan=True)
+    assert ScoreTable.load(path).to_dict() == resumed.to_dict()
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_doubtful_cells_are_measured_too():
+    table = run(TinySampler(layers=6, steps=12), bar_db=1e-6)
+    assert table.extra
+    assert table.measured.mean() > 0.5
+    assert len(table.extra_runs) == 2
+
+
+def test_tables_of_other_models_and_settings_are_refused(tmp_path):
+    path = tmp_path / "scores.json"
+    run(TinySampler(), path=path)
+    kept = path.read_bytes()
+    other = TinySampler(layers=5)
+    other.attach()
+    with pytest.raises(TableError, match=r"another model: 1 layers here.*blocks\.4\.attn"):
+        run(other, path=path)
+    with pytest.raises(TableError, match="other specs"):
+        run(TinySampler(), path=path, specs=("int8/int8",))
+    with pytest.raises(TableError, match="other settings"):
+        run(TinySampler(), path=path, rows=8)
+    with pytest.raises(CalibrationError, match="had 9 steps, the table is of 8"):
+        run(TinySampler(steps=9), path=path, prompts=["a", "bb", "ccc"])
+    named = TinySampler()
+    named.model = "OtherDiT"
+    with pytest.raises(TableError, match="made for TinyDiT, this is OtherDiT"):
+        run(named, path=path)
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "version is missing"),
+        ('{"version": 9}', "version 9, this program reads 1"),
+        ('{"version": 1}', "is missing"),
+    ],
+)
+def test_broken_tables_are_refused(tmp_path, text, message):
+    path = tmp_path / "scores.json"
+    path.write_text(text)
+    with pytest.raises(TableError, match=message):
+        ScoreTable.load(path)
+
+
+def test_bad_arguments():
+    with pytest.raises(CalibrationError, match="at least 2 prompts, got 1"):
+        run(TinySampler(), prompts=["a"])
+    with pytest.raises(CalibrationError, match="no attention call was seen"):
+        run(TinySampler(layers=0))
+    with pytest.raises(CalibrationError, match="nothing to calibrate"):
+        run(TinySampler(), specs=("fp16",))
+    with pytest.raises(CalibrationError, match="share must be"):
+        run(TinySampler(), share=0)
+
+
+def test_sensitivity_predicts_mixed_runs():
+    sampler = TinySampler(layers=3, steps=6)
+    table = run(sampler, share=1, sensitivity=2)
+    found = table.sensitivity
+    assert found["spec"] == "int4/fp8-fast"
+    assert np.shape(found["weight"]) == (3, 5)
+    assert (cell_weights(table) > 0).all()
+    for check in found["checks"]:
+        assert abs(10 * np.log10(check["predicted"] / check["measured"])) < 3
+    copy = ScoreTable.from_dict(table.to_dict())
+    assert np.array_equal(cell_weights(copy), cell_weights(table))
+
+
+def test_the_fit_is_not_negative_and_meets_the_data():
+    rng = np.random.default_rng(0)
+    design = rng.random((12, 5))
+    truth = np.array([0.0, 1e-3, 2.0, 0.5, 0.1])
+    found = nonnegative_fit(design, design @ truth, np.ones(5))
+    assert (found >= 0).all()
+    assert np.allclose(design @ found, design @ truth, rtol=0.02)
