@@ -29,6 +29,9 @@ _HOMES = {
     "BackendUnavailable": "sage_diffusion.backends",
     "attention": "sage_diffusion.dispatch",
     "AccuracyReport": "sage_diffusion.accuracy.report",
+    "ScoreTable": "sage_diffusion.adapt.table",
+    "calibrate": "sage_diffusion.adapt.calibrate",
+    "make_plan": "sage_diffusion.adapt.planner",
     "SageAttnProcessor": "sage_diffusion.integrations.diffusers",
     "enable": "sage_diffusion.integrations.diffusers",
 }
@@ -44,12 +47,18 @@ __all__ = [
     "PrecisionPlan",
     "Rule",
     "SageAttnProcessor",
+    "ScoreTable",
     "attention",
+    "calibrate",
     "enable",
+    "make_plan",
 ]
 
 if TYPE_CHECKING:
     from sage_diffusion.accuracy.report import AccuracyReport
+    from sage_diffusion.adapt.calibrate import calibrate
+    from sage_diffusion.adapt.planner import make_plan
+    from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.backends import BackendUnavailable
     from sage_diffusion.dispatch import attention
     from sage_diffusion.integrations.diffusers import SageAttnProcessor, enable
