@@ -1,0 +1,165 @@
+"""``sage-diffusion calibrate``: measure a pipeline and write the plan that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
+
+#: Pictures per call of a class-conditional model.
+_BATCH = 4
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help='A diffusers pipeline: a folder, a hub name, or "bundled".')
+    ],
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Prompt, repeatable, at least two; classes separated by commas."),
+    ] = None,
+    seed: Annotated[Optional[list[int]], typer.Option(help="Repeatable. [default: 0]")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 20,
+    spec: Annotated[
+        Optional[list[str]], typer.Option(help="Candidate, repeatable. [default: five of them]")
+    ] = None,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="Argument of the pipeline, NAME=JSON, e.g. height=512."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="Share of the cells that is measured.", min=0.01, max=1)
+    ] = 0.25,
+    rows: Annotated[int, typer.Option(help="Query rows per measured call.", min=1)] = 64,
+    sensitivity: Annotated[
+        int,
+        typer.Option(help="Runs that the end-to-end stage averages over; 0 skips it.", min=0),
+    ] = 1,
+    floor: Annotated[
+        Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
+    ] = None,
+    budget: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Best plan within this predicted time, FP16 = 1. "
+            "[default: the fastest spec's + 10 %]"
+        ),
+    ] = None,
+    card: Annotated[
+        str, typer.Option(help="Card whose costs count, or a JSON file of spec: cost.")
+    ] = "rtx4090",
+    table: Annotated[
+        Path, typer.Option(help="Score table; an unfinished one is continued.")
+    ] = Path("scores.json"),
+    out: Annotated[Path, typer.Option(help="The plan.")] = Path("plan.json"),
+    plots: Annotated[Optional[Path], typer.Option(help="Folder for plots.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each spec does to each layer and step, and plan.
+
+    Interrupt it at any time: the same command continues where it stopped.
+    """
+    from sage_diffusion.adapt.calibrate import SPECS
+    from sage_diffusion.adapt.calibrate import calibrate as run
+    from sage_diffusion.adapt.costs import load_costs
+    from sage_diffusion.adapt.planner import make_plan
+    from sage_diffusion.commands.compare import check_names, parse_option
+
+    if floor is not None and budget is not None:
+        raise CommandError("give --floor or --budget, not both")
+    costs = load_costs(card)
+    candidates = tuple(spec or (name for name in SPECS if name in costs))
+    extra = dict(parse_option(text) for text in option or ())
+    with quiet_stdout(), progress() as bar:
+        from sage_diffusion.integrations.adaptive import PipelineSampler
+        from sage_diffusion.integrations.pipelines import load_pipeline
+
+        pipe = load_pipeline(model)
+        check_names(pipe, extra)
+        sampler = PipelineSampler(pipe, {"num_inference_steps": steps} | extra)
+        task = bar.add_task("measure", total=None)
+        found = run(
+            sampler,
+            prompts_of(sampler, prompt),
+            seed or (0,),
+            specs=candidates,
+            share=share,
+            rows=rows,
+            sensitivity=sensitivity,
+            path=table,
+            progress=lambda p: bar.update(
+                task, description=p.stage, completed=p.done, total=p.total
+            ),
+        )
+    if floor is None and budget is None:
+        budget = 1.1 * min(costs[name] for name in found.specs if name in costs) / costs["fp16"]
+    made = make_plan(found, floor=floor, budget=budget, costs=card, name=out.stem)
+    made.plan.save(out)
+    files = [str(table), str(out)]
+    if plots is not None:
+        from sage_diffusion.adapt.plots import heat_map, layer_bars
+
+        for name in found.specs:
+            heat_map(found, name, plots / f"heat-{name.replace('/', '-')}.png")
+        layer_bars(found, plots / "layers.png")
+        files.append(str(plots))
+    data = summary_of(made, files)
+    emit(as_json, data, text_of(data))
+
+
+def prompts_of(sampler: Any, given: list[str] | None, first: int = 0) -> list[Any]:
+    """What calibration samples: prompts as given, or lists of classes.
+
+    Args:
+        sampler: a ``PipelineSampler``.
+        given: by the user; for class-conditional models commas part the classes of one call.
+        first: skip this many default batches, so that evaluation sees others.
+
+    Raises:
+        CommandError: the model needs prompts and none were given.
+    """
+    if sampler.argument != "class_labels":
+        if not given:
+            raise CommandError("this model needs prompts: give --prompt at least twice")
+        return list(given)
+    if given:
+        return [
+            [int(name) if name.strip().isdigit() else name.strip() for name in text.split(",")]
+            for text in given
+        ]
+    from sage_diffusion.integrations.adaptive import class_batches
+
+    if not getattr(sampler.pipe, "classes", None):
+        raise CommandError("this model is class-conditional: name classes with --prompt")
+    return list(class_batches(sampler.pipe, 3, _BATCH, first))
+
+
+def summary_of(made: Any, files: list[str]) -> dict[str, Any]:
+    """The document of ``--json``."""
+    return {
+        "predicted_time": round(made.time, 4),
+        "predicted_quality_db": round(made.quality, 2),
+        "rules": len(made.plan.rules),
+        "share": {
+            name: round(made.share(lambda spec, name=name: spec == name), 4) for name in made.specs
+        },
+        "calibration": made.plan.calibration,
+        "files": files,
+    }
+
+
+def text_of(data: dict[str, Any]) -> str:
+    """The same for people."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in data["share"].items() if share)
+    lines = [
+        f"{data['rules']} rules: {shares}",
+        f"predicted: {data['predicted_time']:.3f} of FP16 attention's time (a bound, no timing), "
+        f"{data['predicted_quality_db']:.1f} dB",
+        f"wrote {', '.join(data['files'])}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""``sage-diffusion evaluate``: prove a plan on prompts and seeds that calibration never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
+
+#: Calibration's default seed is 0.
+_HELD_OUT_SEED = 1000
+
+
+def evaluate(
+    plan: Annotated[
+        Optional[list[Path]],
+        typer.Argument(help="Plans, JSON files; the bundled model's if none."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='A diffusers pipeline: a folder, a hub name, or "bundled".')
+    ] = "bundled",
+    bundled: Annotated[
+        bool, typer.Option("--bundled", help="The bundled model and its plan.")
+    ] = False,
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Held-out prompt, repeatable; classes separated by commas."),
+    ] = None,
+    seed: Annotated[
+        Optional[list[int]], typer.Option(help="Held-out seed, repeatable. [default: 1000]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 20,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="Argument of the pipeline, NAME=JSON, e.g. height=512."),
+    ] = None,
+    spec: Annotated[
+        Optional[list[str]], typer.Option(help="Uniform spec to compare with, repeatable.")
+    ] = None,
+    card: Annotated[
+        str, typer.Option(help="Card whose costs count, or a JSON file of spec: cost.")
+    ] = "rtx4090",
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the Pareto plot.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """PSNR, SSIM, latent cosine and Frechet distance of plans, uniform specs and simple rules.
+
+    All run the same held-out prompts and seeds; times are predicted bounds relative to FP16.
+    """
+    from rich.table import Table
+
+    from sage_diffusion.adapt.evaluate import UNIFORM
+    from sage_diffusion.adapt.evaluate import evaluate as run
+    from sage_diffusion.adapt.shelf import bundled_plan
+    from sage_diffusion.commands.calibrate import prompts_of
+    from sage_diffusion.commands.compare import check_names, parse_option
+    from sage_diffusion.plan import PrecisionPlan
+
+    if bundled and model != "bundled":
+        raise CommandError(f"--bundled names the model already, got --model {model}")
+    plans = {path.stem: PrecisionPlan.load(path) for path in plan or ()}
+    if not plans:
+        if model != "bundled":
+            raise CommandError("name at least one plan to evaluate")
+        plans = {"bundled": bundled_plan()}
+    extra = dict(parse_option(text) for text in option or ())
+    with quiet_stdout(), progress() as bar:
+        from sage_diffusion.integrations.adaptive import PipelineSampler
+        from sage_diffusion.integrations.pipelines import load_pipeline
+
+        pipe = load_pipeline(model)
+        check_names(pipe, extra)
+        sampler = PipelineSampler(pipe, {"num_inference_steps": steps} | extra)
+        prompts = prompts_of(sampler, prompt, first=3)
+        pairs = [(p, s) for p in prompts for s in seed or (_HELD_OUT_SEED,)]
+        task = bar.add_task("evaluate", total=None)
+        found = run(
+            sampler.generate,
+            pairs,
+            plans,
+            uniform=tuple(spec or UNIFORM),
+            costs=card,
+            progress=lambda name, done, total: bar.update(task, completed=done, total=total),
+        )
+    notes = []
+    if out is not None:
+        from sage_diffusion.adapt.plots import pareto
+
+        pareto(found, out / "pareto.png")
+        notes.append(f"wrote {out / 'pareto.png'}")
+    view = Table(title=f"{found.runs} held-out runs", title_justify="left")
+    for heading in ("plan", "predicted time", "PSNR dB", "SSIM", "last cosine", "4-bit work"):
+        view.add_column(heading)
+    for s in found.scored:
+        view.add_row(
+            s.name,
+            f"{s.predicted_time:.3f}",
+            f"{s.psnr:.1f}",
+            "-" if s.ssim is None else f"{s.ssim:.4f}",
+            f"{s.latent_cosine[-1]:.6f}" if s.latent_cosine else "-",
+            f"{s.below_8_bit:.0%}",
+        )
+    emit(as_json, found.to_dict(), view, *notes)
