@@ -289,8 +289,15 @@ def refusals(call: AttentionCall) -> dict[str, str | None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def select(call: AttentionCall, backend: str = "auto") -> Backend:
+def select(
+    call: AttentionCall, backend: str = "auto", failed: tuple[tuple[str, str], ...] = ()
+) -> Backend:
     """The backend that runs ``call``: the first that does not refuse, or the named one.
+
+    Args:
+        call: what must be computed.
+        backend: "auto" or a name.
+        failed: ``(name, reason)`` of backends that tried such a call in vain.
 
     Raises:
         ValueError: no backend has that name.
@@ -302,7 +309,7 @@ def select(call: AttentionCall, backend: str = "auto") -> Backend:
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
-        reason = candidate.refuse(call)
+        reason = dict(failed).get(candidate.name) or candidate.refuse(call)
         if reason is None and backend == "auto" and not candidate.automatic(call):
             reason = f"only by name: {candidate.describes}"
         if reason is None:

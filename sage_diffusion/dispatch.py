@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sage_diffusion import backends, ops
+from sage_diffusion import backends, compilation, ops
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.validation import check_call, four_dims
 
@@ -44,6 +44,7 @@ def attention(
     Raises:
         ValueError, TypeError: the tensors or the spec are wrong; says what must hold.
         BackendUnavailable: no backend (or not the named one) can run the call.
+        KernelCompilationError: the named backend's kernel does not compile; "auto" tries the next.
         RuntimeError: an input requires grad while grad mode is on.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -78,5 +79,5 @@ def compute(
     """:func:`attention` without the conveniences: positional, a parsed spec, always a pair."""
     check_call(q, k, v, mask)
     call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse)
-    run = backends.load(backends.select(call, backend))
-    return run(q, k, v, spec, four_dims(mask), is_causal, scale, return_lse)
+    _, out, lse = compilation.run(call, backend, q, k, v, four_dims(mask), scale)
+    return out, lse

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sage_diffusion import backends, ops
+from sage_diffusion import backends, compilation, ops
 from sage_diffusion.finite import FiniteWatch
 from sage_diffusion.guard import Guard, GuardState
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -200,6 +200,7 @@ class AttentionSession:
         self.branch: str | None = None
         self.watch = FiniteWatch()
         self.guard = GuardState(guard or Guard())
+        self.compilations = compilation.Failures()
         self.non_finite: dict[str, list[int]] = {}
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int], AttentionSpec] = {}
@@ -328,6 +329,7 @@ class AttentionSession:
 
         Raises:
             AttentionRefused: strict, and the plan's spec can't be served.
+            KernelCompilationError: the session's backend is named and its kernel doesn't compile.
         """
         layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
@@ -379,12 +381,16 @@ class AttentionSession:
         try:
             check_call(q, k, v, mask)
             call = backends.AttentionCall.of(q, k, spec, mask, is_causal)
-            chosen = backends.select(call, self.backend)
-        except (ValueError, TypeError, backends.BackendUnavailable) as error:
+        except (ValueError, TypeError) as error:
             layer.decline(str(error))
             return None
-        run = backends.load(chosen)
-        out, _ = run(q, k, v, spec, four_dims(mask), is_causal, scale, False)
+        try:
+            chosen, out, _ = compilation.run(
+                call, self.backend, q, k, v, four_dims(mask), scale, self.compilations
+            )
+        except backends.BackendUnavailable as error:
+            layer.decline(str(error))
+            return None
         finite = self.watch.look(layer.name, self.step, out)
         if not self.strict:
             if out.device.type == "cpu":  # reading the flag waits for nothing here
@@ -414,7 +420,8 @@ class AttentionSession:
                     self.guard.drift.get(layer.name),
                 )
                 for layer in self.layers.values()
-            )
+            ),
+            dict(self.compilations.counts),
         )
 
     def reset_counts(self) -> None:
@@ -423,6 +430,7 @@ class AttentionSession:
             layer.ran.clear()
             layer.declined.clear()
         self.non_finite.clear()
+        self.compilations.counts.clear()
         self.guard.reset()
         self._logged.clear()
 

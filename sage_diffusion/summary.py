@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -42,9 +42,16 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """Every layer's calls; ``str()`` is a table."""
+    """Every layer's calls; ``str()`` is a table.
+
+    Attributes:
+        layers: in the order of their first call.
+        compilation_failures: kernel, target and the compiler's message -> calls that another
+            backend or the host ran instead.
+    """
 
     layers: tuple[LayerSummary, ...]
+    compilation_failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -80,6 +87,7 @@ class SessionSummary:
             "quantized": self.quantized,
             "specs": self.specs,
             "declined": self.declined,
+            "compilation_failures": dict(self.compilation_failures),
             "layers": [
                 {
                     "name": layer.name,
@@ -109,4 +117,6 @@ class SessionSummary:
                 parts.append(f"NOT FINITE at steps {', '.join(map(str, layer.non_finite))}")
             parts += [f"stepped up: {reason}" for reason in layer.stepped_up]
             lines.append(f"  {layer.name:<{width}}  {', '.join(parts) or 'not called'}")
+        for reason, n in self.compilation_failures.items():
+            lines.append(f"  {n} calls ran elsewhere: {reason}")
         return "\n".join(lines)
