@@ -9,10 +9,11 @@ pipe.set_attn_processor(None)                   # as it was, bit for bit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -57,7 +58,7 @@ class PatchSummary(SessionSummary):
         skipped: module -> its processor, which computes no softmax attention or by hand.
     """
 
-    skipped: Mapping[str, str]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -217,7 +218,9 @@ class Patch:
 
     def summary(self) -> PatchSummary:
         """Which layer ran what, and what fell back and why."""
-        return PatchSummary(self.session.summary().layers, dict(self.skipped))
+        summary = self.session.summary()
+        fields = {f.name: getattr(summary, f.name) for f in dataclasses.fields(summary)}
+        return PatchSummary(**fields, skipped=dict(self.skipped))
 
 
 def apply(target: Any, session: AttentionSession | PrecisionPlan | AttentionSpec | str) -> Patch:
@@ -279,7 +282,7 @@ class PipeControl:
     def summary(self) -> PatchSummary:
         """Which layer ran what, and what fell back and why."""
         if self.patch is None:
-            return PatchSummary((), {})
+            return PatchSummary(())
         return self.patch.summary()
 
 
