@@ -39,6 +39,7 @@ class Scored:
         latent_cosine: after each step, mean over the runs.
         frechet: distance from FP16's pictures, None below two pictures.
         below_8_bit: share of the work whose Q K^T runs in 4 bit.
+        pictures: PSNR of every picture; one chaotic picture can decide ``psnr``.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Scored:
     latent_cosine: tuple[float, ...]
     frechet: float | None
     below_8_bit: float
+    pictures: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; an infinite PSNR (equal pictures) is null."""
@@ -59,6 +61,7 @@ class Scored:
             "latent_cosine": [round(c, 7) for c in self.latent_cosine],
             "frechet": self.frechet,
             "below_8_bit": round(self.below_8_bit, 4),
+            "pictures": [round(p, 2) if math.isfinite(p) else None for p in self.pictures],
         }
 
 
@@ -236,6 +239,7 @@ def _score(
         tuple(sum(c) / len(c) for c in zip(*cosines, strict=True)) if cosines else (),
         frechet,
         _below_8_bit(table, plan),
+        tuple(-10 * math.log10(e) if e > 0 else math.inf for e in errors),
     )
 
 

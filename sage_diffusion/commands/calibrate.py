@@ -97,7 +97,8 @@ def calibrate(
             ),
         )
     if floor is None and budget is None:
-        budget = 1.1 * min(costs[name] for name in found.specs if name in costs) / costs["fp16"]
+        fastest = min(costs[name] for name in found.specs if name in costs)
+        budget = round(1.1 * fastest / costs["fp16"], 4)
     made = make_plan(found, floor=floor, budget=budget, costs=card, name=out.stem)
     made.plan.save(out)
     files = [str(table), str(out)]
