@@ -114,7 +114,14 @@ def serve(comfy: Path, models: Path, out: Path, *arguments: str) -> Iterator[Ser
         link = out / "custom_nodes" / name
         if not link.exists():
             link.symlink_to(target)
-    folders = ("checkpoints", "diffusion_models", "vae_approx", "text_encoders", "sage_plans")
+    folders = (
+        "checkpoints",
+        "diffusion_models",
+        "text_encoders",
+        "vae",
+        "vae_approx",
+        "sage_plans",
+    )
     paths = {f: str(models / f) for f in folders} | {"custom_nodes": str(out / "custom_nodes")}
     lines = ["tests:", *(f"  {name}: {path}" for name, path in paths.items())]
     (out / "paths.yaml").write_text("\n".join(lines) + "\n")

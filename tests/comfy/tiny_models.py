@@ -186,6 +186,43 @@ def write(folder: Path, family: str) -> Path:
     return path
 
 
+def write_checkpoint(folder: Path) -> Path:
+    """A whole SD 1.5 checkpoint under the name that the workflows ask for.
+
+    The UNet is tiny, the VAE is TAESD, the text encoder has CLIP-L's size: ComfyUI fixes it.
+    """
+    import json
+
+    import comfy.clip_model
+    import comfy.ops
+    from comfy.taesd.taesd import Decoder, Encoder
+    from safetensors.torch import save_file
+
+    path = folder / "checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors"
+    if path.exists():
+        return path
+    operations = comfy.ops.manual_cast
+    build = {"dtype": torch.float32, "device": "cpu", "operations": operations}
+    text = json.loads((Path(comfy.__path__[0]) / "sd1_clip_config.json").read_text())
+    parts = {
+        "model.diffusion_model.": _sd15(build),
+        "cond_stage_model.transformer.": comfy.clip_model.CLIPTextModel(
+            text, torch.float32, "cpu", operations
+        ),
+        "first_stage_model.taesd_encoder.": Encoder(4),
+        "first_stage_model.taesd_decoder.": Decoder(4),
+    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        prefix + key: value
+        for prefix, module in parts.items()
+        for key, value in scaled(module.state_dict(), generator).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path)
+    return path
+
+
 def start_comfy(comfy: Path) -> None:
     """Make ``import comfy`` work in this process, on the CPU."""
     arguments, sys.argv = sys.argv, ["comfyui", "--cpu"]

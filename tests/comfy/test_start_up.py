@@ -1,0 +1,120 @@
+"""What the pack costs ComfyUI's start, and what its node costs where it leaves every call alone."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+
+IMPORT = """
+import asyncio, sys, time
+sys.path.insert(0, sys.argv[1])
+import tiny_models
+from pathlib import Path
+tiny_models.start_comfy(Path(sys.argv[2]))
+import comfy.samplers, comfy_api.latest, folder_paths, nodes, server, torch
+import conftest
+before = set(sys.modules)
+start = time.process_time()
+pack = conftest.load_pack()
+extension = asyncio.run(pack.comfy_entrypoint())
+asyncio.run(extension.on_load())
+for node in asyncio.run(extension.get_node_list()):
+    node.GET_SCHEMA()
+seconds = time.process_time() - start
+new = set(sys.modules) - before
+assert not any(name.split(".")[0] in ("triton", "matplotlib", "diffusers") for name in new), new
+assert not any(name.startswith("torch._inductor") for name in new), new
+print(f"import seconds {seconds:.3f}")
+"""
+
+
+def test_importing_the_pack_costs_little_and_compiles_nothing(request):
+    comfy = request.config.getoption("--comfy").resolve()
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT, str(HERE), str(comfy)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = float(done.stdout.split("import seconds ")[1].split()[0])
+    print(f"importing the pack: {seconds:.3f} s of CPU time")
+    assert seconds <= 0.3
+
+
+def test_a_node_that_leaves_every_call_alone_costs_at_most_one_percent(families):
+    """What the node adds to a run, of the CPU time of a run at 512 x 512.
+
+    What it adds does not depend on the picture's size, so it is measured where a run is short and
+    the noise of a shared machine small: pairs of runs at 16 x 16, alternating.
+    """
+    from sage_diffusion.integrations.comfy import patch
+
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "fp16")
+    before = sd3.latent, sd3.noise
+
+    def seconds(model, side):
+        sd3.latent, sd3.noise = torch.zeros(1, 16, side, side), torch.ones(1, 16, side, side)
+        start = time.process_time()
+        sd3.sample(model, steps=4)
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds(patched, 2), seconds(sd3.model, 2)
+        added = []
+        for i in range(40):
+            order = (0, 1) if i % 2 else (1, 0)
+            times = {k: seconds((sd3.model, patched)[k], 2) for k in order}
+            added.append(times[1] - times[0])
+        whole = statistics.median(seconds(sd3.model, 64) for _ in range(5))
+    finally:
+        sd3.latent, sd3.noise = before
+        torch.set_num_threads(threads)
+    overhead = statistics.median(added) / whole
+    print(
+        f"\nevery call left alone: {statistics.median(added) * 1e3:.2f} ms more "
+        f"in a run of {whole * 1e3:.0f} ms CPU time: {overhead:.2%}"
+    )
+    assert overhead <= 0.01
+
+
+def test_the_bookkeeping_of_a_call_is_microseconds():
+    """The same without the noise of a sampler: what the override itself adds to a call."""
+    from sage_diffusion.integrations.comfy import ModelAttention
+
+    attention = ModelAttention("fp16")
+    q = torch.randn(1, 4, 8)
+    options = {"transformer_options": {"block_type": "double", "block_index": 0}}
+
+    def host(*args, **kwargs):
+        return q
+
+    def seconds(function):
+        start = time.process_time()
+        for _ in range(2000):
+            function()
+        return (time.process_time() - start) / 2000
+
+    lane = attention._lane(q.device)
+
+    def through():
+        lane.cursor.reset()
+        return attention.override(host, q, q, q, 2, **options)
+
+    through()
+    added = min(seconds(through) for _ in range(5)) - min(
+        seconds(lambda: host(q, q, q, 2, **options)) for _ in range(5)
+    )
+    print(f"bookkeeping: {added * 1e6:.1f} microseconds a call")
+    assert added < 100e-6
