@@ -135,6 +135,8 @@ def compile_attention(
     mask: str | None = None,
     is_causal: bool = False,
     reasons: dict[str, str] | None = None,
+    backend: str | None = None,
+    launch: NamedTuple | None = None,
 ) -> Kernel | None:
     """The attention kernel that this package would run, without its quantizers.
 
@@ -145,6 +147,8 @@ def compile_attention(
         mask: None, "bool" or "additive": one of its own for every query.
         is_causal: the causal variant.
         reasons: told why a card can't run a spec.
+        backend: "gluon" or "triton"; None takes the one that "auto" would.
+        launch: of the named backend, instead of its own choice.
 
     Returns:
         None if no backend of this package runs the spec on the card.
@@ -166,15 +170,15 @@ def compile_attention(
         return_lse=False,
         spec=spec,
     )
-    for backend in BACKENDS:
-        if backend.name not in _MODULES:
+    for record in BACKENDS:
+        if record.name not in ((backend,) if backend else _MODULES):
             continue
-        reason = backend.refuse(call)
+        reason = record.refuse(call)
         if reason is not None:
             if reasons is not None:
                 reasons[str(spec)] = reason
             continue
-        module = importlib.import_module(f"sage_diffusion.kernels.attention.{backend.name}")
+        module = importlib.import_module(f"sage_diffusion.kernels.attention.{record.name}")
         with compiling_for(capability) as driver:
             module.attend_quantized(
                 q,
@@ -186,6 +190,7 @@ def compile_attention(
                 fp16_accumulator=spec.pv_accumulator == "fp16",
                 out_dtype=torch.float16,
                 return_lse=False,
+                launch=launch,
             )
         return driver.kernels[-1]  # what prepares its operands comes first
     return None

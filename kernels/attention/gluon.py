@@ -16,13 +16,15 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    padded_dim,
     padded_length,
 )
 from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
 from .gluon_kernel import attention_kernel
-from .gluon_support import launch, unsupported_spec
+from .gluon_support import GluonLaunch, Tuned, unsupported_spec
+from .gluon_support import launch as launch_for
 from .reference import smoothed_lse
 
 #: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
@@ -49,6 +51,7 @@ def attend_quantized(
     fp16_accumulator: bool = False,
     out_dtype: torch.dtype = torch.float32,
     return_lse: bool = True,
+    launch: GluonLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attend_quantized`.
 
@@ -62,6 +65,7 @@ def attend_quantized(
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
+        launch: instead of the one for the head dim.
 
     Raises:
         ValueError: a format that the kernel doesn't read.
@@ -80,7 +84,7 @@ def attend_quantized(
     head_dim, device = v.data.shape[2], q.data.device
     q_words, k_words, v_words = (x.data.contiguous().view(torch.int32) for x in (q, k, v))
     dim = q_words.shape[3] * (8 if q.precision is Precision.INT4 else 4)
-    config = launch(dim)
+    config = launch or launch_for(dim)
 
     kind, mask_strides = 0, (0, 0, 0)
     if mask is not None:
@@ -162,8 +166,12 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
+    tuned: Tuned | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attention` for the specs that :func:`.gluon_support.unsupported` passes.
+
+    Args:
+        tuned: launches measured on this card, instead of the built-in ones.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
@@ -244,6 +252,7 @@ def attention(
         fp16_accumulator=fast,
         out_dtype=dtype,
         return_lse=return_lse,
+        launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
     )
     if lse is not None and k_mean is not None:
         lse = lse + smoothed_lse(q, k_mean, sm_scale)

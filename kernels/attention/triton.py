@@ -298,6 +298,7 @@ def attend_quantized(
     fp16_accumulator: bool = False,
     out_dtype: torch.dtype = torch.float32,
     return_lse: bool = True,
+    launch: tuning.Launch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attend_quantized`, in one launch.
 
@@ -308,6 +309,7 @@ def attend_quantized(
         delta_s: must be None, this kernel adds nothing to S.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
+        launch: instead of the one for the card and head dim.
 
     Raises:
         ValueError: a format that the kernel does not read, or ``delta_s``.
@@ -348,7 +350,7 @@ def attend_quantized(
             mask = mask.contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
         strides = list(mask.stride())
-    config = tuning.launch(tuning.architecture(device), dim, row_mask=strides[2] != 0)
+    config = tuning.launch(tuning.architecture(device), dim, strides[2] != 0, launch)
     out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
     lse = None
     if return_lse:
@@ -401,8 +403,12 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
+    tuned: tuning.Tuned | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attention` for the specs that :func:`.tuning.unsupported` lets pass.
+
+    Args:
+        tuned: launches measured on this card, instead of the built-in ones.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
@@ -446,6 +452,7 @@ def attention(
         fp16_accumulator=fast,
         out_dtype=dtype,
         return_lse=return_lse,
+        launch=None if tuned is None else tuned(q.device, spec, q_codes.data.shape[-1]),
     )
     if lse is not None and k_mean is not None:
         lse = lse + smoothed_lse(q, k_mean, sm_scale)

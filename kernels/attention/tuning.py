@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ class Launch(NamedTuple):
     num_stages: int
     shift: bool = False
 
+
+#: Launches that were measured on a card: ``tuned(device, spec, padded head dim)``, None where
+#: nothing was.  Who keeps them in a file hands them to a kernel's entry.
+Tuned = Callable[[torch.device, AttentionSpec, int], "Launch | None"]
 
 #: Launches by prefix of the architecture, the first that matches, and padded head dim.  At head dim
 #: 128 fewer warps spill; on RDNA, whose matrix operands take twice the registers, so do 8.
@@ -67,14 +72,17 @@ _MATRIX_HIP = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 
 
 @functools.lru_cache(maxsize=256)
-def launch(arch: str, dim: int, row_mask: bool = False) -> Launch:
+def launch(arch: str, dim: int, row_mask: bool = False, measured: Launch | None = None) -> Launch:
     """The configuration for an architecture ("sm_89", "gfx942") and padded head dim.
 
     Args:
         row_mask: a mask that differs from query to query is read too; its tiles need registers and,
             in every stage, shared memory.
+        measured: instead of the built-in one.
     """
-    found = next(table for prefix, table in _LAUNCHES.items() if arch.startswith(prefix))[dim]
+    found = measured
+    if found is None:
+        found = next(table for prefix, table in _LAUNCHES.items() if arch.startswith(prefix))[dim]
     if row_mask:
         found = found._replace(
             num_warps=max(found.num_warps, 8), num_stages=min(found.num_stages, 2)
