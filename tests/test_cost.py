@@ -65,13 +65,16 @@ def test_main_loop_is_the_innermost_with_the_work():
     assert opcode("@!P0 IMAD.MOV.U32 R1, RZ, RZ, R2") == "IMAD.MOV.U32"
 
 
-#: (card, spec, head dim, cycles, share of the second pipe) at most: the kernels' goals.
+#: (card, spec, head dim, cycles, share of the second pipe): what the kernels must not lose again.
 GOALS = [
-    ("rtx4090", "int4/fp8-fast", 128, 192, 0.66),
+    ("rtx4090", "int4/fp8-fast", 128, 192, 0.65),
     ("rtx4090", "int4/fp8-fast", 64, 200, 0.97),
     ("rtx4090", "int8/fp8-fast", 128, 256, 0.58),
-    ("rtx3090", "int4/int8", 128, 192, 0.74),
-    ("a100", "int4/int8", 128, 157, 0.91),
+    ("rtx4090", "int8/fp8-fast", 64, 256, 0.79),
+    ("rtx3090", "int4/int8", 128, 192, 0.70),
+    ("rtx3090", "int8/int8", 128, 256, 0.60),
+    ("rtx5090", "int8/fp8-fast", 128, 256, 0.60),
+    ("a100", "int4/int8", 128, 148, 0.92),
 ]
 
 

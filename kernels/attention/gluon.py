@@ -23,7 +23,7 @@ from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
 from .gluon_kernel import attention_kernel
-from .gluon_support import GluonLaunch, Tuned, unsupported_spec
+from .gluon_support import MAX_REGISTERS, GluonLaunch, Tuned, unsupported_spec
 from .gluon_support import launch as launch_for
 from .reference import smoothed_lse
 
@@ -153,6 +153,7 @@ def attend_quantized(
                 STEP=config.step,
                 STAGES=config.stages,
                 num_warps=config.num_warps,
+                maxnreg=MAX_REGISTERS,
             )
     return out, lse
 

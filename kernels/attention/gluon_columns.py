@@ -17,6 +17,8 @@ from ..quantize.triton import load_rows
 from .reference import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
+#: What an integer sum of the kernel starts from, as a float (``gluon_asm.MAGIC_BITS``).
+_MAGIC = tl.constexpr(12582912.0)
 _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 
 #: Query blocks of one program of the bias kernel: the m of a tensor-core product.
@@ -42,14 +44,21 @@ def _scales_kernel(p_scale, p_out, k_len, groups, tiles, BLOCK: tl.constexpr):
     scale = tl.load(p_scale + i_bh * groups + o_n // BLOCK, mask=o_n < k_len, other=1.0)
     # With two mantissa bits free 1.5 * 2^23 * scale is exact; scores move by 2^-22 of themselves.
     scale = (scale.to(tl.int32, bitcast=True) & -4).to(tl.float32, bitcast=True)
-    tl.store(p_out + (i_bh * tiles + i_tile) * _TILE_N + position, scale)
+    p_out += (i_bh * tiles + i_tile) * (2 * _TILE_N) + position
+    tl.store(p_out, scale)
+    tl.store(p_out + _TILE_N, scale * -_MAGIC)
 
 
 def key_scales(k: QuantizedTensor) -> Tensor:
-    """K's scales as a list of columns ``[B, Hkv, columns_length(Lk)]`` float32, 1 outside."""
+    """K's scales in column order, 1 outside, and the offsets that take the magic number out.
+
+    Returns:
+        ``[B, Hkv, columns_length(Lk) / 64, 2, 64]`` float32: scales and offsets of every tile.
+    """
     batch, heads, k_len = k.data.shape[:3]
     width = columns_length(k_len)
-    out = torch.empty(batch, heads, width, dtype=torch.float32, device=k.scale.device)
+    shape = (batch, heads, width // TILE_N, 2, TILE_N)
+    out = torch.empty(shape, dtype=torch.float32, device=k.scale.device)
     with torch.cuda.device_of(k.scale):
         _scales_kernel[(width // TILE_N * batch * heads,)](
             k.scale.contiguous(), out, k_len, k.scale.shape[2], width // TILE_N, BLOCK=k.block

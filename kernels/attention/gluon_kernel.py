@@ -153,12 +153,14 @@ def _attend_tile(
     s_type: gl.constexpr = gl.distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
     k_scale = gl.load(p_k_scale)
-    p_k_scale += _TILE_N
+    # Issue slots are dearer than loads where a tile has more tensor-core work.
+    WIDE: gl.constexpr = v_tile.shape[0] >= 128
+    offset = gl.load(p_k_scale + _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
+    p_k_scale += 2 * _TILE_N
     if BIAS:
         bias = gl.load(p_bias)
         p_bias += _TILE_N
     # Scales leave two mantissa bits free, so that the magic term cancels exactly.
-    offset = k_scale * _MINUS_MAGIC
     asm: gl.constexpr = scores_int4 if INT4 else scores_int8
     if BIAS:
         s = gl.inline_asm(
@@ -281,12 +283,28 @@ def _copy_step(
 
 
 @gluon.jit
+def _place(blocks, heads, group, CAUSAL: gl.constexpr):
+    """Which head and which query block this program has.
+
+    Read from the hardware each time: kept from the kernel's begin to its end, these would cost
+    registers in the loop, which has none to spare.
+    """
+    program = gl.inline_asm("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, is_pure=False)
+    i_m = program % blocks
+    if CAUSAL:
+        i_m = blocks - 1 - i_m  # the longest first
+    i_bh = (program // blocks).to(gl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    return i_bh, i_b, i_h, i_b * (heads // group) + i_h // group, i_m
+
+
+@gluon.jit
 def attention_kernel(
     p_q,  # [B, H, Lq, words] int32
     p_k,  # [B, Hkv, Lk, words] int32
     p_v,  # [B, Hkv, D, Lp / 4] int32, tokens permuted
     p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)] float32
-    p_k_scale,  # [B, Hkv, Lp + 128] float32, column order, two mantissa bits free
+    p_k_scale,  # [B, Hkv, Lp / 64 + 2, 2, 64] float32 of ``key_scales``
     p_v_scale,  # [B, Hkv, D] float32
     p_v_mean,  # [B, Hkv, D] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
@@ -330,12 +348,7 @@ def attention_kernel(
     k_copy: gl.constexpr = _copy_layout(WORDS, num_warps)
     v_copy: gl.constexpr = _copy_layout(V_WORDS, num_warps)
 
-    i_m = gl.program_id(0) % blocks
-    if CAUSAL:
-        i_m = blocks - 1 - i_m  # the longest first
-    i_bh = (gl.program_id(0) // blocks).to(gl.int64)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    i_bkv = i_b * (heads // group) + i_h // group
+    i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
     start_m = (first_block + i_m) * BM
 
     # Q stays in registers in the operand's order.
@@ -354,7 +367,7 @@ def attention_kernel(
     q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK)
 
     o_c = gl.arange(0, _TILE_N, _column_layout(num_warps))
-    p_k_scale = p_k_scale + i_bkv * (padded + 2 * _TILE_N) + o_c
+    p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
     if BIAS:
         p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + o_c
         p_bias += (i_m * BM // 128).to(gl.int64) * stride_bias_m
@@ -434,6 +447,8 @@ def attention_kernel(
     async_copy.wait_group(0)
 
     total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)
+    i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
+    o_m = (first_block + i_m) * BM + gl.arange(0, BM, row)
     seen = total > 0.0
     total = gl.where(seen, total, 1.0)
     o_d = gl.arange(0, DP, col)

@@ -43,6 +43,8 @@ CASES = [
     Case(80, "int8", "int8", 128, 127, 200, mask="additive", block=True),
     Case(89, "int8", "fp8", 96, 257, 257, is_causal=True, heads=3, kv_heads=1),
     Case(89, "int8", "fp8", 1, 1, 1),
+    Case(89, "int4", "fp8", 160, 65, 127),
+    Case(80, "int4", "int8", 256, 64, 63, delta_s=True),
     Case(120, "int8", "fp8", 80, 64, 63, mask="bool", block=True, smooth_v=True),
 ]
 
