@@ -279,6 +279,20 @@ def test_every_language_names_every_node_and_input(server, info):
                 assert text["tooltip"], (language, name, input_name)
 
 
+def test_the_registry_reads_the_metadata():
+    from comfy_config import config_parser
+
+    found = config_parser.extract_node_configuration(str(ROOT))
+    assert found.tool_comfy.publisher_id == "sage-diffusion"
+    assert found.tool_comfy.display_name == "Sage Diffusion"
+    assert found.tool_comfy.icon.endswith("web/icon.svg")
+    assert found.project.supported_os == ["OS Independent"]
+    assert found.project.supported_accelerators == ["GPU :: NVIDIA CUDA"]
+    assert found.project.supported_comfyui_version == ">=0.24.0"
+    assert found.project.urls.repository
+    assert found.project.license.text == "Apache-2.0"
+
+
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
