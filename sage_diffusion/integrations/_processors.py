@@ -63,7 +63,7 @@ def routed_class(cls: type) -> type:
 
 
 @functools.cache
-def _routed_class(cls: type) -> type:
+def _routed_class(cls: Any) -> type:
     core = rebound_class(cls, Routers(_sdpa, _dispatch))
     namespace = {
         "__module__": cls.__module__,
@@ -72,7 +72,7 @@ def _routed_class(cls: type) -> type:
         "_sage_slot": None,
         "_sage_base": cls,
     }
-    meta = _Alike if type(cls) is type else type(cls)
+    meta: Any = _Alike if type(cls) is type else type(cls)
     return meta("Sage" + cls.__name__, (core, _Routed), namespace)
 
 
@@ -143,7 +143,7 @@ class Slot:
         self.original = original
         self.processor = processor
         self.live = True
-        self.layers = []
+        self.layers: list[Layer] = []
         for name in layer_names(path, type(original)):
             native = HostAttention(dispatches(type(original)), self)
             known = session.layers.get(name)
@@ -329,6 +329,7 @@ def _dispatch(
 
     if layer is None:
         return original()
+    reason: str | None
     if parallel_config is not None:
         reason = "context parallelism is the host's own"
     elif attention_kwargs:

@@ -88,15 +88,23 @@ def _own(cls: type) -> tuple[tuple[str, types.FunctionType, Any], ...]:
     return tuple(found)
 
 
-@functools.cache
-def attention_sites(cls: type) -> int:
+def attention_sites(cls: Any) -> int:
     """How many places of a processor class call attention; 0 if it can't be routed."""
+    return _attention_sites(cls)
+
+
+@functools.cache
+def _attention_sites(cls: type) -> int:
     return sum(_calls(function) for base in cls.__mro__ for _, function, _ in _own(base))
 
 
-@functools.cache
-def dispatches(cls: type) -> bool:
+def dispatches(cls: Any) -> bool:
     """Does the class call diffusers' dispatcher (``[B, L, H, D]``) and not PyTorch?"""
+    return _dispatches(cls)
+
+
+@functools.cache
+def _dispatches(cls: type) -> bool:
     return any(
         name == DISPATCH.__name__ or value is DISPATCH
         for base in cls.__mro__

@@ -217,7 +217,7 @@ class ScheduleDriver:
                 return None
             # Pipelines iterate over the schedule: the element is a view of it.
             if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-                return timestep.storage_offset() - timesteps.storage_offset()
+                return int(timestep.storage_offset() - timesteps.storage_offset())
             if timestep.device.type != "cpu":
                 return None
             timestep = timestep.item()

@@ -343,8 +343,9 @@ class SageAttnProcessor:
             )
         name = f"{type(attn).__name__}.{self._direct}"
         self._direct += 1
-        attn.processor = route(default(), self.session, name)
-        return attn.processor(attn, *args, **kwargs)
+        routed = route(default(), self.session, name)
+        attn.processor = routed
+        return routed(attn, *args, **kwargs)
 
 
 def _accept_markers() -> None:
