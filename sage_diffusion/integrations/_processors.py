@@ -82,7 +82,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _restore(cls: type) -> Any:
-    routed = routed_class(cls)
+    routed: Any = routed_class(cls)
     return routed.__new__(routed)
 
 
