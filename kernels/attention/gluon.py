@@ -154,6 +154,7 @@ def attend_quantized(
                 STAGES=config.stages,
                 num_warps=config.num_warps,
                 maxnreg=MAX_REGISTERS,
+                enable_fp_fusion=True,
             )
     return out, lse
 
