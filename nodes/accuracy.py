@@ -22,7 +22,8 @@ _BOTH = "with and without the plan"
 _LIVE = "live calls only"
 
 
-def _sampling_inputs() -> list[io.Input]:
+def sampling_inputs() -> list[io.Input]:
+    """KSampler's own inputs."""
     return [
         io.Int.Input(
             "seed",
@@ -73,7 +74,7 @@ class SageAccuracyCheck(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the picture shall show."),
                 io.Conditioning.Input("negative", tooltip="What it shall not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                *_sampling_inputs(),
+                *sampling_inputs(),
                 io.Combo.Input(
                     "mode",
                     options=[_BOTH, _LIVE],

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 from sage_diffusion.nodes.attention import SageAttention, SageReport
+from sage_diffusion.nodes.calibrate import SageCalibrate
 from sage_diffusion.nodes.doctor import SageDoctor
 from sage_diffusion.nodes.host import register_plan_folder
 from sage_diffusion.nodes.plan import (
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     SageMergePlans,
     SageEditPlan,
     SagePlanPreview,
+    SageCalibrate,
     SageAccuracyCheck,
     SageDoctor,
 ]

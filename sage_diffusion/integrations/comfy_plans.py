@@ -17,8 +17,8 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 #: Calls with fewer keys cost next to nothing and decide much: the text tokens of CLIP, refiners.
 MIN_TOKENS = 128
 
-#: Plans that come with the pack.
-OWN_PLANS = Path(__file__).resolve().parent.parent / "plans"
+#: Plans that come with the pack.  Those beside this folder name diffusers' layers.
+OWN_PLANS = Path(__file__).resolve().parent.parent / "plans" / "comfy"
 
 
 @dataclass(frozen=True)

@@ -79,15 +79,12 @@ class RunReport:
         lines = [f"{self.model or 'model'}, plan {self.title}"]
         lines += [f"WARNING: {alarm}" for alarm in self.alarms]
         if calls:
-            lines.append(
-                f"{calls} attention calls intercepted in {self.forwards} model calls: "
-                f"{summary.quantized} quantized ({summary.quantized / calls:.0%}), "
-                f"{declined} declined"
-            )
-            lines.append(
-                "share: "
-                + ", ".join(f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
-            )
+            lines.append(f"{calls} attention calls intercepted in {self.forwards} model calls")
+            share = summary.quantized / calls
+            lines.append(f"{summary.quantized} quantized ({share:.0%}), {declined} declined")
+        if summary.specs:
+            shares = (f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
+            lines.append(f"share: {', '.join(shares)}")
         lines += [f"declined {n} times: {reason}" for reason, n in summary.declined.items()]
         return "\n".join(lines)
 

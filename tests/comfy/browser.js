@@ -125,7 +125,7 @@ async function main() {
 
   // Search by an alias, add by Enter.
   const count = () => page.evaluate(() => window.app.graph._nodes.filter((n) => n.type === 'SageDiffusionAccuracyCheck').length);
-  await page.mouse.dblclick(500, 850);
+  await page.mouse.dblclick(1000, 800);
   await page.waitForTimeout(1000);
   await page.keyboard.type('A/B test');
   await page.waitForTimeout(1500);

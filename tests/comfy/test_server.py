@@ -18,6 +18,7 @@ NODES = (
     "SageDiffusionMergePlans",
     "SageDiffusionEditPlan",
     "SageDiffusionPlanPreview",
+    "SageDiffusionCalibrate",
     "SageDiffusionAccuracyCheck",
     "SageDiffusionDoctor",
 )
@@ -80,7 +81,10 @@ def test_the_pack_is_quick_to_import_and_nothing_failed(server):
 def test_a_family_samples_and_says_what_it_did(server, family, calls):
     done = server.run(prompts.sampling(family, **prompts.custom("int8/fp16")))
     assert done["status"]["status_str"] == "success", done["status"]
-    expected = f"{calls} attention calls intercepted in 3 model calls: {calls} quantized (100%)"
+    expected = (
+        f"{calls} attention calls intercepted in 3 model calls\n"
+        f"{calls} quantized (100%), 0 declined"
+    )
     assert expected in server.last_text("2")  # on the node that patches
     assert expected in done["outputs"]["7"]["text"][0]  # and in the report's own output
     if "10" in done["outputs"]:
@@ -102,7 +106,7 @@ def test_presets_run_here(server, preset):
     assert done["status"]["status_str"] == "success"
     text = done["outputs"]["7"]["text"][0]
     assert "0 declined" in text
-    assert "0 quantized" not in text
+    assert "\n0 quantized" not in text
 
 
 def test_a_plan_goes_round_through_the_folder(server):
@@ -185,6 +189,31 @@ def test_the_accuracy_check_proves_a_plan(server):
     assert width == 2 * 64
     assert done["outputs"]["13"]["images"]
     assert "int4/int8" in done["outputs"]["11"]["text"][0]
+
+
+def test_a_calibrated_plan_is_made_and_runs(server):
+    prompt = prompts.sampling("sd3", **{"preset": "plan input", "preset.plan": ["20", 0]})
+    common = {k: v for k, v in prompt["6"]["inputs"].items() if k != "model"}
+    prompt["20"] = prompts.node(
+        "SageDiffusionCalibrate",
+        model=["1", 0],
+        positive_2=["4", 0],
+        **(common | {"negative": ["21", 0]}),
+        runs=1,
+        share=0.5,
+        goal="most time",
+        **{"goal.time": 0.6},
+        card="rtx4090",
+        name="tiny",
+    )
+    prompt["21"] = prompts.node("TinyConditioning", width=4096, tokens=154, pooled=2048, seed=3)
+    done = server.run(prompt)
+    assert done["status"]["status_str"] == "success", done["status"]["messages"][-1]
+    assert "predicted bound on rtx4090" in server.last_text("20")
+    assert "measure: 2 of 2" in "".join(text for _, text in server.texts)
+    assert "0 declined" in server.last_text("2")
+    assert "WARNING" not in server.last_text("2")
+    assert (server.out / "output" / "sage_calibrations" / "tiny.json").exists()
 
 
 def test_the_accuracy_check_fails_beyond_its_limit(server):
@@ -277,6 +306,13 @@ def test_every_language_names_every_node_and_input(server, info):
                 text = entry["inputs"][input_name]
                 assert text["name"], (language, name, input_name)
                 assert text["tooltip"], (language, name, input_name)
+    for name in NODES:
+        english = known["en"]["nodeDefs"][name]
+        assert english["display_name"] == info[name]["display_name"]
+        assert english["description"] == info[name]["description"]
+        for input_name, _, options in inputs_of(info[name]["input"]):
+            if input_name != "spec":  # two inputs of one node may share a name
+                assert english["inputs"][input_name]["tooltip"] == options["tooltip"]
 
 
 def test_the_registry_reads_the_metadata():

@@ -1,0 +1,164 @@
+"""A plan measured on the user's own model and prompts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io
+
+from sage_diffusion.integrations.comfy_accuracy import KSampling
+from sage_diffusion.integrations.comfy_calibrate import CARDS, ComfySampler, Prompt
+from sage_diffusion.integrations.comfy_plans import describe
+from sage_diffusion.nodes.accuracy import sampling_inputs
+from sage_diffusion.nodes.host import CATEGORY, Plan, show
+
+_FLOOR, _BUDGET = "least quality", "most time"
+
+
+class SageCalibrate(io.ComfyNode):
+    """Watches the model's own attention and makes the plan with the least predicted time."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SageDiffusionCalibrate",
+            display_name="Calibrate Precision Plan",
+            category=f"{CATEGORY}/plan",
+            description="Measures what each spec does to each layer and step of this model on your "
+            "prompts, and makes the fastest plan that keeps a quality, or the best within a time.",
+            search_aliases=["sage plan", "make a plan", "calibration", "auto precision"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to measure, as it will be sampled."),
+                io.Conditioning.Input("positive", tooltip="A prompt of the kind you will use."),
+                io.Conditioning.Input(
+                    "positive_2", tooltip="A different prompt: one alone proves nothing."
+                ),
+                io.Conditioning.Input("negative", tooltip="What they shall not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                *sampling_inputs(),
+                io.Int.Input(
+                    "runs",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Runs of each prompt, each with another seed.",
+                ),
+                io.Float.Input(
+                    "share",
+                    default=0.25,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the layers x steps that is measured; the rest is completed.",
+                ),
+                io.DynamicCombo.Input(
+                    "goal",
+                    options=[
+                        io.DynamicCombo.Option(
+                            _BUDGET,
+                            [
+                                io.Float.Input(
+                                    "time",
+                                    default=0.5,
+                                    min=0.05,
+                                    max=1.0,
+                                    step=0.01,
+                                    tooltip="Predicted time of attention relative to FP16.",
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            _FLOOR,
+                            [
+                                io.Float.Input(
+                                    "decibel",
+                                    default=30.0,
+                                    min=0.0,
+                                    max=100.0,
+                                    step=0.5,
+                                    tooltip="Predicted PSNR of the latents, at least.",
+                                )
+                            ],
+                        ),
+                    ],
+                    tooltip="What the plan must keep; the rest becomes as good as it can.",
+                ),
+                io.Combo.Input(
+                    "card",
+                    options=list(CARDS),
+                    default="rtx4090" if "rtx4090" in CARDS else CARDS[0],
+                    tooltip="GPU that the time is predicted for: a bound, not a timing.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="calibrated",
+                    tooltip="Title of the plan; a calibration of that name goes on where it "
+                    "stopped.",
+                ),
+            ],
+            outputs=[
+                Plan.Output(display_name="plan", tooltip="The plan; save it or use it at once."),
+                io.String.Output(display_name="text", tooltip="What is predicted of it."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        positive_2: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        runs: int,
+        share: float,
+        goal: dict[str, Any],
+        card: str,
+        name: str,
+    ) -> io.NodeOutput:
+        from sage_diffusion.adapt.calibrate import Progress, calibrate
+        from sage_diffusion.adapt.planner import make_plan
+
+        node = cls.hidden.unique_id
+        sampling = KSampling(
+            positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise
+        )
+        interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+        sampler = ComfySampler(model, sampling, interrupted)
+
+        def tell(at: Progress) -> None:
+            show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)")
+
+        table = calibrate(
+            sampler,
+            [Prompt(positive), Prompt(positive_2)],
+            range(seed, seed + runs),
+            share=share,
+            path=_table_path(name),
+            progress=tell,
+        )
+        wanted = {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
+        planned = make_plan(table, costs=card, name=name, **wanted)
+        text = (
+            f"{describe(planned.plan)}\n"
+            f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
+            f"{planned.quality:.1f} dB\nmeasured values: {_table_path(name)}"
+        )
+        show(node, text)
+        return io.NodeOutput(planned.plan, text)
+
+
+def _table_path(name: str) -> Path:
+    plain = re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "calibrated"
+    return Path(folder_paths.get_output_directory()) / "sage_calibrations" / f"{plain}.json"
