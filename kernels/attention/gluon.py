@@ -19,6 +19,7 @@ from ..formats import (
     padded_dim,
     padded_length,
 )
+from ..quantize import reference as twin
 from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
@@ -56,7 +57,7 @@ def attend_quantized(
     """As :func:`.reference.attend_quantized`.
 
     Args:
-        q, k: INT4 or INT8; q's scales must be positive.
+        q, k: INT4, INT8 or FP4; q's scales must be positive.
         v: INT8 or FP8 with permuted tokens (:func:`..quantize.permute.permute_value`).
         delta_s: as of the twin, in token order.
         bias: computes delta-S, a mask of the keys, or their sum in column order when it is needed;
@@ -70,9 +71,11 @@ def attend_quantized(
     Raises:
         ValueError: a format that the kernel doesn't read.
     """
-    if q.precision is not k.precision or q.precision not in (Precision.INT4, Precision.INT8):
+    formats = (Precision.INT4, Precision.INT8, Precision.FP4)
+    if q.precision is not k.precision or q.precision not in formats:
         raise ValueError(
-            f"q and k must both be int4 or int8, got {q.precision.value} and {k.precision.value}"
+            "q and k must both be int4, int8 or fp4, "
+            f"got {q.precision.value} and {k.precision.value}"
         )
     if (v.precision, fp16_accumulator) not in ((Precision.INT8, False), (Precision.FP8, True)):
         raise ValueError(
@@ -83,8 +86,11 @@ def attend_quantized(
     kv_heads, k_len = k.data.shape[1:3]
     head_dim, device = v.data.shape[2], q.data.device
     q_words, k_words, v_words = (x.data.contiguous().view(torch.int32) for x in (q, k, v))
-    dim = q_words.shape[3] * (8 if q.precision is Precision.INT4 else 4)
+    dim = q_words.shape[3] * (4 if q.precision is Precision.INT8 else 8)
     config = launch or launch_for(dim)
+    micro = tuple(
+        None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k)
+    )
 
     kind, mask_strides = 0, (0, 0, 0)
     if mask is not None:
@@ -124,6 +130,7 @@ def attend_quantized(
                 v_words,
                 q.scale.contiguous(),
                 scales,
+                *micro,
                 v.scale.contiguous(),
                 None if v.mean is None else v.mean.contiguous(),
                 added,
@@ -143,7 +150,7 @@ def attend_quantized(
                 D=head_dim,
                 WORDS=q_words.shape[3],
                 DP=dim,
-                INT4=q.precision is Precision.INT4,
+                QK=q.precision.value,
                 FP8=v.precision is Precision.FP8,
                 Q_BLOCK=q.block,
                 MASK=kind,
@@ -194,7 +201,9 @@ def attention(
     rows = q if sm_scale >= 0 else -q
     q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
     by_block = spec.granularity == "block"
-    q_codes = quantize.quantize_rows(
+    # NVFP4 is quantized by the twin's operations.
+    quantize_rows = (twin if spec.qk is Precision.FP4 else quantize).quantize_rows
+    q_codes = quantize_rows(
         rows,
         spec.qk,
         mean=q_mean,
@@ -203,7 +212,7 @@ def attention(
         block=Q_SCALE_BLOCK if by_block else 1,
         multiplier=multiplier,
     )
-    k_codes = quantize.quantize_rows(
+    k_codes = quantize_rows(
         k,
         spec.qk,
         mean=k_mean,

@@ -1,4 +1,4 @@
-"""Attention on INT4 or INT8 Q and K whose P never leaves the registers, in Gluon.
+"""Attention on INT4, INT8 or NVFP4 Q and K whose P never leaves the registers, in Gluon.
 
 Semantics are those of :func:`.reference.attend_quantized`.  Scores are in log2 units; the range of
 P's format is folded into the exponent and cancels in ``acc / total``.  ``docs/kernels.md`` explains
@@ -19,6 +19,7 @@ from .gluon_asm import (
     finish_row,
     hide_columns,
     magic_words,
+    scores_fp4,
     scores_int4,
     scores_int8,
     values_fp8,
@@ -63,6 +64,20 @@ def _column_layout(warps):
     )
 
 
+@gluon.constexpr_function
+def _micro_layout(words, warps, operand):
+    """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64."""
+    word_bits = [[0, 1 << i] for i in range(words.bit_length() - 1)]
+    if operand == 0:  # thread 0 of four has row g, thread 1 row g + 8
+        lanes = [[8, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+        warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+        return gl.DistributedLinearLayout(word_bits, lanes, warp_bits, [], [16 * warps, words])
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    tiles = [[8, 0], [16, 0], [32, 0]]
+    warp_bits = [[0, 0]] * (warps.bit_length() - 1)
+    return gl.DistributedLinearLayout(word_bits + tiles, lanes, warp_bits, [], [TILE_N, words])
+
+
 @gluon.jit
 def _attend_range(
     state,
@@ -72,6 +87,7 @@ def _attend_range(
     limit,  # keys to copy
     k_len,
     q,  # [BM, words] int32
+    q_micro,  # [BM, DP / 64] int32, FP4 only
     q_scale,  # [BM] float32, positive
     o_m,  # [BM] query indices
     magic,  # four words
@@ -79,7 +95,7 @@ def _attend_range(
     k_ring,
     v_ring,
     EDGE: gl.constexpr,  # tiles with keys that are outside, or in the future
-    INT4: gl.constexpr,
+    QK: gl.constexpr,
     FP8: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
@@ -94,11 +110,11 @@ def _attend_range(
     for j in range(first, last):
         async_copy.wait_group(STAGES - 2)
         gl.barrier()
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias = state
+        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
         p_k, p_v = _copy_step(
             p_k, p_v, k_ring, v_ring, j + (STAGES - 1), k_limit, limit, D, STEP, STAGES
         )
-        state = (acc, total, top, reference, p_k, p_v, p_k_scale, p_bias)
+        state = (acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro)
         for i in gl.static_range(STEP):
             state = _attend_tile(
                 state,
@@ -107,12 +123,13 @@ def _attend_range(
                 v_ring.index((j % STAGES) * STEP + i),
                 k_len,
                 q,
+                q_micro,
                 q_scale,
                 o_m,
                 magic,
                 p_mask,
                 EDGE,
-                INT4,
+                QK,
                 FP8,
                 BIAS,
                 MASK,
@@ -131,12 +148,13 @@ def _attend_tile(
     v_tile,
     k_len,
     q,
+    q_micro,
     q_scale,
     o_m,
     magic,
     p_mask,
     EDGE: gl.constexpr,
-    INT4: gl.constexpr,
+    QK: gl.constexpr,
     FP8: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
@@ -148,38 +166,60 @@ def _attend_tile(
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
     RANGE: gl.constexpr = _RANGE_FP8 if FP8 else _RANGE_INT8
     SCALED: gl.constexpr = BIAS or MASK == 2  # q_scale is applied to S, not within the exponent
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias = state
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
 
     s_type: gl.constexpr = gl.distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
     k_scale = gl.load(p_k_scale)
-    # Issue slots are dearer than loads where a tile has more tensor-core work.
-    WIDE: gl.constexpr = v_tile.shape[0] >= 128
-    offset = gl.load(p_k_scale + _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
     p_k_scale += 2 * _TILE_N
     if BIAS:
         bias = gl.load(p_bias)
         p_bias += _TILE_N
-    # Scales leave two mantissa bits free, so that the magic term cancels exactly.
-    asm: gl.constexpr = scores_int4 if INT4 else scores_int8
-    if BIAS:
-        s = gl.inline_asm(
-            asm,
-            ("=&f", "r", "r", "r", "f", "f", "f", "f"),
-            [q, k, magic, k_scale, offset, q_scale, bias],
-            s_type,
-            is_pure=True,
-        )
+    if QK == "fp4":
+        rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
+        inside = tile * _TILE_N + gl.arange(0, _TILE_N, rows) < k_len
+        k_micro = gl.load(p_k_micro, mask=inside[:, None], other=0)
+        p_k_micro += _TILE_N * p_k_micro.shape[1]
+        if BIAS:
+            s = gl.inline_asm(
+                scores_fp4,
+                ("=&f", "r", "r", "r", "r", "f", "f", "f"),
+                [q, k, q_micro, k_micro, k_scale, q_scale, bias],
+                s_type,
+                is_pure=True,
+            )
+        else:
+            s = gl.inline_asm(
+                scores_fp4,
+                ("=&f", "r", "r", "r", "r", "f"),
+                [q, k, q_micro, k_micro, k_scale],
+                s_type,
+                is_pure=True,
+            )
     else:
-        s = gl.inline_asm(
-            asm,
-            ("=&f", "r", "r", "r", "f", "f"),
-            [q, k, magic, k_scale, offset],
-            s_type,
-            is_pure=True,
-        )
-        if SCALED:
-            s = s * q_scale[:, None]
+        # Issue slots are dearer than loads where a tile has more tensor-core work.
+        WIDE: gl.constexpr = v_tile.shape[0] >= 128
+        offset = gl.load(p_k_scale - _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
+        # Scales leave two mantissa bits free, so that the magic term cancels exactly.
+        asm: gl.constexpr = scores_int4 if QK == "int4" else scores_int8
+        if BIAS:
+            s = gl.inline_asm(
+                asm,
+                ("=&f", "r", "r", "r", "f", "f", "f", "f"),
+                [q, k, magic, k_scale, offset, q_scale, bias],
+                s_type,
+                is_pure=True,
+            )
+        else:
+            s = gl.inline_asm(
+                asm,
+                ("=&f", "r", "r", "r", "f", "f"),
+                [q, k, magic, k_scale, offset],
+                s_type,
+                is_pure=True,
+            )
+    if SCALED and not BIAS:
+        s = s * q_scale[:, None]
     start = tile * _TILE_N
     if MASK:
         at = p_mask + start  # [BM, 64]
@@ -238,7 +278,7 @@ def _attend_tile(
             acc.type,
             is_pure=True,
         )
-    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias
+    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro
 
 
 @gluon.jit
@@ -305,6 +345,8 @@ def attention_kernel(
     p_v,  # [B, Hkv, D, Lp / 4] int32, tokens permuted
     p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)] float32
     p_k_scale,  # [B, Hkv, Lp / 64 + 2, 2, 64] float32 of ``key_scales``
+    p_q_micro,  # [B, H, Lq, DP / 64] int32, or None
+    p_k_micro,  # [B, Hkv, Lk, DP / 64] int32, or None
     p_v_scale,  # [B, Hkv, D] float32
     p_v_mean,  # [B, Hkv, D] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
@@ -328,7 +370,7 @@ def attention_kernel(
     D: gl.constexpr,
     WORDS: gl.constexpr,
     DP: gl.constexpr,
-    INT4: gl.constexpr,
+    QK: gl.constexpr,  # "int4", "int8", "fp4"
     FP8: gl.constexpr,
     Q_BLOCK: gl.constexpr,
     MASK: gl.constexpr,  # of its own for every query: 0 none, 1 boolean, 2 additive
@@ -366,6 +408,18 @@ def attention_kernel(
     at = gl.minimum(o_m, q_len - 1)
     q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK)
 
+    q_micro = q
+    if QK == "fp4":
+        q_layout: gl.constexpr = _micro_layout(DP // 64, num_warps, 0)
+        k_layout: gl.constexpr = _micro_layout(DP // 64, num_warps, 1)
+        m_rows = start_m + gl.arange(0, BM, gl.SliceLayout(1, q_layout))
+        group_q = gl.arange(0, DP // 64, gl.SliceLayout(0, q_layout))
+        at_q = (i_bh * q_len + gl.minimum(m_rows, q_len - 1)) * (DP // 64)
+        q_micro = gl.load(p_q_micro + (at_q[:, None] + group_q[None, :]))
+        n_rows = gl.arange(0, _TILE_N, gl.SliceLayout(1, k_layout))
+        group_k = gl.arange(0, DP // 64, gl.SliceLayout(0, k_layout))
+        p_k_micro += i_bkv * k_len * (DP // 64)
+        p_k_micro = p_k_micro + (n_rows[:, None] * (DP // 64) + group_k[None, :])
     o_c = gl.arange(0, _TILE_N, _column_layout(num_warps))
     p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
     if BIAS:
@@ -405,6 +459,7 @@ def attention_kernel(
         p_v,
         p_k_scale,
         p_bias if BIAS else p_k_scale,
+        p_k_micro if QK == "fp4" else p_k_scale,
     )
     words_type: gl.constexpr = gl.distributed_type(
         gl.int32, [4], gl.BlockedLayout([4], [32], [num_warps], [0])
@@ -425,6 +480,7 @@ def attention_kernel(
             limit,
             k_len,
             q,
+            q_micro,
             q_scale,
             o_m,
             magic,
@@ -432,7 +488,7 @@ def attention_kernel(
             k_ring,
             v_ring,
             EDGE,
-            INT4,
+            QK,
             FP8,
             BIAS,
             MASK,
@@ -443,7 +499,7 @@ def attention_kernel(
             STAGES,
             mma,
         )
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias = state
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
     async_copy.wait_group(0)
 
     total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)

@@ -45,6 +45,8 @@ CASES = [
     Case(89, "int8", "fp8", 1, 1, 1),
     Case(89, "int4", "fp8", 160, 65, 127),
     Case(80, "int4", "int8", 256, 64, 63, delta_s=True),
+    Case(120, "fp4", "fp8", 128, 127, 130, delta_s=True),
+    Case(120, "fp4", "int8", 64, 63, 65, mask="additive", heads=3, kv_heads=1),
     Case(120, "int8", "fp8", 80, 64, 63, mask="bool", block=True, smooth_v=True),
 ]
 
@@ -116,6 +118,7 @@ def test_int8_tiles_of_falling_maxima():
     "cc,name,q_len,scale,mask",
     [
         (89, "int4/fp8-fast", 130, -0.2, torch.arange(200)[None, None, None] < 70),
+        (120, "fp4/fp8-fast", 70, None, None),
         (80, "int8/int8+smooth_v", 70, None, torch.linspace(-3, 0, 200).expand(1, 1, 1, -1)),
     ],
 )
@@ -159,7 +162,7 @@ def test_refuses_what_it_cannot_read():
     x = torch.zeros(1, 1, 2, 64)
     int8, int4 = (quantize.quantize_rows(x, p) for p in (Precision.INT8, Precision.INT4))
     fp8 = quantize.quantize_value(x, Precision.FP8)
-    with pytest.raises(ValueError, match="must both be int4 or int8, got int8 and int4"):
+    with pytest.raises(ValueError, match="must both be int4, int8 or fp4, got int8 and int4"):
         gluon.attend_quantized(int8, int4, fp8)
     with pytest.raises(ValueError, match="got fp8 and fp16_accumulator=False"):
         gluon.attend_quantized(int8, int8, fp8)
