@@ -15,7 +15,7 @@ import numpy as np
 from sage_diffusion.adapt.table import ScoreTable, TableError
 
 #: (rank, ridge, smoothness) that cross-validation chooses from.
-CANDIDATES = tuple(itertools.product((0, 1, 2, 3), (0.1,), (0.1, 1.0, 10.0)))
+CANDIDATES = tuple(itertools.product((1, 2, 3), (0.01, 0.03), (0.3, 1.0, 3.0)))
 
 _SWEEPS = 20
 _FOLDS = 5
@@ -140,12 +140,12 @@ def _fit(
     laplacian = laplacian * per_column / count * weight.sum(0).mean()
     for _ in range(_SWEEPS):
         design = np.concatenate([np.ones((steps, 1)), v[:, 1:]], 1)
-        gram = np.einsum("rs,si,sj->rij", weight, design, design) + u_ridge
-        right = np.einsum("rs,rs,si->ri", weight, target - v[:, 0], design)
+        gram = _grams(weight, design) + u_ridge
+        right = (weight * (target - v[:, 0])) @ design
         u = np.linalg.solve(gram, right[..., None])[..., 0]
         design = np.concatenate([np.ones((count, 1)), u[:, 1:]], 1)
-        gram = np.einsum("rs,ri,rj->sij", weight, design, design)
-        right = np.einsum("rs,rs,ri->si", weight, target - u[:, :1], design)
+        gram = _grams(weight.T, design)
+        right = (weight * (target - u[:, :1])).T @ design
         size = rank + 1
         system = np.kron(laplacian, np.eye(size))
         for s in range(steps):
@@ -156,3 +156,10 @@ def _fit(
             v[:, 1:] /= norm
             u[:, 1:] *= norm
     return means[:, None] + u[:, :1] + v[:, 0] + u[:, 1:] @ v[:, 1:].T
+
+
+def _grams(weight: np.ndarray, design: np.ndarray) -> np.ndarray:
+    """``design^T diag(weight_i) design`` of every row of ``weight [N, M]``, ``[N, k, k]``."""
+    size = design.shape[1]
+    products = (design[:, :, None] * design[:, None]).reshape(len(design), size * size)
+    return (weight @ products).reshape(-1, size, size)

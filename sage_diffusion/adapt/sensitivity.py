@@ -4,8 +4,9 @@ Errors of different cells are nearly independent, so their squares add up::
 
     final squared error = sum over cells of  sensitivity(cell) * local squared error(cell, spec)
 
-Groups of cells (layer groups x step groups) are run in a low spec one at a time, everything else in
-FP16; some mixed runs check, and take part in, the fit by non-negative least squares.
+Groups of layers (at all steps) and groups of steps (in all layers) are run in a low spec one at a
+time, everything else in FP16; mixed runs check, and then take part in, the fit by non-negative
+least squares.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def measure_sensitivity(
     step_groups: int = 5,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every group of cells in the least accurate spec and fit what it does to the result.
+    """Run groups of cells in the least accurate spec and fit what they do to the result.
 
     Args:
         sampler: host with the session.
@@ -50,7 +51,7 @@ def measure_sensitivity(
     Returns:
         Plain data for ``ScoreTable.sensitivity``: ``spec``; ``layers`` (names per group); ``steps``
         (``[first, stop)`` per group); ``weight [LG][SG]`` (final squared error per local one);
-        ``effect [LG][SG]`` (squared error of the final latents, geometric mean over the samples);
+        ``layer_effect [LG]`` and ``step_effect [SG]`` (squared error of the final latents);
         ``factor [K]`` (measured over predicted error of each spec used everywhere: what kind of
         error a spec makes, and by how much chaotic samples raise the mean); ``peak`` (largest minus
         smallest reference latent); ``checks`` (predicted and measured error of the mixed runs).
@@ -68,9 +69,11 @@ def measure_sensitivity(
     total_error = _group_sums(table, error[..., low], layers, steps)
 
     rng = np.random.default_rng(0)
-    masks = [np.arange(grid[0] * grid[1]).reshape(grid) == i for i in range(grid[0] * grid[1])]
+    masks = [np.broadcast_to(np.arange(grid[0])[:, None] == i, grid) for i in range(grid[0])]
+    masks += [np.broadcast_to(np.arange(grid[1]) == i, grid) for i in range(grid[1])]
+    single = len(masks)
     for _ in range(_CHECKS):
-        mask = np.zeros(masks[0].size, dtype=bool)
+        mask = np.zeros(grid[0] * grid[1], dtype=bool)
         mask[rng.permutation(mask.size)[: mask.size // 2 or 1]] = True
         masks.append(mask.reshape(grid))
     plans = [group_plan(table.specs[low], mask, layers, steps, table) for mask in masks]
@@ -89,15 +92,17 @@ def measure_sensitivity(
             done += 1
             if progress is not None:
                 progress("sensitivity", done, total)
-    # Samples differ in how chaotic they are by orders of magnitude; in the logarithm each has one
-    # vote on what matters, while the level is that of the mean squared error.
-    votes = np.exp(np.log(np.maximum(errors, 1e-20)).mean(1))
+    # A few chaotic samples err by orders of magnitude more than the others and would decide alone
+    # in a mean of squares, yet they do decide the PSNR: what matters is judged by the squared mean
+    # of the amplitudes, the level by the mean of the squares.
+    votes = np.sqrt(errors).mean(1) ** 2
     measured, uniform = votes[: len(masks)], np.mean(errors, 1)[len(masks) :]
 
     design = np.stack([(mask * total_error).ravel() for mask in masks])
-    single = grid[0] * grid[1]
-    alone = measured[:single] / np.maximum(np.diag(design[:single]), 1e-300)
-    weight = nonnegative_fit(design, measured, alone)
+    # From equal weights: what the runs leave open stays as the local error says.
+    even = np.full(design.shape[1], measured[:single].mean() / design[:single].sum(1).mean())
+    blind = nonnegative_fit(design[:single], measured[:single], even)
+    weight = nonnegative_fit(design, measured, even)
     sums = np.array(
         [_group_sums(table, error[..., k], layers, steps) for k in range(len(table.specs))]
     )
@@ -107,11 +112,12 @@ def measure_sensitivity(
         "layers": layers,
         "steps": [list(s) for s in steps],
         "weight": _rounded(weight.reshape(grid)),
-        "effect": _rounded(measured[:single].reshape(grid)),
+        "layer_effect": [float(f"{x:.6g}") for x in measured[: grid[0]]],
+        "step_effect": [float(f"{x:.6g}") for x in measured[grid[0] : single]],
         "factor": [float(f"{x:.6g}") for x in uniform / np.maximum(predicted, 1e-300)],
         "peak": peak,
         "checks": [
-            {"predicted": float(design[i] @ alone), "measured": float(measured[i])}
+            {"predicted": float(design[i] @ blind), "measured": float(measured[i])}
             for i in range(single, len(masks))
         ],
     }

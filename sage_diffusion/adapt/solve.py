@@ -158,7 +158,7 @@ def _search(
     costs = np.array([objective[rows, choice][fixed].sum()])
     regrets = np.zeros(1)
     lightest = np.array([weight[i][keep[i]].min() for i in core])
-    remaining = np.concatenate([np.cumsum(lightest[::-1])[::-1][1:], [0.0]]) if len(core) else []
+    remaining = np.append(np.cumsum(lightest[::-1])[::-1][1:], 0.0)
     trail: list[tuple[np.ndarray, np.ndarray]] = []
     closed = True
     for place, i in enumerate(core):

@@ -39,7 +39,7 @@ def calibrate(
     sensitivity: Annotated[
         int,
         typer.Option(help="Runs that the end-to-end stage averages over; 0 skips it.", min=0),
-    ] = 1,
+    ] = 4,
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
@@ -113,12 +113,13 @@ def calibrate(
     emit(as_json, data, text_of(data))
 
 
-def prompts_of(sampler: Any, given: list[str] | None, first: int = 0) -> list[Any]:
+def prompts_of(sampler: Any, given: list[str] | None, count: int = 4, first: int = 0) -> list[Any]:
     """What calibration samples: prompts as given, or lists of classes.
 
     Args:
         sampler: a ``PipelineSampler``.
         given: by the user; for class-conditional models commas part the classes of one call.
+        count: default batches.
         first: skip this many default batches, so that evaluation sees others.
 
     Raises:
@@ -137,7 +138,7 @@ def prompts_of(sampler: Any, given: list[str] | None, first: int = 0) -> list[An
 
     if not getattr(sampler.pipe, "classes", None):
         raise CommandError("this model is class-conditional: name classes with --prompt")
-    return list(class_batches(sampler.pipe, 3, _BATCH, first))
+    return list(class_batches(sampler.pipe, count, _BATCH, first))
 
 
 def summary_of(made: Any, files: list[str]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def evaluate(
         pipe = load_pipeline(model)
         check_names(pipe, extra)
         sampler = PipelineSampler(pipe, {"num_inference_steps": steps} | extra)
-        prompts = prompts_of(sampler, prompt, first=3)
+        prompts = prompts_of(sampler, prompt, count=3, first=4)
         pairs = [(p, s) for p in prompts for s in seed or (_HELD_OUT_SEED,)]
         task = bar.add_task("evaluate", total=None)
         found = run(

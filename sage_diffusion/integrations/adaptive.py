@@ -69,10 +69,10 @@ def prompt_argument(pipe: Any) -> str:
 
 
 def class_batches(pipe: Any, count: int, size: int, first: int = 0) -> Sequence[list[int]]:
-    """``count`` lists of ``size`` class indices, spread over all classes, without repetition.
+    """``count`` lists of ``size`` class indices, spread over all classes.
 
-    Lists of ``first = 0`` and of ``first = count`` share no class as long as there are
-    ``2 * count * size`` classes; beyond that they wrap around.
+    It is one endless list cut into pieces: lists of a ``first`` beyond the last one of another call
+    hold other classes, until all have been used.
     """
     classes = len(pipe.classes)
     order = [(i * 7) % classes if classes % 7 else i for i in range(classes)]
