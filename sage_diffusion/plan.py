@@ -181,7 +181,8 @@ class PrecisionPlan:
         """Does the plan fit a model with these layers?
 
         Returns:
-            Warnings: one per rule that matches nothing.
+            Warnings: one per rule that matches nothing, and one if the layers differ from those of
+            the plan's fingerprint.
 
         Raises:
             PlanError: no rule with a glob of its own matches a layer (a plan for another model),
@@ -200,6 +201,12 @@ class PrecisionPlan:
             f"rules[{i}].layers {self.rules[i].layers!r} matches no layer (there are {shown})"
             for i in missed
         ]
+        if self.fingerprint is not None:
+            from sage_diffusion.adapt.travel import mismatch
+
+            reason = mismatch(self.fingerprint, {"layers": layers})
+            if reason is not None:
+                warnings.append(f"the plan was calibrated on another model: {reason}")
         if strict and warnings:
             raise PlanError(warnings[0])
         return warnings

@@ -33,6 +33,15 @@ def test_a_plan_knows_its_model():
             check_fingerprint(plan, other)
 
 
+def test_checking_a_plan_compares_the_layers_that_it_was_calibrated_on():
+    plan = PrecisionPlan("int8/fp8", fingerprint=fingerprint(["a.0", "a.1"]))
+    assert plan.check(["a.0", "a.1"]) == []
+    (warning,) = plan.check(["a.0", "a.1", "a.2"])
+    assert "calibrated on another model: 1 layers here are unknown to it (a.2 ..)" in warning
+    with pytest.raises(PlanError, match="another model"):
+        plan.check(["a.0", "b.1"], strict=True)
+
+
 def test_moving_to_another_schedule_keeps_the_sigmas():
     old = tuple(1 - i / 10 for i in range(10))
     plan = PrecisionPlan("int4/int8", (Rule("int8/int8", "*", 0.61, 1.0),), schedule=old)
