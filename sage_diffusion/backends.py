@@ -174,15 +174,17 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
 
 
 def _load_gluon() -> Run:
+    from sage_diffusion import launches
     from sage_diffusion.kernels.attention import gluon
 
-    return gluon.attention
+    return launches.bound(gluon.attention, "gluon")
 
 
 def _load_triton() -> Run:
+    from sage_diffusion import launches
     from sage_diffusion.kernels.attention import triton
 
-    return triton.attention
+    return launches.bound(triton.attention, "triton")
 
 
 # ---------------------------------------------------------------------- PyTorch

@@ -24,8 +24,8 @@ MEASURED, PREDICTED = "measured", "predicted bound"
 WRONG, NO_MEMORY, FAILED = "wrong result", "out of memory", "failed"
 
 #: Largest relative L1 distance from exact attention that a right kernel may have on normally
-#: distributed inputs, by format: Q and K's share plus P and V's.  The twins stay below two thirds of it
-#: at any length and head dim; a wrong scale or layout is far beyond.
+#: distributed inputs, by format: Q and K's share plus P and V's.  The twins stay below two thirds
+#: of it at any length and head dim; a wrong scale or layout is far beyond.
 _QK_BUDGET = {"fp16": 0.005, "int8": 0.015, "fp8": 0.08, "int4": 0.22, "fp4": 0.22}
 _PV_BUDGET = {"fp16": 0.005, "int8": 0.02, "fp8": 0.05, "fp4": 0.15}
 

@@ -105,7 +105,7 @@ def run(
             compute = backends.load(chosen)
             try:
                 out, lse = compute(q, k, v, call.spec, mask, call.is_causal, scale, call.return_lse)
-            except _compiler_errors() as error:
+            except compiler_errors() as error:
                 failure = _failure(chosen.name, call, error)
                 if failure is None:
                     raise
@@ -132,7 +132,7 @@ def _variant(call: AttentionCall) -> tuple[object, ...]:
     )
 
 
-def _compiler_errors() -> tuple[type[Exception], ...]:
+def compiler_errors() -> tuple[type[Exception], ...]:
     """Looked up once something was raised: without Triton nothing of Triton's can be."""
     found: list[type[Exception]] = [RuntimeError]
     if "triton" in sys.modules:
