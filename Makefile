@@ -14,7 +14,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-comfy lint fidelity overhead clean
+.PHONY: help demo test test-comfy lint cost fidelity overhead clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,8 +32,14 @@ demo: $(READY)  ## Generate with the bundled model in four precisions and write 
 test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests
 
+test-comfy:  ## The node pack inside real ComfyUI releases and in a browser (installs both)
+	tests/comfy/run.sh
+
 lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tools/typecheck.py
+
+cost: $(READY)  ## Predicted bounds of the kernels, from their machine code
+	$(BIN)/sage-diffusion cost
 
 fidelity: $(READY)  ## What each spec does to the attention of a real language model
 	$(BIN)/python -m benchmarks.fidelity
