@@ -76,15 +76,16 @@ class RunReport:
     def __str__(self) -> str:
         summary = self.summary
         calls, declined = summary.calls, sum(summary.declined.values())
-        lines = [f"{self.model or 'model'}, plan {self.title}"]
-        lines += [f"WARNING: {alarm}" for alarm in self.alarms]
+        # A node shows two or three lines before it is made larger: first what matters most.
+        lines = [f"WARNING: {alarm}" for alarm in self.alarms]
         if calls:
-            lines.append(f"{calls} attention calls intercepted in {self.forwards} model calls")
             share = summary.quantized / calls
-            lines.append(f"{summary.quantized} quantized ({share:.0%}), {declined} declined")
-        if summary.specs:
-            shares = (f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
-            lines.append(f"share: {', '.join(shares)}")
+            lines.append(
+                f"{calls} attention calls intercepted, {summary.quantized} quantized ({share:.0%})"
+            )
+            shares = ", ".join(f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
+            lines.append(f"{declined} declined" + (f"; share: {shares}" if shares else ""))
+        lines.append(f"{self.model or 'model'}, plan {self.title}, {self.forwards} model calls")
         lines += [f"declined {n} times: {reason}" for reason, n in summary.declined.items()]
         return "\n".join(lines)
 

@@ -82,8 +82,8 @@ def test_a_family_samples_and_says_what_it_did(server, family, calls):
     done = server.run(prompts.sampling(family, **prompts.custom("int8/fp16")))
     assert done["status"]["status_str"] == "success", done["status"]
     expected = (
-        f"{calls} attention calls intercepted in 3 model calls\n"
-        f"{calls} quantized (100%), 0 declined"
+        f"{calls} attention calls intercepted, {calls} quantized (100%)\n"
+        "0 declined; share: int8/fp16 100%\n"
     )
     assert expected in server.last_text("2")  # on the node that patches
     assert expected in done["outputs"]["7"]["text"][0]  # and in the report's own output
@@ -106,7 +106,7 @@ def test_presets_run_here(server, preset):
     assert done["status"]["status_str"] == "success"
     text = done["outputs"]["7"]["text"][0]
     assert "0 declined" in text
-    assert "\n0 quantized" not in text
+    assert " 0 quantized" not in text
 
 
 def test_a_plan_goes_round_through_the_folder(server):
