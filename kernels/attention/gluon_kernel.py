@@ -25,6 +25,7 @@ from .gluon_asm import (
     values_fp8,
     values_int8,
 )
+from .gluon_layouts import column_layout, copy_layout, micro_layout, swizzle
 from .reference import MASK_FLOOR
 
 _TILE_N, _LOG2E, _MASK_FLOOR = gl.constexpr(TILE_N), gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
@@ -36,46 +37,6 @@ _RANGE_FP8, _RANGE_INT8 = gl.constexpr(math.log2(448.0)), gl.constexpr(math.log2
 #: An INT8 tile's own maximum serves as reference down to 2^-32 of the row's largest weight; below
 #: that its codes don't reach float32's last bit.
 _LAG = gl.constexpr(32.0)
-
-
-@gluon.constexpr_function
-def _swizzle(words):
-    """Shared memory of rows of 32-bit words from which ``ldmatrix`` reads without conflicts."""
-    rows = max(1, 32 // words)  # per 128 bytes
-    return gl.SwizzledSharedLayout(4, rows, max(1, 8 // rows), [1, 0])
-
-
-@gluon.constexpr_function
-def _copy_layout(words, warps):
-    """16 bytes a thread, rows of ``words`` contiguous."""
-    threads = min(32, words // 4)
-    return gl.BlockedLayout([1, 4], [32 // threads, threads], [warps, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def _column_layout(warps):
-    """The 16 columns of a tile that belong to a thread, side by side (see ``column_order``)."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], [4], [8]],
-        lane_bases=[[16], [32], [0], [0], [0]],
-        warp_bases=[[0]] * (warps.bit_length() - 1),
-        block_bases=[],
-        shape=[TILE_N],
-    )
-
-
-@gluon.constexpr_function
-def _micro_layout(words, warps, operand):
-    """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64."""
-    word_bits = [[0, 1 << i] for i in range(words.bit_length() - 1)]
-    if operand == 0:  # thread 0 of four has row g, thread 1 row g + 8
-        lanes = [[8, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-        warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
-        return gl.DistributedLinearLayout(word_bits, lanes, warp_bits, [], [16 * warps, words])
-    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    tiles = [[8, 0], [16, 0], [32, 0]]
-    warp_bits = [[0, 0]] * (warps.bit_length() - 1)
-    return gl.DistributedLinearLayout(word_bits + tiles, lanes, warp_bits, [], [TILE_N, words])
 
 
 @gluon.jit
@@ -387,8 +348,8 @@ def attention_kernel(
     row: gl.constexpr = gl.SliceLayout(1, mma)
     col: gl.constexpr = gl.SliceLayout(0, mma)
     V_WORDS: gl.constexpr = _TILE_N // 4
-    k_copy: gl.constexpr = _copy_layout(WORDS, num_warps)
-    v_copy: gl.constexpr = _copy_layout(V_WORDS, num_warps)
+    k_copy: gl.constexpr = copy_layout(WORDS, num_warps)
+    v_copy: gl.constexpr = copy_layout(V_WORDS, num_warps)
 
     i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
     start_m = (first_block + i_m) * BM
@@ -402,7 +363,7 @@ def attention_kernel(
         mask=(rows < q_len)[:, None] & (words >= 0)[None, :],
         other=0,
     )
-    q_shared = gl.allocate_shared_memory(gl.int32, [BM, WORDS], _swizzle(WORDS), q_words)
+    q_shared = gl.allocate_shared_memory(gl.int32, [BM, WORDS], swizzle(WORDS), q_words)
     q = q_shared.load(gl.DotOperandLayout(0, mma, 1))
     o_m = start_m + gl.arange(0, BM, row)
     at = gl.minimum(o_m, q_len - 1)
@@ -410,8 +371,8 @@ def attention_kernel(
 
     q_micro = q
     if QK == "fp4":
-        q_layout: gl.constexpr = _micro_layout(DP // 64, num_warps, 0)
-        k_layout: gl.constexpr = _micro_layout(DP // 64, num_warps, 1)
+        q_layout: gl.constexpr = micro_layout(DP // 64, num_warps, 0)
+        k_layout: gl.constexpr = micro_layout(DP // 64, num_warps, 1)
         m_rows = start_m + gl.arange(0, BM, gl.SliceLayout(1, q_layout))
         group_q = gl.arange(0, DP // 64, gl.SliceLayout(0, q_layout))
         at_q = (i_bh * q_len + gl.minimum(m_rows, q_len - 1)) * (DP // 64)
@@ -420,7 +381,7 @@ def attention_kernel(
         group_k = gl.arange(0, DP // 64, gl.SliceLayout(0, k_layout))
         p_k_micro += i_bkv * k_len * (DP // 64)
         p_k_micro = p_k_micro + (n_rows[:, None] * (DP // 64) + group_k[None, :])
-    o_c = gl.arange(0, _TILE_N, _column_layout(num_warps))
+    o_c = gl.arange(0, _TILE_N, column_layout(num_warps))
     p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
     if BIAS:
         p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + o_c
@@ -436,8 +397,8 @@ def attention_kernel(
         end = gl.minimum(end, start_m + BM)
     steps = gl.cdiv(end, STEP * _TILE_N)
 
-    k_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, _TILE_N, WORDS], _swizzle(WORDS))
-    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, DP, V_WORDS], _swizzle(V_WORDS))
+    k_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, _TILE_N, WORDS], swizzle(WORDS))
+    v_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, DP, V_WORDS], swizzle(V_WORDS))
     k_rows = gl.arange(0, _TILE_N, gl.SliceLayout(1, k_copy))
     v_words = gl.arange(0, V_WORDS, gl.SliceLayout(0, v_copy))
     v_rows = gl.arange(0, DP, gl.SliceLayout(1, v_copy))

@@ -34,7 +34,7 @@ class GluonLaunch(NamedTuple):
 Tuned = Callable[[torch.device, AttentionSpec, int], "GluonLaunch | None"]
 
 #: By padded head dim.  ``stages`` is a power of two, which makes a ring's slot one instruction.
-_LAUNCHES = {64: GluonLaunch(8, 2, 2), 128: GluonLaunch(8, 1, 4), 256: GluonLaunch(8, 1, 2)}
+_LAUNCHES = {64: GluonLaunch(8, 1, 4), 128: GluonLaunch(8, 1, 4), 256: GluonLaunch(8, 1, 2)}
 
 #: What a thread may have.  Said aloud, ptxas spends them on hiding latency; silent, it saves some.
 MAX_REGISTERS = 255

@@ -1,0 +1,48 @@
+"""Where the Gluon attention kernel's tensors lie, in shared memory and in registers."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..formats import TILE_N
+
+
+@gluon.constexpr_function
+def swizzle(words):
+    """Shared memory of rows of 32-bit words from which ``ldmatrix`` reads without conflicts."""
+    rows = max(1, 32 // words)  # per 128 bytes
+    return gl.SwizzledSharedLayout(4, rows, max(1, 8 // rows), [1, 0])
+
+
+@gluon.constexpr_function
+def copy_layout(words, warps):
+    """16 bytes a thread, rows of ``words`` contiguous."""
+    threads = min(32, words // 4)
+    return gl.BlockedLayout([1, 4], [32 // threads, threads], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def column_layout(warps):
+    """The 16 columns of a tile that belong to a thread, side by side (see ``column_order``)."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [8]],
+        lane_bases=[[16], [32], [0], [0], [0]],
+        warp_bases=[[0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[TILE_N],
+    )
+
+
+@gluon.constexpr_function
+def micro_layout(words, warps, operand):
+    """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64."""
+    word_bits = [[0, 1 << i] for i in range(words.bit_length() - 1)]
+    if operand == 0:  # thread 0 of four has row g, thread 1 row g + 8
+        lanes = [[8, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+        warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+        return gl.DistributedLinearLayout(word_bits, lanes, warp_bits, [], [16 * warps, words])
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    tiles = [[8, 0], [16, 0], [32, 0]]
+    warp_bits = [[0, 0]] * (warps.bit_length() - 1)
+    return gl.DistributedLinearLayout(word_bits + tiles, lanes, warp_bits, [], [TILE_N, words])
