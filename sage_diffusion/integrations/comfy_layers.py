@@ -14,6 +14,7 @@ ours, for the duration of one model call too.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import nn
 KINDS = {
     "blocks": "double",
     "double_blocks": "double",
+    "double_layers": "double",
     "double_stream_blocks": "double",
     "joint_blocks": "double",
     "layers": "double",
@@ -85,7 +87,8 @@ class LayerCursor:
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Block name -> module: the members of every outermost ``ModuleList``.
+    """Block name -> module: the members of every outermost ``ModuleList``, or of a ``ModuleDict``
+    whose keys are numbered (Cosmos's ``block0``, ``block1``, ..).
 
     Lists of one kind in different places (a refiner's ``blocks`` beside the model's) keep the path
     that leads to them: ``txt_in.blocks.00``.
@@ -94,11 +97,12 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
     def visit(module: nn.Module, path: str) -> None:
         for attribute, child in module.named_children():
-            if not isinstance(child, nn.ModuleList):
+            members = _numbered(child)
+            if members is None:
                 visit(child, f"{path}{attribute}.")
                 continue
             kind = KINDS.get(attribute, attribute) if not path else path + attribute
-            for i, block in enumerate(child):
+            for i, block in members:
                 found.setdefault(f"{kind}.{i:02d}", block)
 
     visit(_original(model), "")
@@ -127,6 +131,17 @@ def layer_names(model: nn.Module) -> list[str]:
                 for j in range(len(blocks)):
                     names += [f"{kind}.{i:02d}.{j}.attn1", f"{kind}.{i:02d}.{j}.attn2"]
     return names
+
+
+def _numbered(module: nn.Module) -> list[tuple[int, nn.Module]] | None:
+    """Index and member, None where the module is no numbered container."""
+    if isinstance(module, nn.ModuleList):
+        return list(enumerate(module))
+    if isinstance(module, nn.ModuleDict) and len(module):
+        found = [(re.search(r"\d+$", key), member) for key, member in module.items()]
+        if all(match is not None for match, _ in found):
+            return [(int(match[0]), member) for match, member in found if match is not None]
+    return None
 
 
 @dataclass(frozen=True)

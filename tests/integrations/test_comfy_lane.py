@@ -213,6 +213,13 @@ def test_layer_names_before_a_run():
     assert blocks_of(nn.Linear(1, 1)) == {}
 
 
+def test_numbered_dicts_are_blocks_too():
+    cosmos = nn.Module()
+    cosmos.blocks = nn.ModuleDict({f"block{i}": nn.Identity() for i in range(11)})
+    cosmos.embedders = nn.ModuleDict({"time": nn.Identity()})
+    assert list(blocks_of(cosmos)) == [f"double.{i:02d}" for i in range(11)]
+
+
 # ---------------------------------------------------------------------- a run
 def options(step, chunks, schedule=FLOW, **more):
     return {
