@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,8 +272,8 @@ _SPECIAL = re.compile(r"^(MUFU|F2I|I2F\b|I2F\.|F2F|FRND)")
 
 def bound(loop: Iterable[str], gpu: Gpu) -> Bound:
     """Add up the pipes' cycles of one trip of ``loop``."""
-    cycles: Counter[str] = Counter()
-    work: Counter[str] = Counter()
+    cycles: defaultdict[str, float] = defaultdict(float)
+    work: defaultdict[str, float] = defaultdict(float)
     unknown: Counter[str] = Counter()
     for instruction in loop:
         op = opcode(instruction)
