@@ -179,7 +179,7 @@ def calibrate(
     rows: int = 64,
     seed: int = 0,
     bar_db: float = 3.0,
-    sensitivity: int = 4,
+    sensitivity: int = 2,
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ScoreTable:

@@ -39,7 +39,7 @@ def calibrate(
     sensitivity: Annotated[
         int,
         typer.Option(help="Runs that the end-to-end stage averages over; 0 skips it.", min=0),
-    ] = 4,
+    ] = 2,
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
