@@ -133,7 +133,7 @@ def test_triton_itself_is_named(qkv):
     from triton import knobs
 
     from sage_diffusion import compilation
-    from sage_diffusion.kernels.quantize import triton as quantize
+    from sage_diffusion.kernels.quantize import stats
 
     def fail(*args, **kwargs):
         raise RuntimeError("PassManager::run failed")
@@ -143,8 +143,8 @@ def test_triton_itself_is_named(qkv):
     knobs.runtime.jit_cache_hook = fail  # called right before a kernel is compiled
     try:
         with card(86), pytest.raises(RuntimeError) as caught:
-            quantize._stats_kernel.device_caches.clear()
-            quantize.token_mean(qkv[0])
+            stats._stats_kernel.device_caches.clear()
+            stats.token_mean(qkv[0])
     finally:
         knobs.runtime.jit_cache_hook = before
     error = compilation._failure("triton", call, caught.value)

@@ -92,7 +92,7 @@ def attend_quantized(
         None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k)
     )
 
-    kind, mask_strides = 0, (0, 0, 0)
+    kind, mask_strides = 0, [0, 0, 0]
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
@@ -100,7 +100,7 @@ def attend_quantized(
         if mask.shape[-1] != k_len or mask.stride(-1) != 1:
             mask = mask.expand(*mask.shape[:-1], k_len).contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
-        mask_strides = mask.stride()[:3]
+        mask_strides = list(mask.stride()[:3])
     if delta_s is not None:
         columns = as_columns(delta_s)
 
@@ -199,19 +199,16 @@ def attention(
     multiplier = max(abs(sm_scale) * LOG2E, _MIN_MULTIPLIER)
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     rows = q if sm_scale >= 0 else -q
-    q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
     by_block = spec.granularity == "block"
     # NVFP4 is quantized by the twin's operations.
     quantize_rows = (twin if spec.qk is Precision.FP4 else quantize).quantize_rows
-    q_codes = quantize_rows(
-        rows,
-        spec.qk,
-        mean=q_mean,
-        rotation=spec.rotate,
-        clip=spec.clip,
-        block=Q_SCALE_BLOCK if by_block else 1,
-        multiplier=multiplier,
-    )
+    options = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": multiplier}
+    if spec.smooth_q and spec.qk is not Precision.FP4 and not by_block:
+        q_codes, q_mean = quantize.quantize_smoothed_rows(rows, spec.qk, **options)
+    else:
+        q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
+        block = Q_SCALE_BLOCK if by_block else 1
+        q_codes = quantize_rows(rows, spec.qk, mean=q_mean, block=block, **options)
     k_codes = quantize_rows(
         k,
         spec.qk,

@@ -6,8 +6,6 @@ is off where the twin's rounding must be reproduced.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from ..formats import (
     MAX_SCALE,
-    MAX_VALUE,
     MIN_SCALE,
     Q_BLOCK,
     TILE_N,
@@ -27,9 +24,18 @@ from ..formats import (
 )
 from ..tiles import round_even, round_to_int, stored_token
 from .reference import CLIP_CANDIDATES, CLIP_LIMIT, CLIP_RESOLUTION, FP8_FAST_VALUE_MAX
+from .stats import ChannelStats, block_mean, channel_stats, load_rows, partial_stats, token_mean
 
-#: Tokens whose statistics one program sums up; the few partial sums are added by Torch.
-STATS_CHUNK = 512
+__all__ = [
+    "ChannelStats",
+    "block_mean",
+    "channel_stats",
+    "load_rows",
+    "quantize_rows",
+    "quantize_smoothed_rows",
+    "quantize_value",
+    "token_mean",
+]
 
 _STORAGE = {
     Precision.INT8: torch.int8,
@@ -38,27 +44,7 @@ _STORAGE = {
 }
 
 _MAX_SCALE, _MIN_SCALE = tl.constexpr(MAX_SCALE), tl.constexpr(MIN_SCALE)
-_MAX_VALUE = tl.constexpr(MAX_VALUE)
 _CLIP_LIMIT, _CLIP_RESOLUTION = tl.constexpr(CLIP_LIMIT), tl.constexpr(CLIP_RESOLUTION)
-
-
-class ChannelStats(NamedTuple):
-    """Of a tensor ``[B, H, L, D]`` over its tokens, each ``[B, H, D]`` float32."""
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-
-
-@triton.jit
-def load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D: tl.constexpr):
-    """Rows as float32 [BLOCK, BLOCK_D], 0 outside, and which elements are inside."""
-    inside = (o_l[:, None] < length) & (o_d[None, :] < D)
-    offsets = o_l[:, None].to(tl.int64) * stride_l + o_d[None, :].to(tl.int64) * stride_d
-    x = tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
-    if p_x.dtype.element_ty != tl.float16:
-        x = tl.minimum(tl.maximum(x, -_MAX_VALUE), _MAX_VALUE)
-    return x, inside
 
 
 @triton.jit
@@ -103,6 +89,58 @@ def _clipped_scale(x, scale, SHARES: tl.constexpr):
 
 
 @triton.jit
+def _quantize_tile(
+    x,  # [BLOCK, DP], smoothed
+    p_codes,
+    p_scale,
+    i_bh,
+    i_l,  # the tile's number in the head
+    blocks,
+    length,
+    multiplier,
+    DP: tl.constexpr,
+    LOG2_DP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """Rotate, scale, round and store one tile of :func:`_quantize_rows_kernel`."""
+    o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+    if ROTATE:
+        x = _hadamard(x, BLOCK, DP, LOG2_DP)
+    amax = tl.max(tl.abs(x), 1)
+    if GROUPED:
+        amax = tl.zeros_like(amax) + tl.max(amax, 0)
+    scale = _scale_of(amax, 1.0 / TOP)
+    if len(SHARES) > 0:
+        scale = _clipped_scale(x, scale, SHARES)
+    codes = x * tl.div_rn(1.0, scale)[:, None]
+    codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
+    in_rows = (o_l < length)[:, None]
+    start = (i_bh * length + i_l * BLOCK) * (DP // 2 if FORMAT == "int4" else DP)
+    rows = tl.arange(0, BLOCK)[:, None]
+    if FORMAT == "int4":
+        low, high = tl.split(tl.reshape(round_to_int(codes), [BLOCK, DP // 2, 2]))
+        packed = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
+        at = rows * (DP // 2) + tl.arange(0, DP // 2)[None, :]
+        tl.store(p_codes + start + at, packed, mask=in_rows)
+    elif FORMAT == "int8":
+        tl.store(
+            p_codes + start + rows * DP + o_d[None, :], round_to_int(codes).to(tl.int8), in_rows
+        )
+    else:
+        tl.store(p_codes + start + rows * DP + o_d[None, :], codes.to(tl.float8e4nv), in_rows)
+    scale *= multiplier
+    if GROUPED:
+        tl.store(p_scale + i_bh * blocks + i_l, tl.max(scale, 0))
+    else:
+        tl.store(p_scale + i_bh * length + o_l, scale, mask=o_l < length)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     p_x,
     p_mean,  # [B, H, means, D] contiguous, or None
@@ -139,80 +177,89 @@ def _quantize_rows_kernel(
             i_mean += i_l * BLOCK // MEAN_BLOCK
         mean = tl.load(p_mean + i_mean * D + o_d, mask=o_d < D, other=0.0)
         x = tl.where(inside, x - mean[None, :], 0.0)
-    if ROTATE:
-        x = _hadamard(x, BLOCK, DP, LOG2_DP)
-    amax = tl.max(tl.abs(x), 1)
-    if GROUPED:
-        amax = tl.zeros_like(amax) + tl.max(amax, 0)
-    scale = _scale_of(amax, 1.0 / TOP)
-    if len(SHARES) > 0:
-        scale = _clipped_scale(x, scale, SHARES)
-    codes = x * tl.div_rn(1.0, scale)[:, None]
-    codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
-    in_rows = (o_l < length)[:, None]
-    start = (i_bh * length + i_l * BLOCK) * (DP // 2 if FORMAT == "int4" else DP)
-    rows = tl.arange(0, BLOCK)[:, None]
-    if FORMAT == "int4":
-        low, high = tl.split(tl.reshape(round_to_int(codes), [BLOCK, DP // 2, 2]))
-        packed = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
-        at = rows * (DP // 2) + tl.arange(0, DP // 2)[None, :]
-        tl.store(p_codes + start + at, packed, mask=in_rows)
-    elif FORMAT == "int8":
-        tl.store(
-            p_codes + start + rows * DP + o_d[None, :], round_to_int(codes).to(tl.int8), in_rows
-        )
-    else:
-        tl.store(p_codes + start + rows * DP + o_d[None, :], codes.to(tl.float8e4nv), in_rows)
-    scale *= multiplier
-    if GROUPED:
-        tl.store(p_scale + i_bh * blocks + i_l, tl.max(scale, 0))
-    else:
-        tl.store(p_scale + i_bh * length + o_l, scale, mask=o_l < length)
+    _quantize_tile(
+        x,
+        p_codes,
+        p_scale,
+        i_bh,
+        i_l,
+        blocks,
+        length,
+        multiplier,
+        DP,
+        LOG2_DP,
+        FORMAT,
+        TOP,
+        BLOCK,
+        GROUPED,
+        ROTATE,
+        SHARES,
+    )
 
 
 @triton.jit
-def _stats_kernel(
+def _quantize_smoothed_rows_kernel(
     p_x,
-    p_sum,  # [B, H, chunks, D], or None
-    p_low,  # the same, or None
-    p_high,
+    p_mean,  # [B, H, ceil(L / MEAN_BLOCK), D], written
+    p_codes,
+    p_scale,
     length,
     heads,
     stride_b,
     stride_h,
     stride_l,
     stride_d,
+    multiplier,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    DP: tl.constexpr,
+    LOG2_DP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOP: tl.constexpr,
     BLOCK: tl.constexpr,
-    AVERAGE: tl.constexpr,  # divide by the chunk's tokens
+    MEAN_BLOCK: tl.constexpr,
+    ROTATE: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
-    chunks = tl.cdiv(length, CHUNK)
-    i_c = tl.program_id(0) % chunks
-    i_bh = (tl.program_id(0) // chunks).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
+    """The rows of one mean per program: it finds the mean, then meets them again in its cache.
+
+    All of them in registers would spill.
+    """
+    groups = tl.cdiv(length, MEAN_BLOCK)
+    i_group = tl.program_id(0) % groups
+    i_bh = (tl.program_id(0) // groups).to(tl.int64)
+    o_d = tl.arange(0, DP)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    total = tl.zeros([BLOCK_D], tl.float32)
-    low = tl.full([BLOCK_D], float("inf"), tl.float32)
-    high = tl.full([BLOCK_D], -float("inf"), tl.float32)
-    stop = tl.minimum(length, (i_c + 1) * CHUNK)
-    for start in range(i_c * CHUNK, stop, BLOCK):
+    first = i_group * MEAN_BLOCK
+    stop = tl.minimum(length, first + MEAN_BLOCK)
+    total = tl.zeros([DP], tl.float32)
+    for start in range(first, stop, BLOCK):
+        o_l = start + tl.arange(0, BLOCK)
+        x, _ = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+        total += tl.sum(x, 0)
+    mean = tl.div_rn(total, (stop - first).to(tl.float32))
+    tl.store(p_mean + (i_bh * groups + i_group) * D + o_d, mean, mask=o_d < D)
+    for start in range(first, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
         x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
-        if p_sum is not None:
-            total += tl.sum(x, 0)
-        if p_low is not None:
-            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
-    at = (i_bh * chunks + i_c) * D + o_d
-    if p_sum is not None:
-        if AVERAGE:
-            total = tl.div_rn(total, (stop - i_c * CHUNK).to(tl.float32))
-        tl.store(p_sum + at, total, mask=o_d < D)
-    if p_low is not None:
-        tl.store(p_low + at, low, mask=o_d < D)
-        tl.store(p_high + at, high, mask=o_d < D)
+        x = tl.where(inside, x - mean[None, :], 0.0)
+        _quantize_tile(
+            x,
+            p_codes,
+            p_scale,
+            i_bh,
+            start // BLOCK,
+            0,
+            length,
+            multiplier,
+            DP,
+            LOG2_DP,
+            FORMAT,
+            TOP,
+            BLOCK,
+            False,
+            ROTATE,
+            SHARES,
+        )
 
 
 @triton.jit
@@ -320,6 +367,56 @@ def quantize_rows(
     return QuantizedTensor(codes, scale, precision, block)
 
 
+def quantize_smoothed_rows(
+    x: Tensor,
+    precision: Precision,
+    *,
+    rotation: bool = False,
+    clip: bool = False,
+    multiplier: float = 1.0,
+) -> tuple[QuantizedTensor, Tensor]:
+    """:func:`quantize_rows` minus the mean of every 128 rows, reading ``x`` once.
+
+    Returns:
+        The codes with one scale per row, and the means ``[B, H, ceil(L / 128), D]`` float32, as of
+        :func:`block_mean`.
+
+    Raises:
+        ValueError: another precision than INT8, INT4 and FP8.
+    """
+    if precision not in _STORAGE:
+        raise ValueError(f"precision must be int8, int4 or fp8, got {precision.value}")
+    batch, heads, length, head_dim = x.shape
+    dim, groups, device = padded_dim(head_dim), triton.cdiv(length, Q_BLOCK), x.device
+    width = dim // 2 if precision is Precision.INT4 else dim
+    codes = torch.empty(batch, heads, length, width, dtype=_STORAGE[precision], device=device)
+    scale = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
+    mean = torch.empty(batch, heads, groups, head_dim, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(x):
+        _quantize_smoothed_rows_kernel[(groups * batch * heads,)](
+            x,
+            mean,
+            codes,
+            scale,
+            length,
+            heads,
+            *x.stride(),
+            multiplier,
+            D=head_dim,
+            DP=dim,
+            LOG2_DP=dim.bit_length() - 1,
+            FORMAT=precision.value,
+            TOP=precision.qmax,
+            BLOCK=16 if clip else 32,
+            MEAN_BLOCK=Q_BLOCK,
+            ROTATE=rotation,
+            SHARES=CLIP_CANDIDATES if clip and precision is Precision.INT4 else (),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return QuantizedTensor(codes, scale, precision, 1), mean
+
+
 def quantize_value(
     v: Tensor,
     precision: Precision,
@@ -342,7 +439,7 @@ def quantize_value(
         raise ValueError(f"precision must be int8 or fp8, got {precision.value}")
     batch, heads, length, head_dim = v.shape
     if stats is None:
-        low, high = _partial_stats(v, sums=False)
+        low, high = partial_stats(v, sums=False)
         low, high = low.amin(2), high.amax(2)
     else:
         low, high = stats.low, stats.high
@@ -371,64 +468,3 @@ def quantize_value(
             enable_fp_fusion=False,
         )
     return QuantizedValue(codes, scale, precision, length, mean)
-
-
-def token_mean(x: Tensor) -> Tensor:
-    """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
-    (sums,) = _partial_stats(x, extremes=False)
-    return sums.sum(2) * (1.0 / x.shape[2])
-
-
-def block_mean(x: Tensor, block: int) -> Tensor:
-    """Means of ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32.
-
-    Raises:
-        ValueError: ``block`` is no multiple of 64.
-    """
-    if block % 64:
-        raise ValueError(f"block must be a multiple of 64, got {block}")
-    (sums,) = _partial_stats(x, extremes=False, chunk=block, average=True)
-    return sums
-
-
-def channel_stats(x: Tensor) -> ChannelStats:
-    """Mean and extremes of every channel of ``[B, H, L, D]`` in one pass."""
-    sums, low, high = _partial_stats(x)
-    return ChannelStats(sums.sum(2) * (1.0 / x.shape[2]), low.amin(2), high.amax(2))
-
-
-def _partial_stats(
-    x: Tensor,
-    *,
-    sums: bool = True,
-    extremes: bool = True,
-    chunk: int = STATS_CHUNK,
-    average: bool = False,
-) -> list[Tensor]:
-    """Sums, minima and maxima of every ``chunk`` tokens, those that are asked for.
-
-    Each is ``[B, H, chunks, D]`` float32; ``average`` turns sums into means.
-    """
-    batch, heads, length, head_dim = x.shape
-    chunks = triton.cdiv(length, chunk)
-    shape = (batch, heads, chunks, head_dim)
-    wanted = (sums, extremes, extremes)
-    outputs = [
-        torch.empty(shape, dtype=torch.float32, device=x.device) if w else None for w in wanted
-    ]
-    with torch.cuda.device_of(x):
-        _stats_kernel[(chunks * batch * heads,)](
-            x,
-            *outputs,
-            length,
-            heads,
-            *x.stride(),
-            D=head_dim,
-            BLOCK_D=padded_dim(head_dim),
-            CHUNK=chunk,
-            BLOCK=64,
-            AVERAGE=average,
-            num_warps=4 if head_dim <= 128 else 8,
-            enable_fp_fusion=False,
-        )
-    return [x for x in outputs if x is not None]

@@ -43,6 +43,26 @@ def test_rows(name):
     assert got[2:] == want[2:]
 
 
+@pytest.mark.parametrize(
+    ("cc", "dim", "options"),
+    [
+        (89, 64, {"rotation": True, "clip": True, "multiplier": 0.3}),
+        (80, 40, {}),
+        (86, 128, {"rotation": True, "clip": True}),
+    ],
+)
+def test_smoothed_rows_in_one_pass(cc, dim, options):
+    x = fused_view(1, 2, 131, dim, seed=dim) + 3.0
+    with gpu(cc) as driver:
+        got, mean = triton.quantize_smoothed_rows(x, Precision.INT4, **options)
+    assert [name for name, _ in driver.launches] == ["_quantize_smoothed_rows_kernel"]
+    torch.testing.assert_close(mean, reference.block_mean(x, 128), rtol=0, atol=2e-6)
+    want = reference.quantize_rows(x, Precision.INT4, mean=mean, **options)
+    assert same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
+    with pytest.raises(ValueError, match="int8, int4 or fp8, got fp4"):
+        triton.quantize_smoothed_rows(x, Precision.FP4)
+
+
 @pytest.mark.parametrize("length", [1, 31, 33])
 def test_rows_of_any_length_and_bfloat16_extremes(length):
     """A group of zeros, denormals and saturating rows, in the clamped path of bfloat16."""

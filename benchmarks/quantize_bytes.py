@@ -1,0 +1,177 @@
+"""Bytes of global memory that the quantizers of one attention call move, against the least.
+
+    python -m benchmarks.quantize_bytes [--json]
+
+The least is to read Q, K and V once and to write codes and scales once.  Counted is what the call's
+launches move, by program: every address that a program reads or writes counts once.  (The program
+that smooths 128 rows of Q meets them twice, the second time in its cache: 32 KiB at head dim 128.)
+Means and extremes count for every program that reads them.  The tests execute the compiled kernels
+and find the same numbers of bytes.
+
+The products of smoothed Q's means with K (delta-S) and K's scales in column order belong to the
+attention kernel that needs them and have a column of their own, outside the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+
+from sage_diffusion.kernels.formats import Q_BLOCK, TILE_N, Precision, padded_dim, padded_length
+from sage_diffusion.kernels.spec import AttentionSpec
+
+SPECS = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast")
+
+#: Bytes of a value of Q, K and V, of a statistic and of a scale.
+HALF, FLOAT = 2, 4
+
+#: Tokens of a program, as in ``kernels/quantize``.
+ROWS, CLIPPED_ROWS, STATS_CHUNK = 32, 16, 512
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch or of several."""
+
+    read: int = 0
+    written: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
+    @property
+    def bytes(self) -> int:
+        """Both ways."""
+        return self.read + self.written
+
+
+def _blocks(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def stats(length: int, head_dim: int, kinds: int) -> Traffic:
+    """One launch of the statistics: ``kinds`` is 1 for sums plus 2 for both extremes."""
+    return Traffic(
+        length * head_dim * HALF, kinds * _blocks(length, STATS_CHUNK) * head_dim * FLOAT
+    )
+
+
+def joined(length: int, head_dim: int, kinds: int) -> Traffic:
+    """Torch's joining of the partial statistics, and the scaling of a sum to a mean."""
+    vector = head_dim * FLOAT
+    joining = Traffic(kinds * _blocks(length, STATS_CHUNK) * vector, kinds * vector)
+    return joining + Traffic(kinds % 2 * vector, kinds % 2 * vector)
+
+
+def rows(
+    length: int, head_dim: int, precision: Precision, mean: str, clip: bool, block: int = 1
+) -> Traffic:
+    """``quantize_rows``; ``mean`` is "none", "given" or "own" (``quantize_smoothed_rows``)."""
+    size = Q_BLOCK if mean == "own" else block if block > 1 else CLIPPED_ROWS if clip else ROWS
+    programs = _blocks(length, size)
+    means = programs * head_dim * FLOAT
+    codes = length * padded_dim(head_dim) * precision.bits // 8
+    scales = (length if block == 1 else programs) * FLOAT
+    return Traffic(
+        length * head_dim * HALF + means * (mean == "given"),
+        codes + scales + means * (mean == "own"),
+    )
+
+
+def value(length: int, head_dim: int, smoothed: bool) -> Traffic:
+    """``quantize_value`` in 8 bit, its statistics apart."""
+    padded = padded_length(length)
+    vectors = 3 if smoothed else 2  # the extremes, and the mean
+    return Traffic(
+        length * head_dim * HALF + padded // TILE_N * vectors * head_dim * FLOAT,
+        padded * head_dim + head_dim * FLOAT,
+    )
+
+
+def launches(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+    """Bytes of one head that the launches of a call's quantizers move."""
+    total = rows(length, head_dim, spec.qk, "own" if spec.smooth_q else "none", spec.clip)
+    if spec.smooth_k:
+        total += stats(length, head_dim, 1)
+    total += rows(length, head_dim, spec.qk, "given" if spec.smooth_k else "none", spec.clip)
+    if spec.pv is not Precision.FP16:
+        total += stats(length, head_dim, 2 + spec.smooth_v) + value(length, head_dim, spec.smooth_v)
+    return total
+
+
+def moved(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+    """The same and what Torch does between the launches."""
+    total = launches(spec, length, head_dim)
+    if spec.smooth_k:
+        total += joined(length, head_dim, 1)
+    if spec.pv is not Precision.FP16:
+        total += joined(length, head_dim, 2 + spec.smooth_v)
+    return total
+
+
+def least(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+    """Every quantized input read once, its codes and scales written once."""
+    codes = length * padded_dim(head_dim) * spec.qk.bits // 8 + length * FLOAT
+    total = Traffic(2 * length * head_dim * HALF, 2 * codes)
+    if spec.pv is not Precision.FP16:  # else V is not touched
+        total += Traffic(
+            length * head_dim * HALF, padded_length(length) * head_dim + head_dim * FLOAT
+        )
+    return total
+
+
+def beside(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+    """Delta-S of smoothed Q and K's scales in column order, which only the Gluon kernel has."""
+    if not spec.smooth_q:
+        return Traffic()
+    columns = padded_length(length) + 2 * TILE_N
+    blocks, chunk = _blocks(length, Q_BLOCK), 16
+    chunks, tiles = _blocks(blocks, chunk), columns // TILE_N
+    means = tiles * blocks * head_dim * FLOAT + chunks * tiles * head_dim * FLOAT
+    bias = Traffic(chunks * length * head_dim * HALF + means, blocks * columns * FLOAT)
+    return bias + Traffic(length * FLOAT, columns * FLOAT)
+
+
+def measure(length: int = 4096) -> list[dict[str, object]]:
+    """A row per spec and head dim."""
+    found: list[dict[str, object]] = []
+    for name in SPECS:
+        spec = AttentionSpec.parse(name)
+        for head_dim in (64, 128):
+            got, want = moved(spec, length, head_dim), least(spec, length, head_dim)
+            found.append(
+                {
+                    "spec": name,
+                    "head_dim": head_dim,
+                    "tokens": length,
+                    "read": got.read,
+                    "written": got.written,
+                    "least": want.bytes,
+                    "ratio": round(got.bytes / want.bytes, 3),
+                    "delta_s": beside(spec, length, head_dim).bytes,
+                }
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    args = parser.parse_args()
+    result = measure(args.tokens)
+    if args.json:
+        print(json.dumps({"rows": result}))
+        return
+    print("bytes of one head, fp16 inputs; least: read once, written once")
+    print(f"{'spec':14} {'D':>4} {'read':>10} {'written':>10} {'least':>10} ratio {'delta-S':>10}")
+    for row in result:
+        print(
+            f"{row['spec']:14} {row['head_dim']:4} {row['read']:10} {row['written']:10} "
+            f"{row['least']:10} {row['ratio']:.2f}  {row['delta_s']:10}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Bytes that the quantizers move: the count, and that the compiled kernels move so many."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sage_diffusion import AttentionSpec
+
+
+@pytest.fixture(scope="module")
+def quantize_bytes():
+    """``benchmarks`` is no top-level module of the tests."""
+    path = Path(__file__).parent.parent / "benchmarks" / "quantize_bytes.py"
+    spec = importlib.util.spec_from_file_location("quantize_bytes", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 131072])
+def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
+    found = quantize_bytes.measure(length)
+    assert {row["spec"] for row in found} == {
+        "int8/fp16",
+        "int8/fp8",
+        "int8/fp8-fast",
+        "int4/fp8-fast",
+    }
+    assert all(1 < row["ratio"] <= 1.6 for row in found)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes by kernel, "read" or "written": addresses of global memory that a program touches."""
+    pytest.importorskip("triton")
+    from ptxvm.machine import Machine
+
+    found, touched = Counter(), {"read": [], "written": []}
+
+    def watch(name, kind):
+        original = getattr(Machine, name)
+
+        def watched(self, space, addr, data):
+            if space == "global":
+                size = data if isinstance(data, int) else data.shape[1]
+                touched[kind].append(addr[self.mask][:, None] + np.arange(size, dtype=np.uint64))
+            return original(self, space, addr, data)
+
+        monkeypatch.setattr(Machine, name, watched)
+
+    watch("_gather", "read")
+    watch("_scatter", "written")
+    run = Machine._cta
+
+    def program(self, *args):
+        run(self, *args)
+        for kind, addresses in touched.items():
+            if addresses:
+                distinct = np.unique(np.concatenate([a.ravel() for a in addresses]))
+                found[self.name, kind] += distinct.size
+            addresses.clear()
+
+    monkeypatch.setattr(Machine, "_cta", program)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("int8/fp16", 64), ("int8/fp8", 128), ("int4/fp8-fast", 64)]
+)
+def test_the_compiled_kernels_move_what_is_counted(quantize_bytes, traffic, name, head_dim):
+    from helpers import card, fused_view
+
+    from sage_diffusion.kernels.attention import gluon, triton
+
+    spec, length = AttentionSpec.parse(name), 130
+    q, k, v = (fused_view(1, 1, length, head_dim, seed) for seed in range(3))
+    with card(89):
+        (gluon if spec.smooth_q else triton).attention(q, k, v, spec)
+    kernels = {kernel for kernel, _ in traffic}
+    ours = {kernel for kernel in kernels if "quantize" in kernel or "stats" in kernel}
+    assert kernels - ours == (
+        {"attention_kernel", "_bias_kernel", "_scales_kernel"}
+        if spec.smooth_q
+        else {"_attention_fwd_kernel"}
+    )
+    want = quantize_bytes.launches(spec, length, head_dim)
+    assert sum(traffic[kernel, "read"] for kernel in ours) == want.read
+    assert sum(traffic[kernel, "written"] for kernel in ours) == want.written
