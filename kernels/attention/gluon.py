@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -202,7 +203,8 @@ def attention(
     by_block = spec.granularity == "block"
     # NVFP4 is quantized by the twin's operations.
     quantize_rows = (twin if spec.qk is Precision.FP4 else quantize).quantize_rows
-    options = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": multiplier}
+    options: dict[str, Any] = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": multiplier}
+    q_mean: Tensor | None
     if spec.smooth_q and spec.qk is not Precision.FP4 and not by_block:
         q_codes, q_mean = quantize.quantize_smoothed_rows(rows, spec.qk, **options)
     else:
