@@ -6,6 +6,7 @@ a temporary folder first.  Errors are printed with the checkout's paths.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def main() -> int:
         for name in ("kernels", "nodes"):
             shutil.copytree(ROOT / name, package / name, ignore=ignore)
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
-        command += ["--cache-dir", str(ROOT / ".mypy_cache"), "-p", "sage_diffusion"]
+        # No cache: it would remember the temporary folder of the run before.
+        command += ["--cache-dir", os.devnull, "-p", "sage_diffusion"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     for name in ("kernels", "nodes"):
         done.stdout = done.stdout.replace(f"sage_diffusion/{name}/", f"{name}/")

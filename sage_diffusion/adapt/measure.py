@@ -88,7 +88,11 @@ class RowCall:
         )[0]
 
     def _q_codes(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
-        options = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": self.scale * LOG2E}
+        options: dict[str, Any] = {
+            "rotation": spec.rotate,
+            "clip": spec.clip,
+            "multiplier": self.scale * LOG2E,
+        }
         if spec.granularity == "token":
             rows = self.q[:, :, self.index].float()
             if mean is not None:
