@@ -1,8 +1,10 @@
 """What a spec costs on a card, relative to FP16 attention, as plain data.
 
 Cycles of one SM for a tile of 16 queries x 64 keys at head dim 128 in the slowest pipe, both
-products: what the tensor cores allow, a predicted bound and no timing.  ``sage-diffusion cost``
-prints the bounds of the compiled kernels; its JSON can be given instead (:func:`load_costs`).
+products: what the tensor cores allow, a predicted bound and no timing.  FP16 products accumulate in
+FP32, as FlashAttention's and ours do, which GeForce cards run at half rate.
+``sage-diffusion cost`` prints the bounds of the compiled kernels; a JSON file of spec -> cost can
+be given instead (:func:`load_costs`).
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ SOURCE = "predicted bound: what the tensor cores allow, no timing"
 #: card -> spec -> cycles.  A spec that a card lacks can't run natively there.
 CYCLES: Mapping[str, Mapping[str, float]] = {
     "rtx3090": {
-        "fp16": 512,
-        "int8/fp16": 384,
+        "fp16": 1024,
+        "int8/fp16": 640,
         "int8/int8": 256,
         "int4/int8": 192,
     },
     "rtx4090": {
-        "fp16": 512,
-        "int8/fp16": 384,
+        "fp16": 1024,
+        "int8/fp16": 640,
         "int8/int8": 256,
         "int8/fp8": 384,
         "int8/fp8-fast": 256,
@@ -34,8 +36,8 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int4/fp8-fast": 192,
     },
     "rtx5090": {
-        "fp16": 512,
-        "int8/fp16": 384,
+        "fp16": 1024,
+        "int8/fp16": 640,
         "int8/int8": 256,
         "int8/fp8": 384,
         "int8/fp8-fast": 256,
@@ -74,7 +76,7 @@ def card_costs(card: str) -> dict[str, float]:
 
 
 def load_costs(source: str | Path | Mapping[str, float]) -> dict[str, float]:
-    """Costs from a card's name, a mapping, or a JSON file ``{"fp16": 512, "int8/fp8": 256, ..}``.
+    """Costs from a card's name, a mapping, or a JSON file ``{"fp16": 1024, "int8/fp8": 384, ..}``.
 
     Raises:
         CostTableError: unreadable, or a value that is no positive number.

@@ -35,14 +35,14 @@ def calibrated():
 
 def test_an_adaptive_plan_beats_first_and_last_steps(calibrated, tmp_path):
     host, table = calibrated
-    made = make_plan(table, budget=0.4125)
+    made = make_plan(table, budget=0.2063)
     pairs = [("held-out", 7), ("another one", 8)]
     found = evaluate(host.generate, pairs, {"mine": made.plan}, uniform=SPECS)
     data = json.loads(json.dumps(found.to_dict()))
     assert set(data["uniform"]) == set(SPECS)
     assert len(data["first_last"]) == 3 or len(data["first_last"]) == 2
     low = data["uniform"]["int4/fp8-fast"]
-    assert low["predicted_time"] == 0.375
+    assert low["predicted_time"] == 0.1875
     assert low["below_8_bit"] == 1
     adaptive = data["adaptive"]
     assert adaptive["predicted_time"] == pytest.approx(made.time, abs=1e-4)
@@ -118,17 +118,17 @@ def test_the_commands_from_calibration_to_proof(tmp_path, monkeypatch, capsys):
     arguments += ["--spec", "int8/fp8-fast", "--spec", "int4/fp8-fast", "--sensitivity", "1"]
     assert main([*arguments, "--plots", "plots", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["predicted_time"] <= 0.4126
+    assert data["predicted_time"] <= 0.2064
     assert sum(data["share"].values()) == pytest.approx(1, abs=1e-3)
     assert ScoreTable.load("scores.json").sensitivity is not None
     plan = PrecisionPlan.load("plan.json")
-    assert plan.calibration["asked"] == {"budget": 0.4125}
+    assert plan.calibration["asked"] == {"budget": 0.2063}
     assert sorted(p.name for p in (tmp_path / "plots").iterdir())[0] == "heat-int4-fp8-fast.png"
 
     prove = ["evaluate", "plan.json", "--steps", "4", "--spec", "int4/fp8-fast", "--json"]
     assert main([*prove, "--out", "proof"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["adaptive"]["predicted_time"] <= 0.4126
+    assert data["adaptive"]["predicted_time"] <= 0.2064
     assert data["runs"] == 3
     assert (tmp_path / "proof" / "pareto.png").exists()
 
