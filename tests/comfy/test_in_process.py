@@ -270,6 +270,53 @@ def test_lora_beside_it(families):
     assert attached(lora).last.summary.quantized == 6
 
 
+def test_controlnet_beside_it(families):
+    """The control net runs outside of the model's forward: its calls are not ours to name."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    sd15 = families("sd15")
+    net = comfy.cldm.cldm.ControlNet(
+        image_size=32,
+        in_channels=4,
+        hint_channels=3,
+        model_channels=320,
+        num_res_blocks=[1, 1],
+        channel_mult=[1, 1],
+        transformer_depth=[1, 1],
+        transformer_depth_middle=1,
+        context_dim=768,
+        num_heads=8,
+        use_spatial_transformer=True,
+        legacy=False,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(2)
+    for weight in net.parameters():
+        fan_in = max(weight[0].numel(), 1)
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.5 / fan_in**0.5
+    control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+    control = control.copy().set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 1.0)
+    patched = patch(sd15.model, "int8/fp16")
+    free = sd15.sample(patched)
+    before = sd15.positive
+    more = {"control": control, "control_apply_to_uncond": True}
+    sd15.positive = [[before[0][0], {**before[0][1], **more}]]
+    try:
+        exact = sd15.sample(patch(sd15.model, "fp16"))
+        steered = sd15.sample(patched)
+    finally:
+        sd15.positive = before
+    assert error(steered, free) > 0.01  # the control net does steer
+    assert 0 < error(steered, exact) < 0.02
+    summary = attached(patched).last.summary
+    assert [layer.name for layer in summary.layers] == LAYERS["sd15"]
+    assert summary.quantized == summary.calls == 3 * len(LAYERS["sd15"])
+
+
 def test_easycache_beside_it(families):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
