@@ -179,7 +179,7 @@ def calibrate(
     rows: int = 64,
     seed: int = 0,
     bar_db: float = 3.0,
-    sensitivity: int = 2,
+    sensitivity: int = 0,
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ScoreTable:
@@ -200,7 +200,8 @@ def calibrate(
         bar_db: where completing is less certain than this (held-out RMS, dB of squared error), the
             most doubtful cells are measured as well.
         sensitivity: (prompt, seed) pairs on which to measure what groups of cells do to the final
-            latents; 0 skips that stage.
+            latents; 0 skips that stage. A few pairs can mislead: one picture that flips to another
+            mode outweighs all the others, so take eight or more.
         path: the table's file; an existing one is continued.
         progress: called after each run.
 

@@ -38,8 +38,10 @@ def calibrate(
     rows: Annotated[int, typer.Option(help="Query rows per measured call.", min=1)] = 64,
     sensitivity: Annotated[
         int,
-        typer.Option(help="Runs that the end-to-end stage averages over; 0 skips it.", min=0),
-    ] = 2,
+        typer.Option(
+            help="Runs that the end-to-end stage averages over, eight or more; 0 skips it.", min=0
+        ),
+    ] = 0,
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
