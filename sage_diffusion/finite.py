@@ -85,7 +85,7 @@ class FiniteWatch:
             self._flags.put(name, step, finite)
         return finite
 
-    def poll(self, step: int) -> list[tuple[str, int]]:
+    def poll(self) -> list[tuple[str, int]]:
         """``(name, step)`` of the non-finite outputs that are known by now."""
         return [(name, at) for name, at, finite in self._flags.poll() if not finite]
 

@@ -284,7 +284,7 @@ class AttentionSession:
 
     def _report_non_finite(self) -> None:
         fresh = []
-        for name, step in self.watch.poll(self.step):
+        for name, step in self.watch.poll():
             steps = self.non_finite.setdefault(name, [])
             if not steps:
                 fresh.append(name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..formats import (
     K_SCALE_BLOCK,
     LOG2E,
+    MIN_MULTIPLIER,
     Q_BLOCK,
     Q_SCALE_BLOCK,
     Precision,
@@ -32,9 +33,6 @@ from .reference import smoothed_lse
 #: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
 BIAS_BYTES = 64 * 2**20
 _MIN_BIAS_BLOCKS = 8
-
-#: Smallest softmax scale times log2(e): scores of scale 0 must stay products with a positive one.
-_MIN_MULTIPLIER = 1e-30
 
 #: ``bias(first_block, blocks)`` -> ``[B, H, blocks, columns]`` for blocks of 128 query rows.
 Bias = Callable[[int, int], Tensor]
@@ -197,7 +195,7 @@ def attention(
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    multiplier = max(abs(sm_scale) * LOG2E, _MIN_MULTIPLIER)
+    multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     rows = q if sm_scale >= 0 else -q
     by_block = spec.granularity == "block"

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..formats import (
     K_SCALE_BLOCK,
     LOG2E,
+    MIN_MULTIPLIER,
     Q_SCALE_BLOCK,
     TILE_N,
     Precision,
@@ -33,9 +34,6 @@ _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
 
 #: log2 of the largest code of P.
 _P_RANGE = {"half": 0.0, "int8": math.log2(127.0), "fp8": math.log2(448.0)}
-
-#: Smallest softmax scale times log2(e): scores of scale 0 must stay products with a positive one.
-_MIN_MULTIPLIER = 1e-30
 
 
 @triton.jit
@@ -431,7 +429,7 @@ def attention(
         spec.qk,
         rotation=spec.rotate,
         block=Q_SCALE_BLOCK if by_block else 1,
-        multiplier=max(abs(sm_scale) * LOG2E, _MIN_MULTIPLIER),
+        multiplier=max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER),
     )
     k_codes = quantize.quantize_rows(
         k, spec.qk, mean=k_mean, rotation=spec.rotate, block=K_SCALE_BLOCK if by_block else 1

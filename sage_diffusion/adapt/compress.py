@@ -181,7 +181,7 @@ def _priced(
         exchange: float, groups: list[list[int]] | None
     ) -> tuple[np.ndarray, list[list[int]]]:
         cost = d / scale_d + exchange * t / scale_t
-        joined = groups if groups is not None else _group(cost, price, layers)
+        joined = groups if groups is not None else _group(cost, price)
         out = np.empty(cost.shape[:3], dtype=np.int64)
         for group in joined:
             out[group] = _viterbi(cost[group].sum(0)[None], price)[0]
@@ -239,9 +239,8 @@ def _value(cost: np.ndarray, price: float) -> np.ndarray:
     return total.min(-1).sum(-1) + price * cost.shape[2]
 
 
-def _group(cost: np.ndarray, price: float, layers: Sequence[str]) -> list[list[int]]:
+def _group(cost: np.ndarray, price: float) -> list[list[int]]:
     """Layers joined as long as sharing one row of options saves more than it costs."""
-    # Only layers whose names differ in numbers may share globs; the others still may share rules.
     groups = [[i] for i in range(len(cost))]
     sums = [cost[i] for i in range(len(cost))]
     alone = list(_value(np.stack(sums), price))
