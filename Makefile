@@ -39,7 +39,7 @@ lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tools/typecheck.py
 
 cost: $(READY)  ## Predicted bounds of the kernels, from their machine code
-	$(BIN)/sage-diffusion cost
+	$(BIN)/sage-diffusion cost --gpu rtx4090 --gpu rtx3090 --gpu rtx5090 --gpu a100 --gpu h100
 
 fidelity: $(READY)  ## What each spec does to the attention of a real language model
 	$(BIN)/python -m benchmarks.fidelity
