@@ -38,8 +38,9 @@ test-comfy:  ## The node pack inside real ComfyUI releases and in a browser (ins
 lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tools/typecheck.py
 
-cost: $(READY)  ## Predicted bounds of the kernels, from their machine code
-	$(BIN)/sage-diffusion cost --gpu rtx4090 --gpu rtx3090 --gpu rtx5090 --gpu a100 --gpu h100
+# Without a network there is nothing to compare with.
+cost: $(READY)  ## Predicted bounds of the kernels on every card, from their machine code
+	$(BIN)/sage-diffusion cost --against comfy_kitchen --download || $(BIN)/sage-diffusion cost
 
 fidelity: $(READY)  ## What each spec does to the attention of a real language model
 	$(BIN)/python -m benchmarks.fidelity

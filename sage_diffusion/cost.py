@@ -1,22 +1,21 @@
 """Predicted bounds of kernels on GPUs that need not be there.
 
 Our own kernels are compiled for a card exactly as their launcher would (:mod:`.cost_compile`);
-other people's come as a cubin, a shared library or a wheel, which is unpacked and never executed.
+other people's come as a cubin, a shared library or a wheel (:mod:`.peers`), never executed.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sage_diffusion import peers
+from sage_diffusion.compilation import compiler_errors
 from sage_diffusion.cost_sass import (
     GPUS,
     Function,
@@ -39,7 +38,7 @@ class KernelCost:
 
     Attributes:
         gpu: a name of :data:`~sage_diffusion.cost_sass.GPUS`.
-        spec: what it computes; of someone else's kernel, whose it is and the formats found.
+        spec: what it computes; of someone else's kernel, the formats of its tensor-core products.
         head_dim: None if it can't be told from a foreign kernel's name.
         cycles: of one SM per 262,144 multiply-accumulates, in the slowest pipe.
         bound: the slowest pipe.
@@ -48,6 +47,7 @@ class KernelCost:
         registers: per thread.
         kernel: its name.
         second_pipe: the next slowest pipe.
+        package: whose it is, of someone else's.
     """
 
     gpu: str
@@ -60,6 +60,7 @@ class KernelCost:
     registers: int
     kernel: str = ""
     second_pipe: str = ""
+    package: str = ""
 
     @property
     def tops(self) -> float:
@@ -68,14 +69,20 @@ class KernelCost:
         return 2 * UNIT / self.cycles * gpu.sms * gpu.ghz / 1000
 
     def as_dict(self) -> dict[str, object]:
-        """The fields of the JSON output."""
+        """The fields of the JSON output; ``package`` only of someone else's."""
         fields = asdict(self)
         del fields["kernel"], fields["second_pipe"]
+        if not self.package:
+            del fields["package"]
         return fields
 
 
 class CostError(ValueError):
     """A kernel's cost can't be told; the message says why."""
+
+
+class NoKernelError(CostError):
+    """This package has no kernel for a card."""
 
 
 def gpu_named(name: str) -> Gpu:
@@ -140,10 +147,14 @@ def kernel_costs(
         is_causal: compile the causal variant.
 
     Raises:
-        CostError: a GPU's name is unknown, or the card has no kernel for *any* of the specs.
-        FileNotFoundError: triton is not installed.
+        NoKernelError: none of the specs runs on a card.
+        CostError: a GPU's name is unknown, a kernel does not compile, or there is no compiler:
+            triton is not installed.
     """
-    from sage_diffusion.cost_compile import compile_attention
+    try:
+        from sage_diffusion.cost_compile import compile_attention
+    except ImportError as error:
+        raise CostError(f"compiling a kernel needs triton (pip install triton): {error}") from None
 
     parsed = [AttentionSpec.parse(spec) for spec in specs]
     costs = []
@@ -155,26 +166,44 @@ def kernel_costs(
             if not spec.quantized:
                 continue
             for head_dim in head_dims:
-                kernel = compile_attention(
-                    spec, head_dim, gpu.capability, mask=mask, is_causal=is_causal, reasons=reasons
-                )
+                try:
+                    kernel = compile_attention(
+                        spec,
+                        head_dim,
+                        gpu.capability,
+                        mask=mask,
+                        is_causal=is_causal,
+                        reasons=reasons,
+                    )
+                except compiler_errors() as error:
+                    said = " ".join(str(error).split()) or type(error).__name__
+                    what = f"{spec} at head dim {head_dim} does not compile for {gpu.arch}"
+                    raise CostError(f"{what}: {said}") from error
                 if kernel is None:
                     continue
                 found = True
                 costs.append(cubin_cost(kernel.cubin, name, str(spec), head_dim))
         if not found and reasons:
-            listed = "; ".join(f"{spec}: {reason}" for spec, reason in reasons.items())
-            raise CostError(f"no kernel of this package runs on {name}: {listed}")
+            grouped: dict[str, list[str]] = {}
+            for text, reason in reasons.items():
+                grouped.setdefault(reason, []).append(text)
+            listed = "; ".join(f"{', '.join(texts)}: {why}" for why, texts in grouped.items())
+            raise NoKernelError(f"no kernel of this package runs on {name}: {listed}")
     return costs
 
 
 def cubin_cost(cubin: bytes, gpu: str, spec: str, head_dim: int) -> KernelCost:
     """The bound of a cubin's one kernel."""
+    return function_cost(_disassembled(cubin), gpu, spec, head_dim)
+
+
+@functools.lru_cache(maxsize=64)  # cards of one architecture share their kernels
+def _disassembled(cubin: bytes) -> Function:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         (function,) = functions(path)
-    return function_cost(function, gpu, spec, head_dim)
+    return function
 
 
 #: Attention kernels of other packages: what their names contain, and where the head dim stands.
@@ -192,22 +221,29 @@ def peer_costs(
     gpus: Sequence[str] = ("rtx4090",),
     head_dims: Sequence[int] | None = None,
     match: str = "",
+    *,
+    wheels: Path | None = None,
+    download: bool = False,
 ) -> list[KernelCost]:
     """Predicted bounds of someone else's kernels, the fastest of those that differ in details only.
 
     Args:
-        target: path of a cubin, a shared library or a wheel, or the name of an installed package,
+        target: path of a cubin, a shared library or a wheel, or a package's name (:mod:`.peers`),
             whose files are read and whose code is never imported.
         gpus: names of :data:`~sage_diffusion.cost_sass.GPUS`.
         head_dims: leave out others, where the head dim is known.
         match: part of the kernels' mangled names.
+        wheels: folder to look for the wheel of a package that is not installed.
+        download: fetch a wheel that is not there.
 
     Raises:
-        CostError: there is no such file or package, or no attention kernel in it.
+        CostError: a GPU's name is unknown, or there is no attention kernel for any of them.
+        PeerError: there is no such file or package, or no machine code in it.
     """
+    cards = {name: gpu_named(name) for name in gpus}
     best: dict[tuple[str, str, int | None], KernelCost] = {}
-    with _libraries(target) as (owner, paths):
-        named, dim_pattern = _PEERS.get(owner, ("", ""))
+    with peers.libraries(target, wheels, download) as (package, paths):
+        named, dim_pattern = _PEERS.get(package, ("", ""))
 
         def head_dim(name: str) -> int | None:
             found = re.search(dim_pattern, name) if dim_pattern else None
@@ -219,14 +255,18 @@ def peer_costs(
             dim = head_dim(name)
             return dim is None or head_dims is None or dim in head_dims
 
-        for name, path in itertools.product(gpus, paths):
-            for function in _kernels(path, gpu_named(name), wanted):
+        @functools.cache  # disassembling a large library takes seconds
+        def kernels(arch: str) -> list[Function]:
+            return [found for path in paths for found in _kernels(path, arch, wanted)]
+
+        for name, gpu in cards.items():
+            for function in kernels(gpu.arch):
                 dim = head_dim(function.name)
-                spec = _label(owner, function)
-                if spec is None:
+                formats = _formats(function)
+                if formats is None:
                     continue
-                cost = function_cost(function, name, spec, dim)
-                key = (name, function.name if dim is None else spec, dim)
+                cost = replace(function_cost(function, name, formats, dim), package=package)
+                key = (name, function.name if dim is None else formats, dim)
                 known = best.get(key)
                 if known is None or (cost.cycles, cost.second) < (known.cycles, known.second):
                     best[key] = cost
@@ -235,12 +275,12 @@ def peer_costs(
     return list(best.values())
 
 
-def _kernels(path: Path, gpu: Gpu, wanted: Callable[[str], bool]) -> list[Function]:
-    """Kernels that run on the card: for its own architecture, else for the oldest of its line."""
-    line = f"sm_{gpu.capability[0]}0"
-    for arch in dict.fromkeys((gpu.arch, line)):
+def _kernels(path: Path, arch: str, wanted: Callable[[str], bool]) -> list[Function]:
+    """Kernels that run on an architecture: made for it, else for the oldest of its line."""
+    line = f"{arch[:-1]}0"
+    for candidate in dict.fromkeys((arch, line)):
         try:
-            found = functions(path, arch, wanted)
+            found = functions(path, candidate, wanted)
         except ValueError as error:
             raise CostError(str(error)) from None
         if found:
@@ -248,38 +288,18 @@ def _kernels(path: Path, gpu: Gpu, wanted: Callable[[str], bool]) -> list[Functi
     return []
 
 
-def _label(owner: str, function: Function) -> str | None:
-    """Whose kernel it is, and the formats of its tensor-core instructions; None without any."""
+def _formats(function: Function) -> str | None:
+    """The formats of a kernel's tensor-core products, "int8/fp16"; None without any."""
     kinds = [macs(opcode(instruction))[1] for instruction in main_loop(function)]
     names = list(
         dict.fromkeys(k.split("/")[0].replace("f", "fp").replace("i", "int") for k in kinds if k)
     )
-    return f"{owner} {names[0]}/{names[-1]}" if names else None
+    return f"{names[0]}/{names[-1]}" if names else None
 
 
-@contextmanager
-def _libraries(target: str) -> Iterator[tuple[str, list[Path]]]:
-    """Owner and files with machine code of a path or an installed package."""
-    path = Path(target)
-    if path.suffix == ".whl" and path.exists():
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as wheel:
-            inside = [n for n in wheel.namelist() if n.endswith((".so", ".pyd", ".cubin"))]
-            unpacked = [Path(wheel.extract(name, folder)) for name in inside]
-            yield path.name.split("-")[0], _with_device_code(unpacked)
-        return
-    if path.exists():
-        yield path.name.split(".")[0], [path]
-        return
-    try:
-        files = metadata.files(target.replace("_", "-")) or []
-    except metadata.PackageNotFoundError:
-        raise CostError(
-            f"must be a cubin, a shared library, a wheel or an installed package, got {target!r}"
-        ) from None
-    binaries = [Path(str(f.locate())) for f in files if f.suffix in (".so", ".pyd", ".cubin")]
-    yield target.replace("-", "_"), _with_device_code(binaries)
-
-
-def _with_device_code(paths: Iterable[Path]) -> list[Path]:
-    """Of a package's libraries those for NVIDIA cards: HIP's say so in their path."""
-    return [path for path in paths if "hip" not in path.parts]
+def beside(ours: KernelCost, theirs: Iterable[KernelCost]) -> KernelCost | None:
+    """The kernel of one package to put beside ours: same card and head dim, if it can be the same
+    formats, then the fastest; None if there is none."""
+    formats = ours.spec.removesuffix("-fast")
+    alike = [k for k in theirs if (k.gpu, k.head_dim) == (ours.gpu, ours.head_dim)]
+    return min(alike, key=lambda k: (k.spec != formats, k.cycles, k.second), default=None)

@@ -1,10 +1,17 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where the user's lie."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+
+def user_cache() -> Path:
+    """This package's folder for what can be made again; it need not exist."""
+    caches = Path("AppData/Local") if sys.platform == "win32" else Path(".cache")
+    return Path.home() / caches / "sage-diffusion"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.accuracy.environment import version
-from sage_diffusion.files import write_text
+from sage_diffusion.files import user_cache, write_text
 from sage_diffusion.kernels.attention import gluon_support, tuning
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -81,8 +80,7 @@ class _File(BaseModel):
 
 def default_path() -> Path:
     """Where the user's table lies."""
-    caches = Path("AppData/Local") if sys.platform == "win32" else Path(".cache")
-    return Path.home() / caches / "sage-diffusion" / "tuning.json"
+    return user_cache() / "tuning.json"
 
 
 def read(path: Path) -> list[Entry]:

@@ -8,7 +8,6 @@ import torch
 
 from sage_diffusion import LADDER, AttentionSpec, bench, bench_report, cli, timing
 from sage_diffusion.bench import Contestant, contestants, measure
-from sage_diffusion.commands import bench as command
 from sage_diffusion.timing import Card, CudaTimer, Timing
 
 CPU = {"device": "cpu", "dtype": torch.float32, "heads": 2}
@@ -186,7 +185,7 @@ def titles(monkeypatch):
 
 def test_command_with_a_gpu(monkeypatch, capsys, tmp_path, titles):
     card = Card("Tiny GPU", torch.device("cpu"), FakeTimer())
-    monkeypatch.setattr(command, "find_card", lambda: card)
+    monkeypatch.setattr(timing, "find_card", lambda: card)
     options = ["bench", "--spec", "int8/fp8", "--spec", "fp16", "--length", "64", "--heads", "1"]
     options += ["--backend", "reference", "--backend", "sdpa", "--head-dim", "64"]
     options += ["--backend", "triton"]
@@ -221,6 +220,12 @@ def test_command_without_a_gpu_predicts(capsys, tmp_path, titles):
     assert cli.main(options) == 0
     printed = capsys.readouterr().out
     assert "TOPS <=" in printed and "(predicted bound)" in printed
+
+
+def test_help_names_every_backend(capsys):
+    assert cli.main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in bench.NAMES)
 
 
 def test_command_says_why_there_is_nothing(capsys):

@@ -234,7 +234,8 @@ def test_as_a_program(plan_file) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == "by hand"
     code = (
-        "import sys; from sage_diffusion.cli import main; code = main(['demo', '--help']); "
+        "import sys; from sage_diffusion.cli import COMMANDS, main; "
+        "code = sum(main([name, '--help']) for name in COMMANDS); "
         "sys.exit(code or ('torch' in sys.modules))"
     )
     done = subprocess.run(

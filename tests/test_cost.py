@@ -1,7 +1,9 @@
 """Predicted bounds: the cost model on machine code, our kernels' goals, other people's files."""
 
 import json
+import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 
@@ -114,43 +116,112 @@ def test_machine_code_of_int4(int4):
 def test_peers_by_path(int4):
     _, cubin, wheel = int4
     ours = cost.kernel_costs(["rtx4090"], ["int4/fp8-fast"], [128])[0]
-    for path in (cubin, wheel):
-        (peer,) = cost.peer_costs(str(path), ["rtx4090"])
-        assert (peer.cycles, peer.second, peer.registers) == (
+    for path, package in ((cubin, "kernel"), (wheel, "some_peer")):
+        first, second = cost.peer_costs(str(path), ["rtx4090", "l40s"])
+        assert (first.cycles, first.second, first.registers) == (
             ours.cycles,
             ours.second,
             ours.registers,
         )
-        assert peer.spec == f"{'kernel' if path is cubin else 'some_peer'} int4/fp8"
+        assert (first.spec, first.package) == ("int4/fp8", package)
+        assert (first.gpu, second.gpu, second.cycles) == ("rtx4090", "l40s", first.cycles)
+    (found,) = cost.peer_costs("some-peer", ["rtx4090"], wheels=wheel.parent)
+    assert found == cost.peer_costs(str(wheel), ["rtx4090"])[0]
     with pytest.raises(cost.CostError, match="no tensor-core kernel for h100 was found"):
         cost.peer_costs(str(wheel), ["h100"])
 
 
-def test_bad_input(tmp_path):
+def test_what_is_put_beside_ours():
+    def one(spec, cycles, head_dim=128, gpu="rtx4090", second=0.5):
+        return cost.KernelCost(gpu, spec, head_dim, cycles, "tensor", second, 0, 128, package="p")
+
+    ours = one("int8/fp8-fast", 256)
+    fast, alike, busy = one("int4/int8", 100), one("int8/fp8", 300), one("int4/int8", 100, second=1)
+    assert cost.beside(ours, [fast, alike]) is alike
+    assert cost.beside(ours, [busy, fast, one("int4/int8", 50, 64)]) is fast
+    assert cost.beside(ours, [one("int8/fp8", 1, None), one("int8/fp8", 1, gpu="a100")]) is None
+
+
+def test_bad_input(tmp_path, monkeypatch):
     text = tmp_path / "text.so"
     text.write_text("no machine code")
     with pytest.raises(cost.CostError, match="must hold machine code for a GPU"):
         cost.peer_costs(str(text))
-    with pytest.raises(cost.CostError, match="or an installed package, got 'nobody_has_this'"):
-        cost.peer_costs("nobody_has_this")
     with pytest.raises(cost.CostError, match=r"gpu must be one of rtx2080ti, .*, got 'rtx1'"):
         cost.kernel_costs(["rtx1"])
-    with pytest.raises(cost.CostError, match="no kernel of this package runs on rtx2080ti"):
+    with pytest.raises(cost.NoKernelError, match="no kernel of this package runs on rtx2080ti"):
         cost.kernel_costs(["rtx2080ti"])
 
+    def broken(*args, **kwargs):
+        raise RuntimeError("ptxas:\nno")
 
-def test_command(int4, capsys):
-    options = ["cost", "--spec", "int4/fp8-fast", "--head-dim", "128"]
-    assert cli.main([*options, "--against", str(int4[1]), "--json"]) == 0
+    monkeypatch.setattr("sage_diffusion.cost_compile.compile_attention", broken)
+    want = "int8/fp8 at head dim 64 does not compile for sm_89: ptxas: no"
+    with pytest.raises(cost.CostError, match=want):
+        cost.kernel_costs(["rtx4090"], ["int8/fp8"])
+    monkeypatch.setitem(sys.modules, "sage_diffusion.cost_compile", None)
+    with pytest.raises(cost.CostError, match="compiling a kernel needs triton"):
+        cost.kernel_costs(["rtx4090"])
+
+
+FIELDS = "gpu spec head_dim cycles bound second spills registers"
+
+
+def test_command(int4, capsys, monkeypatch):
+    _, cubin, wheel = int4
+    options = ["cost", "--spec", "int4/fp8-fast", "--head-dim", "128", "--gpu", "rtx4090"]
+    assert cli.main([*options, "--against", str(cubin), "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    assert [k["spec"] for k in kernels] == ["int4/fp8-fast", "kernel int4/fp8"]
-    fields = "gpu spec head_dim cycles bound second spills registers"
-    assert list(kernels[0]) == fields.split()
+    assert [k["spec"] for k in kernels] == ["int4/fp8-fast", "int4/fp8"]
+    assert [list(k) for k in kernels] == [FIELDS.split(), [*FIELDS.split(), "package"]]
+    assert (kernels[1]["package"], kernels[1]["head_dim"]) == ("kernel", None)
     assert cli.main(options) == 0
     table = capsys.readouterr().out
     assert "Predicted bounds" in table and "int4/fp8-fast" in table and "192" in table
-    assert cli.main(["cost", "--gpu", "rtx2080ti", "--json"]) == 1
-    printed = capsys.readouterr()
-    assert "Triton needs sm_80 or newer" in json.loads(printed.out)["error"]
-    assert cli.main(["cost", "--mask", "causal"]) == 1
-    assert "mask must be bool or additive, got 'causal'" in capsys.readouterr().err
+    assert cli.main([*options, "--against", str(cubin)]) == 0
+    assert "Of others, with no kernel of ours beside them" in capsys.readouterr().out
+    # Names that tell the head dim, as comfy_kitchen's do.
+    name = functions(cubin)[0].name
+    monkeypatch.setitem(cost._PEERS, "some_peer", ("", "(128)$"))
+    monkeypatch.setattr(
+        cost, "functions", lambda *args: [replace(f, name=f"{name}128") for f in functions(*args)]
+    )
+    options += ["--against", "some_peer", "--wheels", str(wheel.parent)]
+    assert cli.main(options) == 0
+    table = capsys.readouterr().out
+    assert "some_peer" in table and "1.00" in table and "Of others" not in table
+
+
+def test_every_card_by_default(monkeypatch, capsys):
+    def costs(gpus, specs, head_dims, **variant):
+        (name,) = gpus
+        if name == "rtx2080ti":
+            raise cost.NoKernelError("no kernel of this package runs on rtx2080ti: too old")
+        return [
+            cost.KernelCost(name, "int8/int8", d, 256, "tensor", 0.6, 0, 128) for d in (64, 128)
+        ]
+
+    monkeypatch.setattr(cost, "kernel_costs", costs)
+    assert cli.main(["cost", "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    cards = [name for name in GPUS if name != "rtx2080ti"]
+    assert [k["gpu"] for k in kernels] == [name for name in cards for _ in range(2)]
+    assert cli.main(["cost"]) == 0
+    assert "runs on rtx2080ti: too old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--gpu", "rtx2080ti"], "Triton needs sm_80 or newer"),
+        (["--gpu", "rtx1"], "gpu must be one of rtx2080ti"),
+        (["--spec", "int5"], "'int5' is not an attention spec"),
+        (["--mask", "causal"], "mask must be bool or additive, got 'causal'"),
+        (["--download"], "--wheels, --download and --match need --against"),
+        (["--against", "missing.whl"], "missing.whl must be a file, there is none"),
+        (["--against", __file__], "must hold machine code for a GPU"),
+    ],
+)
+def test_errors_are_one_document(options, message, capsys):
+    assert cli.main(["cost", *options, "--json"]) == 1
+    assert message in json.loads(capsys.readouterr().out)["error"]

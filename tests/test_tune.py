@@ -6,9 +6,8 @@ import logging
 import pytest
 import torch
 
-from sage_diffusion import AttentionSpec, backends, cli, launches, tune
+from sage_diffusion import AttentionSpec, backends, cli, launches, timing, tune
 from sage_diffusion.accuracy.environment import version
-from sage_diffusion.commands import tune as command
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.tuning import Launch
 from sage_diffusion.launches import Entry, TableError
@@ -244,7 +243,7 @@ def test_a_card_is_measured_and_its_table_protected(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(tune, "TOKENS", 64)
     monkeypatch.setattr(tune, "_attend", attend)
-    monkeypatch.setattr(command, "find_card", lambda: Card("Tiny GPU", CPU, clock))
+    monkeypatch.setattr(timing, "find_card", lambda: Card("Tiny GPU", CPU, clock))
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_89")
     path = tmp_path / "tuning.json"
     options = ["tune", "--backend", "triton", "--spec", "int8/fp8", "--head-dim", "64"]
@@ -270,6 +269,6 @@ def test_a_card_is_measured_and_its_table_protected(monkeypatch, tmp_path, capsy
     ],
 )
 def test_wrong_usage(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(command, "find_card", lambda: None)
+    monkeypatch.setattr(timing, "find_card", lambda: None)
     assert cli.main(["tune", *options, "--json"]) == 1
     assert message in json.loads(capsys.readouterr().out)["error"]

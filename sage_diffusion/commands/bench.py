@@ -4,61 +4,54 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich import box
-from rich.table import Table
 
-from sage_diffusion.bench import (
-    DEFAULT_HEAD_DIMS,
-    DEFAULT_LENGTHS,
-    DEFAULT_NAMES,
-    MEASURED,
-    NAMES,
-    PREDICTED,
-    Result,
-    Row,
-    contestants,
-    default_specs,
-    measure,
-)
-from sage_diffusion.bench_report import NOTES, document, plot, predict
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.cost_sass import GPUS
 from sage_diffusion.files import write_bytes, write_text
-from sage_diffusion.timing import find_card
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sage_diffusion.bench import Result, Row
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
 
 def bench(
     spec: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer reads it on Python 3.10)
+        Optional[list[str]],
         typer.Option(help="Spec, repeatable. [default: the ladder]"),
     ] = None,
     length: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        Optional[list[int]],
         typer.Option(help="Tokens, repeatable. [default: 1024 to 131072]", min=1),
     ] = None,
     head_dim: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        Optional[list[int]],
         typer.Option(help="Head dim, repeatable. [default: 64 and 128]", min=1, max=256),
     ] = None,
     heads: Annotated[int, typer.Option(help="Heads of Q, K and V.", min=1)] = 24,
     batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 1,
     causal: Annotated[bool, typer.Option("--causal", help="Causal attention.")] = False,
     backend: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help=f"Backend, repeatable: {', '.join(NAMES)}."),
+        Optional[list[str]],
+        typer.Option(
+            help="Backend, repeatable: gluon, triton, sageattention, comfy_kitchen, sdpa-flash, "
+            "sdpa-cudnn, sdpa-efficient, sdpa or reference. [default: all but the last two]"
+        ),
     ] = None,
     gpu: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(
             help=f"Predict the bounds of this card instead: {', '.join(GPUS)}. "
             "[default without a GPU: rtx4090]"
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(help="Write bench.json and bench.png into this folder."),
     ] = None,
     as_json: AsJson = False,
@@ -69,6 +62,19 @@ def bench(
     bounds of the attention kernels, which are no timings.
     """
     import torch
+
+    from sage_diffusion.bench import (
+        DEFAULT_HEAD_DIMS,
+        DEFAULT_LENGTHS,
+        DEFAULT_NAMES,
+        MEASURED,
+        PREDICTED,
+        contestants,
+        default_specs,
+        measure,
+    )
+    from sage_diffusion.bench_report import NOTES, document, plot, predict
+    from sage_diffusion.timing import find_card
 
     names = tuple(backend or DEFAULT_NAMES)
     shapes: dict[str, Any] = {
@@ -112,6 +118,11 @@ def title(label: str, causal: bool) -> str:
 
 def tables(result: Result, heading: str, note: str) -> tuple[Table, ...]:
     """The rows, and below them who was refused and why."""
+    from rich import box
+    from rich.table import Table
+
+    from sage_diffusion.bench import PREDICTED
+
     rows = Table(title=heading, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("spec", "backend"):
         rows.add_column(name, no_wrap=True)

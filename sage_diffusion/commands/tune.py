@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich import box
-from rich.table import Table
 
-from sage_diffusion import launches
-from sage_diffusion import tune as tuner
-from sage_diffusion.bench import MEASURED, PREDICTED
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.cost import gpu_named
 from sage_diffusion.cost_sass import GPUS
-from sage_diffusion.kernels.attention import tuning
-from sage_diffusion.kernels.spec import LADDER
-from sage_diffusion.timing import find_card
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sage_diffusion.tune import Choice
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
 
 def tune(
     spec: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer reads it on Python 3.10)
+        Optional[list[str]],
         typer.Option(help="Spec, repeatable. [default: the ladder]"),
     ] = None,
     head_dim: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        Optional[list[int]],
         typer.Option(help="Head dim, repeatable. [default: 64 and 128]", min=1, max=256),
     ] = None,
     backend: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],
         typer.Option(help="gluon or triton, repeatable. [default: both]"),
     ] = None,
     predict: Annotated[
         bool, typer.Option("--predict", help="Choose by predicted bounds, without a GPU.")
     ] = False,
     gpu: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help=f"With --predict, the card: {', '.join(GPUS)}."),
     ] = None,
     table: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(help="File of the result. [default: the user's cache, which is then used]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Store nothing.")] = False,
@@ -52,6 +50,14 @@ def tune(
     Measures on the GPU that is here.  With --predict it compiles every candidate for the named
     card and compares predicted bounds, which are no timings.
     """
+    from sage_diffusion import launches
+    from sage_diffusion import tune as tuner
+    from sage_diffusion.bench import MEASURED, PREDICTED
+    from sage_diffusion.cost import gpu_named
+    from sage_diffusion.kernels.attention import tuning
+    from sage_diffusion.kernels.spec import LADDER
+    from sage_diffusion.timing import find_card
+
     names = tuple(backend or launches.KNOBS)
     for name in names:
         if name not in launches.KNOBS:
@@ -109,7 +115,12 @@ def tune(
     emit(as_json, document, _table(choices, f"{card_name} ({source})", predict), where)
 
 
-def _table(choices: list[tuner.Choice], title: str, predicted: bool) -> Table:
+def _table(choices: list[Choice], title: str, predicted: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from sage_diffusion import launches
+
     table = Table(
         title=title,
         caption="*: best; =: built in",
