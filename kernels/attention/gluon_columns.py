@@ -61,7 +61,13 @@ def key_scales(k: QuantizedTensor) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=k.scale.device)
     with torch.cuda.device_of(k.scale):
         _scales_kernel[(width // TILE_N * batch * heads,)](
-            k.scale.contiguous(), out, k_len, k.scale.shape[2], width // TILE_N, BLOCK=k.block
+            k.scale.contiguous(),
+            out,
+            k_len,
+            k.scale.shape[2],
+            width // TILE_N,
+            BLOCK=k.block,
+            enable_fp_fusion=False,
         )
     return out
 
