@@ -168,6 +168,28 @@ def test_atomics():
     assert torch.equal(h, torch.bincount(x, minlength=7).int())
 
 
+@pytest.mark.parametrize(
+    "missing,message",
+    [
+        ("wgmma.wait_group.sync.aligned", "is read before wgmma.wait_group"),
+        ("fence.proxy.async", "before a fence.proxy.async"),
+    ],
+)
+def test_asynchronous_products(missing, message):
+    """Hopper's products run on by themselves: without the fence, or the wait, it is a race."""
+    names = {"A": "*i8", "B": "*i8", "C": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+    kernel = compile_for(_matmul, names, {"BM": 64, "BN": 64, "BK": 64}, 90)
+    ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
+    a, b = (torch.randint(-9, 9, (64, 64), dtype=torch.int8) for _ in range(2))
+    c = torch.zeros(64, 64, dtype=torch.int32)
+    Machine(ptx).launch((1,), [a, b, c, 64, 64, 64], shared=shared)
+    assert torch.equal(c, a.int() @ b.int().T)
+    assert missing in ptx
+    with pytest.raises(PTXError, match=message):
+        broken = "".join(line for line in ptx.splitlines(True) if missing not in line)
+        Machine(broken).launch((1,), [a, b, c, 64, 64, 64], shared=shared)
+
+
 def test_missing_barrier_is_a_race():
     ptx = """.version 8.0
 .target sm_80

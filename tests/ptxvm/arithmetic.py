@@ -16,6 +16,7 @@ from .formats import (
     f32_to_bf16,
     f32_to_fp8,
     fp8_to_f32,
+    split_operands,
 )
 from .lanes import Lanes
 
@@ -30,9 +31,13 @@ class ArithmeticOps(Lanes):
 
     def op_mov(self, i):
         ty = i.op[-1]
+        moving = self.products.pending.intersection(split_operands(i.args[1].strip("{} ")))
+        self.products.pending -= moving
         self.write(
             i.args[0], self.raw(i.args[1], WIDTH[ty]), ty if ty == "pred" else f"b{WIDTH[ty]}"
         )
+        for source in moving:
+            self.products.renames(source, split_operands(i.args[0].strip("{} ")))
 
     def op_cvta(self, i):
         self.write(i.args[0], self.raw(i.args[1], 64), "b64")

@@ -74,7 +74,9 @@ class BitOps(Lanes):
     def op_membar(self, i):
         pass
 
-    op_fence = op_membar
+    def op_fence(self, i):
+        if "proxy" in i.op:
+            self.unfenced[:] = False
 
     def _bitwise(self, i, f):
         ty = i.op[-1]

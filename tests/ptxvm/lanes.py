@@ -17,6 +17,54 @@ class Unsupported(NotImplementedError):
     """The program uses an instruction that this machine does not model."""
 
 
+class Products:
+    """``wgmma`` products that nobody has waited for yet.
+
+    They are computed at once; what they read and write is kept, so that whoever touches it too
+    early is caught.
+
+    Attributes:
+        pending: registers that are being written.
+        read: how many products read each byte of shared memory.
+    """
+
+    def __init__(self, shared_bytes):
+        self.pending = set()
+        self.read = np.zeros(shared_bytes, np.int32)
+        self.open = set(), []
+        self.groups = []
+
+    def writes(self, registers):
+        self.pending.update(registers)
+        self.open[0].update(registers)
+
+    def renames(self, source, targets):
+        """A register that is being written gets other names, as LLVM does before the wait."""
+        for registers, _ in (*self.groups, self.open):
+            if source in registers:
+                registers.update(targets)
+        self.pending.update((source, *targets))
+
+    def reads(self, where, warpgroup):
+        where = np.unique(where)
+        self.read[where] += 1
+        self.open[1].append((where, warpgroup))
+
+    def commit(self):
+        self.groups.append(self.open)
+        self.open = set(), []
+
+    def wait(self, keep):
+        """All but the latest groups are done; returns what they read."""
+        done = self.groups[: len(self.groups) - keep]
+        self.groups = self.groups[len(done) :]
+        read = [entry for group in done for entry in group[1]]
+        for where, _ in read:
+            self.read[where] -= 1
+        self.pending = set().union(self.open[0], *(group[0] for group in self.groups))
+        return read
+
+
 class Lanes:
     """State that every group of instructions works on."""
 
@@ -24,6 +72,7 @@ class Lanes:
     R: dict  # register name -> bits, one per thread
     mask: np.ndarray  # threads whose predicate is true
     special: dict  # %tid.x and friends
+    products: Products
 
     def read(self, a, ty):
         """Operand string -> value array of PTX type `ty`."""
@@ -45,6 +94,8 @@ class Lanes:
             return self.special[a].astype(UINT[max(width, 8)])
         if a.startswith("%") or a in self.R:  # registers of inline assembly carry no '%'
             r = self.R.get(a)
+            if a in self.products.pending:
+                raise PTXError(f"race: {a} is read before wgmma.wait_group")
             if r is None:
                 return np.zeros(T, bool if width == 1 else UINT[width])  # undef
             return r if width == 1 or r.dtype == bool else r.astype(UINT[width], copy=False)
@@ -90,6 +141,8 @@ class Lanes:
     def _set(self, a, bits):
         if a == "_":
             return
+        if a in self.products.pending:
+            raise PTXError(f"race: {a} is written before wgmma.wait_group")
         bits = np.broadcast_to(bits, (self.T,))
         if self.mask.all():
             self.R[a] = np.array(bits)

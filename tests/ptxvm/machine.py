@@ -4,8 +4,9 @@ Every thread of a CTA runs in lock step on NumPy arrays.  This checks *what was 
 layouts, inline assembly, tensor-core fragments, predicates, bounds and missing barriers, which
 Triton's interpreter, stopping at the Python source, cannot see.  It says nothing about time.
 
-Covers what Triton emits for sm_75 .. sm_90 and sm_120.  TMA, mbarriers and tcgen05 are not
-modelled; an unknown instruction stops with :class:`Unsupported`.
+Covers what Triton emits for sm_75 .. sm_90 and sm_120, with the hazards of asynchronous copies and
+products.  TMA, mbarriers and tcgen05 are not modelled; an unknown instruction stops with
+:class:`Unsupported`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from .arithmetic import ArithmeticOps
 from .bits import BitOps
 from .formats import WIDTH, encode, split_operands
-from .lanes import PTXError, Unsupported
+from .lanes import Products, PTXError, Unsupported
 from .memory import Memory, MemoryOps
 from .tensor_cores import TensorCoreOps
 
@@ -132,6 +133,8 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
         self.writer = np.full(self.shared_bytes, -1, np.int32)  # last writer since a barrier
         self.reader = np.full(self.shared_bytes, -1, np.int32)  # a reader since a barrier
         self.groups, self.open = [], []
+        self.unfenced = np.zeros(self.shared_bytes, bool)  # written, unseen by wgmma
+        self.products = Products(self.shared_bytes)
         tid = np.arange(T, dtype=np.uint32)
         g = (*grid, 1, 1)
 

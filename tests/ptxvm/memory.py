@@ -55,13 +55,8 @@ class MemoryOps(Lanes):
         out = np.zeros((self.T, n), np.uint8)
         idx = np.nonzero(self.mask)[0]
         if space == "shared":
-            off = addr[idx].astype(np.int64)
-            if off.size and (off.min() < 0 or off.max() + n > self.shared_bytes):
-                raise PTXError(
-                    f"shared read out of bounds at {int(off.max())} of {self.shared_bytes}"
-                )
-            where = off[:, None] + np.arange(n)
-            if self.check_races and off.size:
+            where = self._in_shared("read", addr[idx], n)
+            if self.check_races and idx.size:
                 w = self.writer[where]
                 if ((w >= 0) & (w // 32 != (idx // 32)[:, None])).any():
                     raise PTXError(
@@ -93,24 +88,18 @@ class MemoryOps(Lanes):
         if not idx.size:
             return
         if space == "shared":
-            off = addr[idx].astype(np.int64)
-            if off.min() < 0 or off.max() + n > self.shared_bytes:
-                raise PTXError(
-                    f"shared write out of bounds at {int(off.max())} of {self.shared_bytes}"
-                )
-            where = off[:, None] + np.arange(n)
+            where = self._in_shared("write", addr[idx], n)
             if self.check_races:
-                for kind, table in (("written", self.writer), ("read", self.reader)):
-                    w = table[where]
-                    clash = (w >= 0) & (w // 32 != (idx // 32)[:, None])
-                    if kind == "written":
-                        clash &= self.smem[where] != data[idx]
-                    if clash.any():
-                        raise PTXError(
-                            "race: shared memory overwritten before a barrier after another warp"
-                            f" had {kind} it"
-                        )
+                self._check_read(where, idx)
+                w = self.writer[where]
+                clash = (w >= 0) & (w // 32 != (idx // 32)[:, None])
+                if (clash & (self.smem[where] != data[idx])).any():
+                    raise PTXError(
+                        "race: shared memory overwritten before a barrier after another warp"
+                        " had written it"
+                    )
                 self.writer[where] = idx[:, None]
+                self.unfenced[where] = True
             self.smem[where] = data[idx]
             return
         left = idx.size
@@ -127,6 +116,25 @@ class MemoryOps(Lanes):
                 left -= int(sel.sum())
         if left:
             raise PTXError("global write at a wild address")
+
+    def _in_shared(self, what, addr, n):
+        """Bytes of shared memory, a row of ``n`` for every address."""
+        off = addr.astype(np.int64)
+        if off.size and (off.min() < 0 or off.max() + n > self.shared_bytes):
+            raise PTXError(
+                f"shared {what} out of bounds at {int(off.max())} of {self.shared_bytes}"
+            )
+        return off[:, None] + np.arange(n)
+
+    def _check_read(self, where, threads):
+        """Nobody else may still be reading what these threads write, a row of ``where`` each."""
+        if self.products.read[where].any():
+            raise PTXError("race: shared memory overwritten before wgmma.wait_group")
+        w = self.reader[where]
+        if ((w >= 0) & (w // 32 != (threads // 32)[:, None])).any():
+            raise PTXError(
+                "race: shared memory overwritten before a barrier after another warp had read it"
+            )
 
     def op_ld(self, i):
         ty = i.op[-1]
@@ -192,6 +200,9 @@ class MemoryOps(Lanes):
             if s:
                 data[self.mask, : int(s)] = self._gather("global", src, int(s))[self.mask]
         self.mask = issue
+        threads = np.nonzero(issue)[0]
+        if self.check_races and threads.size:  # may land from now on
+            self._check_read(self._in_shared("write", dst[threads], n), threads)
         self.open.append((dst, data, issue))  # lands at the wait, the latest legal moment
 
     def op_ldmatrix(self, i):

@@ -146,7 +146,7 @@ class TensorCoreOps(Lanes):
                 )
             self._set(name, v.reshape(-1))
 
-    def _wgmma_operand(self, desc, rows, k, ty, transposed):
+    def _wgmma_operand(self, desc, rows, k, ty, transposed, warpgroup):
         """Matrix [rows, k] of a shared-memory descriptor (PTX ISA, "Matrix Descriptor")."""
         size = 1 if ty in ("s8", "u8", "e4m3", "e5m2") else 2
         start, lead, stride = (
@@ -177,8 +177,14 @@ class TensorCoreOps(Lanes):
                 f"wgmma reads shared memory out of bounds at {int(where.max())}"
                 f" of {self.shared_bytes}"
             )
-        if self.check_races and (self.writer[where] >= 0).any():
-            raise PTXError("race: wgmma reads shared memory before a barrier after it was written")
+        if self.check_races:
+            if (self.writer[where] >= 0).any():
+                raise PTXError(
+                    "race: wgmma reads shared memory before a barrier after it was written"
+                )
+            if self.unfenced[where].any():
+                raise PTXError("race: wgmma reads shared memory before a fence.proxy.async")
+            self.products.reads(where, warpgroup)
         raw = self.smem[where]
         if ty in ("s8", "u8"):
             return raw[..., 0].view(np.int8 if ty == "s8" else np.uint8).astype(np.int64)
@@ -188,8 +194,13 @@ class TensorCoreOps(Lanes):
         return (bits.view(np.float16) if ty == "f16" else bf16_to_f32(bits)).astype(np.float64)
 
     def op_wgmma(self, i):
+        if i.op[1] == "commit_group":
+            self.products.commit()
+        if i.op[1] == "wait_group":
+            for where, warpgroup in self.products.wait(int(i.args[0], 0)):
+                self.reader[where] = warpgroup  # until a barrier: other warps may still read
         if i.op[1] != "mma_async":
-            return  # fence, commit_group, wait_group: done at once here
+            return
         m, n, k = map(
             int,
             re.match(
@@ -200,6 +211,7 @@ class TensorCoreOps(Lanes):
             o for o in i.op if o in ("f32", "f16", "bf16", "s32", "s8", "u8", "e4m3", "e5m2")
         ][-3:]
         D = split_operands(i.args[0].strip("{} "))
+        self.products.pending.difference_update(D)  # adding to the same registers is in order
         keep = self.raw(i.args[3], 1)
         imm = [int(a, 0) for a in i.args[4:]]
         sign_a, sign_b = [*imm, 1, 1][:2]
@@ -230,8 +242,8 @@ class TensorCoreOps(Lanes):
                             per_reg * t[:, None] + np.arange(per_reg) + 4 * per_reg * (r >> 1),
                         ] = v[w]
             else:
-                a = self._wgmma_operand(int(self.raw(i.args[1], 64)[w0]), m, k, at, trans_a)
-            b = self._wgmma_operand(int(self.raw(i.args[2], 64)[w0]), n, k, bt, trans_b)
+                a = self._wgmma_operand(int(self.raw(i.args[1], 64)[w0]), m, k, at, trans_a, w0)
+            b = self._wgmma_operand(int(self.raw(i.args[2], 64)[w0]), n, k, bt, trans_b, w0)
             d = (sign_a * a) @ (sign_b * b).T
             for r, name in enumerate(D):
                 old = self.raw(name, 32)[w0 : w0 + 128].reshape(4, 32)
@@ -257,3 +269,5 @@ class TensorCoreOps(Lanes):
                     out[r][w0 + 32 * w : w0 + 32 * w + 32] = bits
         for name, v in zip(D, out, strict=True):
             self._set(name, v)
+        if self.check_races:
+            self.products.writes(D)
