@@ -153,7 +153,8 @@ def _refuse_triton(call: AttentionCall) -> str | None:
     return tuning.unsupported(call.spec, call.capability, call.hip_arch)
 
 
-def _refuse_gluon(call: AttentionCall) -> str | None:
+def _refuse_without_gluon(call: AttentionCall) -> str | None:
+    """What both kernels in Gluon need."""
     from sage_diffusion.kernels.attention import gluon_support
 
     if not call.spec.quantized:
@@ -168,7 +169,21 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
             f"needs triton {needed[0]}.{needed[1]} or newer for inline assembly, "
             f"found {version[0]}.{version[1]}"
         )
-    return gluon_support.unsupported(
+    return None
+
+
+def _refuse_gluon(call: AttentionCall) -> str | None:
+    from sage_diffusion.kernels.attention import gluon_support
+
+    return _refuse_without_gluon(call) or gluon_support.unsupported(
+        call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
+    )
+
+
+def _refuse_hopper(call: AttentionCall) -> str | None:
+    from sage_diffusion.kernels.attention import hopper_support
+
+    return _refuse_without_gluon(call) or hopper_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -178,6 +193,13 @@ def _load_gluon() -> Run:
     from sage_diffusion.kernels.attention import gluon
 
     return launches.bound(gluon.attention, "gluon")
+
+
+def _load_hopper() -> Run:
+    from sage_diffusion import launches
+    from sage_diffusion.kernels.attention import hopper
+
+    return launches.bound(hopper.attention, "hopper")
 
 
 def _load_triton() -> Run:
@@ -255,6 +277,12 @@ def _backends() -> tuple[Backend, ...]:
             "this package's kernels whose P stays in registers: INT4, and 8 bit, on NVIDIA cards",
             _refuse_gluon,
             _load_gluon,
+        ),
+        Backend(
+            "hopper",
+            "this package's kernel on wgmma whose P stays in registers: INT8 or FP8 with FP8",
+            _refuse_hopper,
+            _load_hopper,
         ),
         Backend("triton", "this package's kernels", _refuse_triton, _load_triton),
         Backend(

@@ -37,7 +37,16 @@ SDPA_KERNELS = {
 }
 
 #: Everything that ``--backend`` takes.  The twin only by name: it is there for accuracy.
-NAMES = ("gluon", "triton", "sageattention", "comfy_kitchen", *SDPA_KERNELS, "sdpa", "reference")
+NAMES = (
+    "gluon",
+    "hopper",
+    "triton",
+    "sageattention",
+    "comfy_kitchen",
+    *SDPA_KERNELS,
+    "sdpa",
+    "reference",
+)
 DEFAULT_NAMES = NAMES[:-2]
 
 DEFAULT_LENGTHS = tuple(1024 * 2**i for i in range(8))  # 1K .. 128K

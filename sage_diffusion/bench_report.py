@@ -73,7 +73,7 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
     from sage_diffusion.cost import CostError, cubin_cost, gpu_named, peer_costs
     from sage_diffusion.cost_compile import compile_attention
 
-    if name in ("gluon", "triton") and spec.quantized:
+    if name in ("gluon", "hopper", "triton") and spec.quantized:
         reasons: dict[str, str] = {}
         kernel = compile_attention(
             spec,

@@ -36,7 +36,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 LENGTH, HEADS, KV_HEADS, BATCH = 1024, 4, 2, 2
 
 #: Backends of this package: modules of ``kernels.attention`` by the same name.
-_MODULES = ("gluon", "triton")
+_MODULES = ("gluon", "hopper", "triton")
 
 
 class Kernel(NamedTuple):
@@ -147,7 +147,7 @@ def compile_attention(
         mask: None, "bool" or "additive": one of its own for every query.
         is_causal: the causal variant.
         reasons: told why a card can't run a spec.
-        backend: "gluon" or "triton"; None takes the one that "auto" would.
+        backend: "gluon", "hopper" or "triton"; None takes the one that "auto" would.
         launch: of the named backend, instead of its own choice.
 
     Returns:

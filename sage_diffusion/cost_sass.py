@@ -290,7 +290,7 @@ def bound(loop: Iterable[str], gpu: Gpu) -> Bound:
             lanes = INTEGER_LANES if op.startswith("I") else gpu.fp32
             packed = 2 if op.startswith(("FFMA2", "FADD2", "FMUL2")) else 1
             cycles["fma"] += WARP / lanes / packed
-        elif re.match(r"^(HADD2|HMUL2|HFMA2|HMNMX2)", op):
+        elif re.match(r"^(HADD2|HMUL2|HFMA2|HMNMX2|HSETP2)", op):
             cycles["fma" if gpu.half2 != 64 else "half"] += WARP / gpu.half2
         elif _INTEGER.match(op):
             cycles["alu"] += WARP / INTEGER_LANES

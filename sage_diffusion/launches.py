@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.accuracy.environment import version
 from sage_diffusion.files import user_cache, write_text
-from sage_diffusion.kernels.attention import gluon_support, tuning
+from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
@@ -29,6 +29,7 @@ VERSION: Literal[1] = 1
 KNOBS = {
     "triton": ("block_m", "num_warps", "num_stages"),
     "gluon": ("num_warps", "step", "stages"),
+    "hopper": ("num_warps", "stages"),
 }
 
 Small = Annotated[int, Field(ge=1, le=1024, strict=True)]
@@ -45,7 +46,7 @@ class Entry(BaseModel):
         gpu: PyTorch's name of the card, or the cost model's for a prediction ("rtx4090").
         triton: the version that compiled it; another one may want another launch.
         arch: "sm_89", "gfx942".
-        backend: "triton" or "gluon".
+        backend: "triton", "gluon" or "hopper".
         formats: of Q and K, P and V: "int8/fp8-fast".
         head_dim: padded, 64, 128 or 256.
         launch: values of the backend's :data:`KNOBS`.
@@ -58,7 +59,7 @@ class Entry(BaseModel):
     gpu: Annotated[str, Field(min_length=1)]
     triton: str
     arch: str
-    backend: Literal["triton", "gluon"]
+    backend: Literal["triton", "gluon", "hopper"]
     formats: str
     head_dim: Literal[64, 128, 256]
     launch: dict[str, Small]
@@ -131,7 +132,7 @@ def as_launch(backend: str, arch: str, head_dim: int, knobs: dict[str, int]) -> 
     """A backend's launch with these knobs; the rest is the architecture's own.
 
     Args:
-        backend: "triton" or "gluon".
+        backend: "triton", "gluon" or "hopper".
         arch: "sm_89".
         head_dim: padded.
         knobs: values of :data:`KNOBS`.
@@ -143,7 +144,7 @@ def built_in(backend: str, arch: str, head_dim: int) -> Any:
     """The launch that ships."""
     if backend == "triton":
         return tuning.launch(arch, head_dim)
-    return gluon_support.launch(head_dim)
+    return (hopper_support if backend == "hopper" else gluon_support).launch(head_dim)
 
 
 def knobs_of(backend: str, launch: NamedTuple) -> dict[str, int]:

@@ -20,7 +20,7 @@ from sage_diffusion import backends, launches
 from sage_diffusion.accuracy.environment import version
 from sage_diffusion.bench import distance, inputs
 from sage_diffusion.compilation import compiler_errors
-from sage_diffusion.kernels.attention import gluon_support, tuning
+from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.formats import padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.launches import Entry
@@ -95,7 +95,7 @@ def candidates(backend: str, arch: str, head_dim: int) -> list[Any]:
     """Launches to try, the built-in one first.
 
     Args:
-        backend: "triton" or "gluon".
+        backend: "triton", "gluon" or "hopper".
         arch: "sm_89", "gfx942".
         head_dim: padded.
     """
@@ -104,6 +104,8 @@ def candidates(backend: str, arch: str, head_dim: int) -> list[Any]:
     if backend == "gluon":
         for warps, (step, stages) in itertools.product((4, 8), ((1, 2), (1, 4), (2, 2))):
             found.append(gluon_support.GluonLaunch(warps, step, stages))
+    elif backend == "hopper":
+        found += map(hopper_support.HopperLaunch, (4, 8, 4), (4, 8, 8))
     else:
         amd = arch.startswith("gfx")
         blocks = (64,) if head_dim > 128 else (64, 128)
@@ -116,9 +118,9 @@ def candidates(backend: str, arch: str, head_dim: int) -> list[Any]:
 
 def specs_of(backend: str, names: Iterable[str] = LADDER) -> list[AttentionSpec]:
     """One spec for every kernel of the backend."""
-    refuse = tuning.unsupported_spec if backend == "triton" else gluon_support.unsupported_spec
+    support = {"triton": tuning, "gluon": gluon_support, "hopper": hopper_support}[backend]
     parsed = [spec for spec in map(AttentionSpec.parse, names) if spec.quantized]
-    return [spec for spec in parsed if refuse(spec) is None]
+    return [spec for spec in parsed if support.unsupported_spec(spec) is None]
 
 
 def measure(

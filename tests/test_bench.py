@@ -125,7 +125,10 @@ def test_who_takes_part():
         ("fp16", "sdpa-flash"),
         ("fp16", "sdpa-cudnn"),
         ("fp16", "sdpa-efficient"),
-        *(("int8/fp8", name) for name in ("gluon", "triton", "sageattention", "comfy_kitchen")),
+        *(
+            ("int8/fp8", name)
+            for name in ("gluon", "hopper", "triton", "sageattention", "comfy_kitchen")
+        ),
     ]
     with pytest.raises(ValueError, match=r"backend must be one of gluon, .*, got 'auto'"):
         contestants(["fp16"], ["auto"])

@@ -182,6 +182,8 @@ def test_candidates():
         assert all(128 % c.block_m == 0 and c.shift == (arch == "sm_80") for c in found)
         assert arch != "gfx942" or {c.num_stages for c in found} == {1}
     assert all(c.stages in (2, 4) for c in tune.candidates("gluon", "sm_89", 128))
+    found = tune.candidates("hopper", "sm_90", 128)
+    assert len(found) == 4 and all(c.num_warps % 4 == 0 and c.stages in (4, 8) for c in found)
 
 
 def test_the_best_bound():
@@ -264,7 +266,7 @@ def test_a_card_is_measured_and_its_table_protected(monkeypatch, tmp_path, capsy
         (["--predict"], "--predict needs --gpu, one of rtx2080ti"),
         (["--gpu", "a100"], "--gpu needs --predict"),
         (["--predict", "--gpu", "rtx1"], "gpu must be one of"),
-        (["--backend", "sdpa"], "backend must be gluon or triton, got 'sdpa'"),
+        (["--backend", "sdpa"], "backend must be gluon, hopper or triton, got 'sdpa'"),
         (["--predict", "--gpu", "rtx2080ti", "--dry-run"], "Triton needs sm_80 or newer"),
     ],
 )

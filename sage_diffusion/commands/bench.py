@@ -39,8 +39,9 @@ def bench(
     backend: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Backend, repeatable: gluon, triton, sageattention, comfy_kitchen, sdpa-flash, "
-            "sdpa-cudnn, sdpa-efficient, sdpa or reference. [default: all but the last two]"
+            help="Backend, repeatable: gluon, hopper, triton, sageattention, comfy_kitchen, "
+            "sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa or reference. "
+            "[default: all but the last two]"
         ),
     ] = None,
     gpu: Annotated[

@@ -29,7 +29,7 @@ def tune(
     ] = None,
     backend: Annotated[
         Optional[list[str]],
-        typer.Option(help="gluon or triton, repeatable. [default: both]"),
+        typer.Option(help="gluon, hopper or triton, repeatable. [default: all]"),
     ] = None,
     predict: Annotated[
         bool, typer.Option("--predict", help="Choose by predicted bounds, without a GPU.")
@@ -61,7 +61,7 @@ def tune(
     names = tuple(backend or launches.KNOBS)
     for name in names:
         if name not in launches.KNOBS:
-            raise CommandError(f"backend must be gluon or triton, got {name!r}")
+            raise CommandError(f"backend must be gluon, hopper or triton, got {name!r}")
     card = None
     if predict:
         if gpu is None:

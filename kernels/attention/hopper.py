@@ -1,0 +1,187 @@
+"""The Hopper attention kernel's host side: INT8 or FP8 Q K^T and FP8 P V on ``wgmma``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..formats import (
+    K_SCALE_BLOCK,
+    LOG2E,
+    MIN_MULTIPLIER,
+    Q_SCALE_BLOCK,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+    padded_length,
+)
+from ..quantize import triton as quantize
+from ..spec import AttentionSpec
+from .gluon_columns import key_bias, key_scales
+from .hopper_kernel import attention_kernel
+from .hopper_support import HopperLaunch, Tuned, unsupported_spec
+from .hopper_support import launch as launch_for
+from .reference import smoothed_lse
+
+
+def attend_quantized(
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: QuantizedValue,
+    *,
+    delta_s: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    fp16_accumulator: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+    return_lse: bool = True,
+    launch: HopperLaunch | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attend_quantized`, in one launch.
+
+    Args:
+        q, k: INT8 or FP8; q's scales must be positive.
+        v: FP8 with permuted tokens (:func:`..quantize.permute.permute_value`).
+        delta_s: must be None, this kernel's Q is not smoothed.
+        bias: a mask of the keys in column order (:func:`.gluon_columns.key_bias`),
+            ``[B, H, 1, columns]``.
+        mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        fp16_accumulator: must be False, ``wgmma`` gains nothing from it.
+        out_dtype: of the output.
+        return_lse: otherwise the log-sum-exp is not computed and None is returned.
+        launch: instead of the one for the head dim.
+
+    Raises:
+        ValueError: a format that the kernel doesn't read, or ``delta_s``.
+    """
+    if q.precision is not k.precision or q.precision not in (Precision.INT8, Precision.FP8):
+        raise ValueError(
+            f"q and k must both be int8 or fp8, got {q.precision.value} and {k.precision.value}"
+        )
+    if v.precision is not Precision.FP8 or fp16_accumulator:
+        raise ValueError(
+            "v must be fp8 without fp16_accumulator, "
+            f"got {v.precision.value} and fp16_accumulator={fp16_accumulator}"
+        )
+    if delta_s is not None:
+        raise ValueError("delta_s must be None: smooth_q is not part of this kernel")
+    batch, heads, q_len, dim = q.data.shape
+    kv_heads, k_len = k.data.shape[1:3]
+    head_dim, device = v.data.shape[2], q.data.device
+    config = launch or launch_for(dim)
+    kind, mask_strides = 0, [0, 0, 0]
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+        mask = mask.float() if mask.dtype == torch.float64 else mask
+        if mask.shape[-1] != k_len or mask.stride(-1) != 1:
+            mask = mask.expand(*mask.shape[:-1], k_len).contiguous()
+        mask = mask.expand(batch, heads, q_len, k_len)
+        mask_strides = list(mask.stride()[:3])
+    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    scales = key_scales(k)
+    with torch.cuda.device_of(q.data):
+        attention_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
+            q.data.contiguous(),
+            k.data.contiguous(),
+            v.data.contiguous(),
+            q.scale.contiguous(),
+            scales,
+            v.scale.contiguous(),
+            None if v.mean is None else v.mean.contiguous(),
+            bias,
+            mask,
+            out,
+            lse,
+            heads,
+            heads // kv_heads,
+            q_len,
+            k_len,
+            q.scale.shape[2],
+            padded_length(k_len),
+            *((0, 0) if bias is None else bias.stride()[:2]),
+            *mask_strides,
+            D=head_dim,
+            DP=dim,
+            Q_BLOCK=q.block,
+            MASK=kind,
+            HIDES=mask is not None or bias is not None,
+            CAUSAL=is_causal,
+            BM=config.block_m,
+            STAGES=config.stages,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tuned: Tuned | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`.reference.attention` for what :func:`.hopper_support.unsupported` passes.
+
+    Args:
+        tuned: launches measured on this card, instead of the built-in ones.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
+        if ``return_lse``, else None.
+
+    Raises:
+        ValueError: the spec is not one of this kernel's.
+    """
+    reason = unsupported_spec(spec)
+    if reason is not None:
+        raise ValueError(f"{spec}: {reason}")
+    dtype = q.dtype
+    if dtype == torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
+    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    by_block = spec.granularity == "block"
+    q_codes = quantize.quantize_rows(
+        q if sm_scale >= 0 else -q,
+        spec.qk,
+        rotation=spec.rotate,
+        block=Q_SCALE_BLOCK if by_block else 1,
+        multiplier=max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER),
+    )
+    k_codes = quantize.quantize_rows(
+        k, spec.qk, mean=k_mean, rotation=spec.rotate, block=K_SCALE_BLOCK if by_block else 1
+    )
+    stats = quantize.channel_stats(v) if spec.smooth_v else None
+    values = quantize.quantize_value(
+        v, spec.pv, mean=None if stats is None else stats.mean, permuted=True, stats=stats
+    )
+    bias = None
+    if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
+        # One mask for all queries: an addition per element.
+        bias = key_bias(q.shape[1], k, mask=mask.expand(q.shape[0], q.shape[1], 1, k.shape[2]))
+        mask = None
+    out, lse = attend_quantized(
+        q_codes,
+        k_codes,
+        values,
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        out_dtype=dtype,
+        return_lse=return_lse,
+        launch=None if tuned is None else tuned(q.device, spec, q_codes.data.shape[-1]),
+    )
+    if lse is not None and k_mean is not None:
+        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    return out, lse

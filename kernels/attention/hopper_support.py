@@ -1,0 +1,83 @@
+"""Which GPU runs which spec on the Hopper kernel, and how.  Data only: no Triton here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..formats import Precision
+from ..spec import AttentionSpec
+
+
+class HopperLaunch(NamedTuple):
+    """A launch configuration.
+
+    Attributes:
+        num_warps: each owns 16 query rows; four make a warpgroup.
+        stages: tiles of 64 keys whose K and V are in shared memory, a power of two.
+    """
+
+    num_warps: int
+    stages: int
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a program."""
+        return 16 * self.num_warps
+
+
+#: As :data:`.tuning.Tuned`, for this kernel.
+Tuned = Callable[[torch.device, AttentionSpec, int], "HopperLaunch | None"]
+
+#: By padded head dim.
+_LAUNCHES = {64: HopperLaunch(8, 4), 128: HopperLaunch(8, 4)}
+
+#: Beyond this head dim two accumulators no longer fit into the registers.
+MAX_HEAD_DIM = 128
+
+#: ``wgmma`` exists on sm_90 only.
+CAPABILITY = (9, 0)
+
+
+def launch(dim: int) -> HopperLaunch:
+    """The configuration for a padded head dim."""
+    return _LAUNCHES[dim]
+
+
+def unsupported_spec(spec: AttentionSpec) -> str | None:
+    """Why the kernel computes a spec on no device, or None."""
+    if spec.qk not in (Precision.INT8, Precision.FP8):
+        return f"the kernel reads Q and K in int8 or fp8, not in {spec.qk.value}"
+    if spec.pv is not Precision.FP8 or spec.pv_accumulator != "fp32":
+        fast = "-fast" if spec.pv_accumulator == "fp16" else ""
+        return f"the kernel reads P and V in fp8, not in {spec.pv.value}{fast}"
+    if spec.smooth_q:
+        return "smooth_q is not part of the kernel"
+    return None
+
+
+def unsupported(
+    spec: AttentionSpec,
+    capability: tuple[int, int] | None,
+    hip_arch: str | None,
+    head_dim: int | None = None,
+) -> str | None:
+    """Why a GPU cannot run a spec on the Hopper kernel, or None if it can.
+
+    Args:
+        capability: CUDA compute capability, None on AMD.
+        hip_arch: e.g. "gfx1201", None on NVIDIA.
+        head_dim: None if it doesn't matter yet.
+    """
+    reason = unsupported_spec(spec)
+    if reason is not None:
+        return reason
+    if capability is None:
+        return f"needs an NVIDIA card, found {hip_arch or 'none'}"
+    if capability != CAPABILITY:
+        return f"written for wgmma on sm_90, found sm_{capability[0]}{capability[1]}"
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"accumulators fit into registers up to head_dim {MAX_HEAD_DIM}, got {head_dim}"
+    return None
