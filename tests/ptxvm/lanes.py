@@ -71,6 +71,7 @@ class Lanes:
     T: int  # threads
     R: dict  # register name -> bits, one per thread
     mask: np.ndarray  # threads whose predicate is true
+    every: np.ndarray  # all of them
     special: dict  # %tid.x and friends
     products: Products
 
@@ -80,6 +81,11 @@ class Lanes:
 
     def raw(self, a, width, ty=None):
         T = self.T
+        if a in self.products.pending:
+            raise PTXError(f"race: {a} is read before wgmma.wait_group")
+        r = self.R.get(a)
+        if r is not None:
+            return r if width == 1 or r.dtype == bool else r.astype(UINT[width], copy=False)
         if a.startswith("{"):
             parts = [
                 self.raw(p, width // len(split_operands(a[1:-1])), None)
@@ -92,13 +98,8 @@ class Lanes:
             return out
         if a in self.special:
             return self.special[a].astype(UINT[max(width, 8)])
-        if a.startswith("%") or a in self.R:  # registers of inline assembly carry no '%'
-            r = self.R.get(a)
-            if a in self.products.pending:
-                raise PTXError(f"race: {a} is read before wgmma.wait_group")
-            if r is None:
-                return np.zeros(T, bool if width == 1 else UINT[width])  # undef
-            return r if width == 1 or r.dtype == bool else r.astype(UINT[width], copy=False)
+        if a.startswith("%"):  # undef
+            return np.zeros(T, bool if width == 1 else UINT[width])
         if a.startswith("-") and a[1:].startswith("%"):
             raise Unsupported("negated operand")
         if re.match(r"^0[fF][0-9a-fA-F]{8}$", a):
@@ -143,9 +144,10 @@ class Lanes:
             return
         if a in self.products.pending:
             raise PTXError(f"race: {a} is written before wgmma.wait_group")
-        bits = np.broadcast_to(bits, (self.T,))
-        if self.mask.all():
-            self.R[a] = np.array(bits)
+        if bits.shape != (self.T,):
+            bits = np.broadcast_to(bits, (self.T,))
+        if self.mask is self.every or self.mask.all():
+            self.R[a] = bits  # registers are replaced, never written to
             return
         old = self.R.get(a)
         old = np.zeros(self.T, bits.dtype) if old is None else old.astype(bits.dtype)

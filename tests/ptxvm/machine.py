@@ -124,11 +124,12 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
         for z in range(grid[2] if len(grid) > 2 else 1):
             for y in range(grid[1] if len(grid) > 1 else 1):
                 for x in range(grid[0]):
-                    self._cta((x, y, z), grid)
+                    with np.errstate(all="ignore"):
+                        self._cta((x, y, z), grid)
 
     def _cta(self, cta, grid):
         T = self.threads
-        self.T, self.R = T, {}
+        self.T, self.R, self.every = T, {}, np.ones(T, bool)
         self.smem = np.full(self.shared_bytes, 0xCB, np.uint8)  # poison
         self.writer = np.full(self.shared_bytes, -1, np.int32)  # last writer since a barrier
         self.reader = np.full(self.shared_bytes, -1, np.int32)  # a reader since a barrier
@@ -166,7 +167,7 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
                 p = self.R[ins.pred[0]]
                 self.mask = ~p if ins.pred[1] else p
             else:
-                self.mask = np.ones(T, bool)
+                self.mask = self.every
             name = ins.op[0]
             if name == "bra":
                 if ins.pred is None or self.mask.all():
@@ -187,8 +188,7 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
             if fn is None:
                 raise Unsupported(f"line {ins.line}: {ins.text}")
             try:
-                with np.errstate(all="ignore"):
-                    fn(ins)
+                fn(ins)
             except (PTXError, Unsupported) as e:
                 raise type(e)(f"{self.name}, PTX line {ins.line}: {ins.text}: {e}") from None
             pc += 1

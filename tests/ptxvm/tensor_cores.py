@@ -76,9 +76,9 @@ class TensorCoreOps(Lanes):
 
         lane = np.arange(32)
         g, t = lane >> 2, lane & 3
-        num = np.int64 if at in ("s8", "u8", "s4", "u4") else np.float64
-        a = np.zeros((W, m, k), num)
-        b = np.zeros((W, k, n), num)
+        # Integers in float64 too: exact, and NumPy's integer product is many times slower.
+        a = np.zeros((W, m, k))
+        b = np.zeros((W, k, n))
         ke = np.arange(e)
         rows_per = 2 if m == 16 else 1
         for r, name in enumerate(A):
@@ -111,7 +111,7 @@ class TensorCoreOps(Lanes):
             b = b * np.repeat(scales(i.args[6], i.args[7], 8), k // count, axis=2).transpose(
                 0, 2, 1
             )
-        c = np.zeros((W, m, n), np.int64 if ct == "s32" else np.float64)
+        c = np.zeros((W, m, n))
         packed = ct == "f16"
         for r, name in enumerate(C):
             raw = self.raw(name, 32).reshape(W, 32)
@@ -129,8 +129,7 @@ class TensorCoreOps(Lanes):
         d = a @ b + c
         if dt == "s32":
             d = np.clip(d, -(2**31), 2**31 - 1) if "satfinite" in i.op else d
-        full, self.mask = self.mask, np.ones(self.T, bool)
-        if not full.all():
+        if not self.mask.all():
             raise Unsupported("predicated mma")
         for r, name in enumerate(D):
             if packed:
