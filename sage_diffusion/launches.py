@@ -140,10 +140,11 @@ def as_launch(backend: str, arch: str, head_dim: int, knobs: dict[str, int]) -> 
     return built_in(backend, arch, head_dim)._replace(**knobs)
 
 
-def built_in(backend: str, arch: str, head_dim: int) -> Any:
-    """The launch that ships."""
+def built_in(backend: str, arch: str, head_dim: int, spec: AttentionSpec | None = None) -> Any:
+    """The launch that ships: for a spec, as some cards have one of their own for some formats."""
     if backend == "triton":
-        return tuning.launch(arch, head_dim)
+        pv = "half" if spec is None else formats(spec).split("/")[1].replace("fp16", "half")
+        return tuning.launch(arch, head_dim, pv=pv)
     return (hopper_support if backend == "hopper" else gluon_support).launch(head_dim)
 
 

@@ -91,15 +91,17 @@ class Choice:
         }
 
 
-def candidates(backend: str, arch: str, head_dim: int) -> list[Any]:
-    """Launches to try, the built-in one first.
+def candidates(
+    backend: str, arch: str, head_dim: int, spec: AttentionSpec | None = None
+) -> list[Any]:
+    """Launches to try, the built-in one (for the spec) first.
 
     Args:
         backend: "triton", "gluon" or "hopper".
         arch: "sm_89", "gfx942".
         head_dim: padded.
     """
-    first = launches.built_in(backend, arch, head_dim)
+    first = launches.built_in(backend, arch, head_dim, spec)
     found = [first]
     if backend == "gluon":
         for warps, (step, stages) in itertools.product((4, 8), ((1, 2), (1, 4), (2, 2))):
@@ -155,7 +157,7 @@ def measure(
     )
     expected: Tensor | None = None
     trials: list[Trial] = []
-    for candidate in candidates(backend, arch, padded_dim(head_dim)):
+    for candidate in candidates(backend, arch, padded_dim(head_dim), spec):
         call = functools.partial(run, q, k, v, spec, candidate)
         value, why, out = _time(call, card.timer, expected)
         knobs = launches.knobs_of(backend, candidate)
@@ -212,7 +214,7 @@ def predict(
 
     card = gpu_named(gpu)
     trials: list[Trial] = []
-    for candidate in candidates(backend, card.arch, padded_dim(head_dim)):
+    for candidate in candidates(backend, card.arch, padded_dim(head_dim), spec):
         knobs = launches.knobs_of(backend, candidate)
         reasons: dict[str, str] = {}
         value, second, note = None, None, ""

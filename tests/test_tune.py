@@ -181,6 +181,9 @@ def test_candidates():
         assert found[0] == tuning.launch(arch, dim) and len(found) == len(set(found)) >= 6
         assert all(128 % c.block_m == 0 and c.shift == (arch == "sm_80") for c in found)
         assert arch != "gfx942" or {c.num_stages for c in found} == {1}
+    spec = AttentionSpec.parse("int8/int8")
+    first = tune.candidates("triton", "sm_80", 128, spec)[0]
+    assert first == tuning.launch("sm_80", 128, pv="int8") != tuning.launch("sm_80", 128)
     assert all(c.stages in (2, 4) for c in tune.candidates("gluon", "sm_89", 128))
     found = tune.candidates("hopper", "sm_90", 128)
     assert len(found) == 4 and all(c.num_warps % 4 == 0 and c.stages in (4, 8) for c in found)

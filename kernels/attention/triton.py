@@ -63,17 +63,14 @@ def _attend_range(
     q,  # [BLOCK_M, DP] int8
     q_scale,  # [BLOCK_M] float32, positive
     o_m,  # [BLOCK_M] query indices
-    o_row,  # [BLOCK_M] the same within the block, clamped to the last query
     start,  # first key, a multiple of 64
     stop,
     k_len,
-    p_k,
+    p_k,  # [DP, 64] at the first key
     p_k_scale,
-    p_v,
-    p_mask,
+    p_v,  # [64, DP] at the first key
+    p_mask,  # [1 or BLOCK_M, 64] at the first key
     stride_vn,
-    stride_vd,
-    stride_mm,
     stride_mn,
     EDGE: tl.constexpr,  # tiles with keys that are outside, or in the future
     D: tl.constexpr,
@@ -82,22 +79,13 @@ def _attend_range(
     P_RANGE: tl.constexpr,
     K_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Tiles of the online softmax; the pointers come back at the first key after them."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
-    first, tile = start.to(tl.int64), tl.full([], BLOCK_N, tl.int64)
-    p_k += first * DP + o_n[None, :] * DP + o_d[:, None]  # [DP, 64]
-    p_v += first * stride_vn + o_n[:, None].to(tl.int64) * stride_vn
-    p_v += o_d[None, :].to(tl.int64) * stride_vd  # [64, DP]
-    if MASK:
-        p_mask += first * stride_mn
-        if MASK_ROWS:
-            p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
-        else:
-            p_mask += o_n[None, :] * stride_mn
+    tile = tl.full([], BLOCK_N, tl.int64)
     for n in tl.range(start, stop, BLOCK_N):
         inside = n + o_n < k_len
         k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
@@ -165,7 +153,18 @@ def _attend_range(
         p_v += tile * stride_vn
         if MASK:
             p_mask += tile * stride_mn
-    return acc, total, top
+    return acc, total, top, p_k, p_v, p_mask
+
+
+@triton.jit
+def _place(blocks, heads, group, CAUSAL: tl.constexpr):
+    """Which head and which query block this program has."""
+    i_m = tl.program_id(0) % blocks
+    if CAUSAL:
+        i_m = blocks - 1 - i_m  # the longest first
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    return i_bh, i_b, i_h, i_b * (heads // group) + i_h // group, i_m
 
 
 @triton.jit
@@ -182,6 +181,7 @@ def _attention_fwd_kernel(
     p_lse,  # [B, H, Lq], or None
     heads,
     group,  # query heads of a KV head
+    blocks,  # of BLOCK_M query rows
     q_len,
     k_len,
     q_groups,
@@ -207,25 +207,25 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # always TILE_N: part of the numerics
 ):
-    blocks = tl.cdiv(q_len, BLOCK_M)
-    i_m = tl.program_id(0) % blocks
-    if CAUSAL:
-        i_m = blocks - 1 - i_m  # the longest first
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    i_bkv = i_b * (heads // group) + i_h // group
-
+    i_bh, i_b, i_h, i_bkv, i_m = _place(tl.cdiv(q_len, BLOCK_M), heads, group, CAUSAL)
     rows, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, DP)
     o_row = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i_m * BLOCK_M)
     p_q += (i_bh * q_len + i_m * BLOCK_M) * DP
     at = tl.arange(0, BLOCK_M)[:, None] * DP + o_d[None, :]
     q = tl.load(p_q + at, mask=rows[:, None] < q_len, other=0)
     q_scale = tl.load(p_q_scale + i_bh * q_groups + (i_m * BLOCK_M + o_row) // Q_BLOCK)
+    o_n = tl.arange(0, BLOCK_N)
     p_k += i_bkv * k_len * DP
+    p_k += o_n[None, :] * DP + o_d[:, None]
     p_k_scale += i_bkv * k_groups
     p_v += i_b * stride_vb + (i_h // group) * stride_vh
+    p_v += o_n[:, None].to(tl.int64) * stride_vn + o_d[None, :].to(tl.int64) * stride_vd
     if MASK:
         p_mask += i_b * stride_mb + i_h * stride_mh + i_m.to(tl.int64) * BLOCK_M * stride_mm
+        if MASK_ROWS:
+            p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
+        else:
+            p_mask += o_n[None, :] * stride_mn
 
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -235,14 +235,13 @@ def _attention_fwd_kernel(
         whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
-        acc, total, top = _attend_range(
+        acc, total, top, p_k, p_v, p_mask = _attend_range(
             acc,
             total,
             top,
             q,
             q_scale,
             rows,
-            o_row,
             whole * EDGE,
             stop if EDGE else whole,
             k_len,
@@ -251,8 +250,6 @@ def _attention_fwd_kernel(
             p_v,
             p_mask,
             stride_vn,
-            stride_vd,
-            stride_mm,
             stride_mn,
             EDGE,
             D,
@@ -261,12 +258,15 @@ def _attention_fwd_kernel(
             P_RANGE,
             K_BLOCK,
             MASK,
-            MASK_ROWS,
             CAUSAL,
             SHIFT,
             BLOCK_N,
         )
 
+    # The same again, from an argument of which the compiler can't know that it is the same: kept
+    # from the kernel's begin to its end, these would cost registers in the loops.
+    i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
+    rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
     out = acc * (1.0 / total)[:, None]
@@ -348,13 +348,14 @@ def attend_quantized(
             mask = mask.contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
         strides = list(mask.stride())
-    config = tuning.launch(tuning.architecture(device), dim, strides[2] != 0, launch)
+    config = tuning.launch(tuning.architecture(device), dim, strides[2] != 0, launch, pv)
     out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    blocks = triton.cdiv(q_len, config.block_m)
     with torch.cuda.device_of(q.data):
-        _attention_fwd_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
+        _attention_fwd_kernel[(blocks * batch * heads,)](
             q.data.contiguous(),  # as our quantizers leave them; the twin keeps its input's order
             k.data.contiguous(),
             values,
@@ -367,6 +368,7 @@ def attend_quantized(
             lse,
             heads,
             heads // kv_heads,
+            blocks,
             q_len,
             k_len,
             q.scale.shape[2],

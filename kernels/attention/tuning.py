@@ -31,13 +31,19 @@ class Launch(NamedTuple):
 #: nothing was.  Who keeps them in a file hands them to a kernel's entry.
 Tuned = Callable[[torch.device, AttentionSpec, int], "Launch | None"]
 
-#: Launches by prefix of the architecture, the first that matches, and padded head dim.  At head dim
-#: 128 fewer warps spill; on RDNA, whose matrix operands take twice the registers, so do 8.
+#: Launches by prefix of the architecture, the first that matches, and padded head dim.  Fewer warps
+#: spill at head dim 128, on sm_120 at 64 too; on RDNA, whose matrix operands take twice the
+#: registers, so do 8.
 _LAUNCHES: dict[str, dict[int, Launch]] = {
     "sm_80": {
         64: Launch(128, 4, 3, shift=True),
         128: Launch(128, 8, 3, shift=True),
         256: Launch(64, 8, 2, shift=True),
+    },
+    "sm_12": {
+        64: Launch(128, 8, 3),
+        128: Launch(128, 8, 3),
+        256: Launch(64, 8, 2),
     },
     "gfx9": {
         64: Launch(128, 4, 1),
@@ -61,6 +67,13 @@ _LAUNCHES: dict[str, dict[int, Launch]] = {
     },
 }
 
+#: Where those would spill: by architecture, format of P and V ("half", "int8", "fp8", "fp8-fast")
+#: and padded head dim.
+_EXCEPTIONS = {
+    ("sm_80", "int8", 128): Launch(64, 4, 2, shift=True),
+    ("sm_120", "fp8", 128): Launch(128, 8, 2),
+}
+
 #: NVIDIA architectures with E4M3 tensor cores begin here.
 _FP8_CAPABILITY = (8, 9)
 
@@ -72,15 +85,18 @@ _MATRIX_HIP = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 
 
 @functools.lru_cache(maxsize=256)
-def launch(arch: str, dim: int, row_mask: bool = False, measured: Launch | None = None) -> Launch:
+def launch(
+    arch: str, dim: int, row_mask: bool = False, measured: Launch | None = None, pv: str = "half"
+) -> Launch:
     """The configuration for an architecture ("sm_89", "gfx942") and padded head dim.
 
     Args:
         row_mask: a mask that differs from query to query is read too; its tiles need registers and,
             in every stage, shared memory.
         measured: instead of the built-in one.
+        pv: format of P and V, "fp8-fast" for FP8 with an FP16 accumulator.
     """
-    found = measured
+    found = measured or _EXCEPTIONS.get((arch, pv, dim))
     if found is None:
         found = next(table for prefix, table in _LAUNCHES.items() if arch.startswith(prefix))[dim]
     if row_mask:

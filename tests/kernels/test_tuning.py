@@ -45,6 +45,15 @@ def test_every_architecture_has_a_launch(arch, dim):
     assert plain.shift == (arch == "sm_80")
 
 
+def test_launches_of_one_format():
+    """INT8 values spill at 128 rows on sm_80, FP8 ones with three stages on sm_120."""
+    assert tuning.launch("sm_80", 128, pv="int8").block_m == 64
+    assert tuning.launch("sm_80", 128).block_m == tuning.launch("sm_86", 128, pv="int8").block_m
+    assert tuning.launch("sm_120", 128, pv="fp8").num_stages == 2
+    measured = tuning.Launch(128, 4, 3)
+    assert tuning.launch("sm_120", 128, pv="fp8", measured=measured) == measured
+
+
 def test_importing_the_kernels_does_not_import_triton():
     code = (
         "import sys, sage_diffusion.kernels.attention, sage_diffusion.kernels.quantize\n"
