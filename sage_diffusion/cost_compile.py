@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from sage_diffusion.backends import BACKENDS, AttentionCall
+from sage_diffusion.compilation import target
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.formats import (
     FP4_GROUP,
@@ -40,21 +42,30 @@ _MODULES = ("gluon", "hopper", "triton")
 
 
 class Kernel(NamedTuple):
-    """One kernel that a launcher launched."""
+    """One kernel that a launcher launched.
+
+    Attributes:
+        name: of the function.
+        cubin: machine code; on AMD a code object.
+        shared: bytes of shared memory (LDS).
+        assembly: PTX, or AMD's assembly, which lists registers and spills too.
+    """
 
     name: str
     cubin: bytes
     shared: int
+    assembly: str
 
 
 class CompileOnly(DriverBase):
-    """A card of a compute capability that only collects what it is asked to run."""
+    """A card of an architecture ("sm_89", "gfx942") that collects what it is asked to run."""
 
-    def __init__(self, capability: tuple[int, int]):
-        self.arch = 10 * capability[0] + capability[1]
+    def __init__(self, arch: str):
+        self.arch = arch
         self.kernels: list[Kernel] = []
         self.utils = self
         self.launcher_cls = _launcher_of(self)
+        self._files: dict[str, str] = {}
 
     @classmethod
     def is_active(cls) -> bool:
@@ -62,18 +73,20 @@ class CompileOnly(DriverBase):
         return False
 
     def get_current_target(self) -> GPUTarget:
-        """The card."""
-        return GPUTarget("cuda", self.arch, 32)
+        """The card; CDNA's wavefronts have 64 threads."""
+        if self.arch.startswith("gfx"):
+            return GPUTarget("hip", self.arch, 64 if self.arch.startswith("gfx9") else 32)
+        return GPUTarget("cuda", int(self.arch[3:]), 32)
 
     def get_active_torch_device(self) -> torch.device:
         """The tensors of the call are never read."""
         return torch.device("cpu")
 
-    def get_current_device(self) -> int:
-        """Triton keeps one kernel cache per device: every compute capability has its own."""
-        return 1000 + self.arch
+    def get_current_device(self) -> str:
+        """Triton keeps one kernel cache per device: every architecture has its own."""
+        return f"compile-only {self.arch}"
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         """There is none."""
         return 0
 
@@ -85,13 +98,19 @@ class CompileOnly(DriverBase):
         """Nothing is timed."""
         raise NotImplementedError
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
+    def get_device_properties(self, device: str) -> dict[str, int]:
         """Shared memory is checked by the kernels' own tests."""
         return {"max_shared_mem": 1 << 20}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+    def remember_files(self, module: Any, function: Any, name: str, files: dict, key: str) -> None:
+        """Triton calls this before :meth:`load_binary`, which isn't told where the assembly is."""
+        self._files = files
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple:
         """The machine code itself serves as the handle."""
-        return name, Kernel(name, binary, shared), 0, 0, 1024
+        kind = "amdgcn" if self.arch.startswith("gfx") else "ptx"
+        assembly = Path(self._files[f"{name}.{kind}"]).read_text()
+        return name, Kernel(name, binary, shared, assembly), 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         """Nothing was loaded."""
@@ -112,17 +131,19 @@ def _launcher_of(driver: CompileOnly) -> type:
 
 
 @contextmanager
-def compiling_for(capability: tuple[int, int]) -> Iterator[CompileOnly]:
-    """Make Triton's launches compile for this card and do nothing else."""
-    config = triton.runtime.driver
+def compiling_for(arch: str) -> Iterator[CompileOnly]:
+    """Make Triton's launches compile for a card ("sm_89", "gfx942") and do nothing else."""
+    config, hook = triton.runtime.driver, triton.knobs.runtime.kernel_load_start_hook
     before, architecture = config._active, tuning.architecture
-    driver = CompileOnly(capability)
+    driver = CompileOnly(arch)
     config.set_active(driver)
+    hook.add(driver.remember_files)
     # The tensors are on the CPU, from which a launcher would conclude that it is interpreted.
-    tuning.architecture = lambda device: f"sm_{driver.arch}"  # type: ignore[assignment]
+    tuning.architecture = lambda device: arch  # type: ignore[assignment]
     try:
         yield driver
     finally:
+        hook.remove(driver.remember_files)
         config._active = before
         tuning.architecture = architecture
 
@@ -153,11 +174,6 @@ def compile_attention(
     Returns:
         None if no backend of this package runs the spec on the card.
     """
-    q, k, v, delta_s = _operands(spec, head_dim)
-    bias = None
-    if mask is not None:
-        kind = {"bool": torch.bool, "additive": torch.float16}[mask]
-        bias = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=kind)
     call = AttentionCall(
         q_shape=(BATCH, HEADS, LENGTH, head_dim),
         kv_shape=(BATCH, KV_HEADS, LENGTH, head_dim),
@@ -178,22 +194,52 @@ def compile_attention(
             if reasons is not None:
                 reasons[str(spec)] = reason
             continue
-        module = importlib.import_module(f"sage_diffusion.kernels.attention.{record.name}")
-        with compiling_for(capability) as driver:
-            module.attend_quantized(
-                q,
-                k,
-                v,
-                delta_s=delta_s,
-                mask=bias,
-                is_causal=is_causal,
-                fp16_accumulator=spec.pv_accumulator == "fp16",
-                out_dtype=torch.float16,
-                return_lse=False,
-                launch=launch,
-            )
-        return driver.kernels[-1]  # what prepares its operands comes first
+        bias = None
+        if mask is not None:
+            kind = {"bool": torch.bool, "additive": torch.float16}[mask]
+            bias = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=kind)
+        return compile_backend(
+            record.name, spec, head_dim, target(call), mask=bias, is_causal=is_causal, launch=launch
+        )
     return None
+
+
+def compile_backend(
+    backend: str,
+    spec: AttentionSpec,
+    head_dim: int,
+    arch: str,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+    launch: NamedTuple | None = None,
+) -> Kernel:
+    """A backend's attention kernel for an architecture, whether or not it would refuse the call.
+
+    Args:
+        backend: "gluon", "hopper" or "triton".
+        arch: "sm_89", "gfx942".
+        mask: broadcastable to ``[BATCH, HEADS, LENGTH, LENGTH]``, its strides as they will be.
+        spec, head_dim, is_causal, launch: as in :func:`compile_attention`.
+        return_lse: the variant that writes the log-sum-exp.
+    """
+    q, k, v, delta_s = _operands(spec, head_dim)
+    module = importlib.import_module(f"sage_diffusion.kernels.attention.{backend}")
+    with compiling_for(arch) as driver:
+        module.attend_quantized(
+            q,
+            k,
+            v,
+            delta_s=delta_s,
+            mask=mask,
+            is_causal=is_causal,
+            fp16_accumulator=spec.pv_accumulator == "fp16",
+            out_dtype=torch.float16,
+            return_lse=return_lse,
+            launch=launch,
+        )
+    return driver.kernels[-1]  # what prepares its operands comes first
 
 
 def _operands(

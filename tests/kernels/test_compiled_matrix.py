@@ -1,0 +1,217 @@
+"""Machine code of every kernel on every card where it is native, and refusals everywhere else.
+
+``tests/targets.py`` says what is native where.  By default every kernel is compiled for every
+target once; ``make matrix`` adds the other head dims, masks and causal variants.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.9")
+
+import targets
+
+from sage_diffusion import cost_sass
+from sage_diffusion.backends import BACKENDS, AttentionCall, BackendUnavailable, select
+from sage_diffusion.cost_compile import BATCH, HEADS, LENGTH, Kernel, compile_backend, compiling_for
+from sage_diffusion.kernels.attention import gluon_columns
+from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.quantize import triton as quantize
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+
+#: What a call may look like, first the one without mask.
+VARIANTS = ("plain", "causal", "keys", "bool", "additive", "unaligned")
+
+#: Every instruction of a matrix unit: SASS and AMD's assembly.
+_MATRIX = re.compile(r"[A-Z]*MMA\b|v_(mfma|wmma|smfmac|swmmac)_")
+
+
+class Code(NamedTuple):
+    """What counts of a kernel's machine code."""
+
+    opcodes: set[str]
+    spills: int
+    shared: int
+
+    @property
+    def matrix(self) -> set[str]:
+        """Opcodes of the matrix units."""
+        return {op for op in self.opcodes if _MATRIX.match(op)}
+
+
+def read(kernel: Kernel, target: str) -> Code:
+    """Opcodes, spills (registers on AMD, instructions on NVIDIA) and shared memory."""
+    if target.startswith("gfx"):
+        text = kernel.assembly
+        counts = [
+            int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+            for name in ("vgpr_spill_count", "private_segment_fixed_size")
+        ]
+        return Code(set(re.findall(r"^\s+(v_\w+)", text, re.M)), sum(counts), kernel.shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.cubin)
+        (function,) = cost_sass.functions(path)
+    return Code(set(map(cost_sass.opcode, function.code)), function.spills, kernel.shared)
+
+
+def attention_cases() -> Iterator[Any]:
+    """Backend, spec, target, head dim and variant; those that ``make test`` leaves out are marked.
+
+    It takes each kernel without mask on each target, at head dim 64 or 128 in turn.
+    """
+    for i, ((backend, spec), native) in enumerate(targets.ATTENTION.items()):
+        largest = targets.LARGEST_HEAD_DIM.get((backend, spec.split("/")[0]), 256)
+        for target in native:
+            turn = (i + targets.EVERY.index(target)) % 2
+            for dim in targets.HEAD_DIMS:
+                for variant in VARIANTS if dim <= targets.FREE_OF_SPILLS else VARIANTS[:1]:
+                    if dim > largest:
+                        continue
+                    always = (dim, variant) == (targets.HEAD_DIMS[turn], "plain")
+                    yield pytest.param(
+                        backend,
+                        spec,
+                        target,
+                        dim,
+                        variant,
+                        marks=() if always else pytest.mark.exhaustive,
+                        id=f"{backend}-{spec}-{target}-{dim}-{variant}",
+                    )
+
+
+def mask_of(variant: str) -> torch.Tensor | None:
+    """For all queries, or one of its own for each, in rows of 16 bytes or not."""
+    if variant in ("plain", "causal"):
+        return None
+    dtype = torch.float16 if variant == "additive" else torch.bool
+    rows = 1 if variant == "keys" else LENGTH
+    mask = torch.zeros(BATCH, 1, rows, LENGTH + 3, dtype=dtype)
+    return mask[..., 3:] if variant == "unaligned" else mask[..., :LENGTH].contiguous()
+
+
+@pytest.mark.parametrize("backend,spec,target,dim,variant", list(attention_cases()))
+def test_attention(backend, spec, target, dim, variant):
+    kernel = compile_backend(
+        backend,
+        AttentionSpec.parse(spec),
+        dim,
+        target,
+        mask=mask_of(variant),
+        is_causal=variant == "causal",
+    )
+    code = read(kernel, target)
+    expected = [targets.PRODUCTS[target][name] for name in spec.split("/")]
+    for pattern in expected:
+        assert any(re.match(pattern, op) for op in code.matrix), (pattern, code.matrix)
+    for op in code.matrix:
+        assert any(re.match(pattern, op) for pattern in expected), f"{op} too"
+    assert code.shared <= targets.SHARED_MEMORY[target]
+    if dim <= targets.FREE_OF_SPILLS:
+        may = targets.MAY_SPILL.get((backend, spec, dim, variant), ())
+        assert (code.spills > 0) == (target in may), code.spills
+
+
+@functools.cache
+def _x() -> torch.Tensor:
+    """As handed over by a fused projection of 128 channels: zeros, since nothing is executed."""
+    return torch.zeros(BATCH, LENGTH, 3, HEADS, 128, dtype=torch.float16)[:, :, 1].transpose(1, 2)
+
+
+def prepare(name: str) -> None:
+    """Launch one kernel of :data:`targets.QUANTIZERS`, which must be the last that is launched."""
+    x = _x()
+    kind, _, precision = name.rpartition(" ")
+    smooth = torch.zeros(BATCH, HEADS, 128)
+    if name == "statistics":
+        quantize.channel_stats(x)
+    elif name == "mean":
+        quantize.token_mean(x)
+    elif kind == "rows":
+        four_bit = precision == "int4"
+        quantize.quantize_rows(
+            x, Precision(precision), mean=smooth, rotation=four_bit, clip=four_bit
+        )
+    elif kind == "smoothed rows":
+        quantize.quantize_smoothed_rows(x, Precision(precision), rotation=True, clip=True)
+    elif kind in ("value", "permuted value"):
+        quantize.quantize_value(
+            x,
+            Precision(precision),
+            mean=smooth,
+            fast=precision == "fp8",
+            permuted=kind == "permuted value",
+        )
+    elif name == "key scales":
+        gluon_columns.key_scales(quantize.quantize_rows(x, Precision.INT8))
+    else:
+        gluon_columns.key_bias(
+            HEADS,
+            x,
+            q_mean=torch.zeros(BATCH, HEADS, LENGTH // 128, 128),
+            k_mean=smooth,
+            blocks=LENGTH // 128,
+        )
+
+
+@pytest.mark.parametrize(
+    "name,target", [(n, t) for n, native in targets.QUANTIZERS.items() for t in native]
+)
+def test_quantizers(name, target):
+    with compiling_for(target) as driver:
+        prepare(name)
+    code = read(driver.kernels[-1], target)
+    assert code.spills == 0
+    assert code.shared <= targets.SHARED_MEMORY[target]
+
+
+def call_of(spec: str, target: str, dim: int = 128) -> AttentionCall:
+    """A call on a card, without tensors."""
+    hip = target if target.startswith("gfx") else None
+    number = 0 if hip else int(target[3:])
+    shape = (2, 8, 1024, dim)
+    return AttentionCall(
+        q_shape=shape,
+        kv_shape=shape,
+        dtype=torch.float16,
+        device="cuda",
+        capability=None if hip else (number // 10, number % 10),
+        hip_arch=hip,
+        mask=None,
+        is_causal=False,
+        return_lse=False,
+        spec=AttentionSpec.parse(spec),
+    )
+
+
+@pytest.mark.parametrize("target", (*targets.EVERY, *targets.REFUSED))
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in targets.ATTENTION}))
+def test_what_is_not_native_is_refused_with_a_reason(backend, target):
+    """Nothing is compiled: ``refuse`` sees no tensors, and no kernel is imported by it."""
+    refuse = next(b.refuse for b in BACKENDS if b.name == backend)
+    known = {spec for _, spec in targets.ATTENTION}
+    for spec in sorted(known.union(LADDER)):
+        native = target in targets.ATTENTION.get((backend, spec), ())
+        largest = targets.LARGEST_HEAD_DIM.get((backend, spec.split("/")[0]), 256)
+        for dim in (1, *targets.HEAD_DIMS):
+            reason = refuse(call_of(spec, target, dim))
+            if native and dim <= largest:
+                assert reason is None, (spec, dim, reason)
+            else:
+                assert reason, (spec, dim)
+
+
+@pytest.mark.parametrize("target", targets.REFUSED)
+def test_a_card_without_kernels_says_why(target):
+    """Turing left Triton at 3.3 and RDNA 2 has no matrix instructions."""
+    with pytest.raises(BackendUnavailable, match=rf"triton: .*{target}.*"):
+        select(call_of("int8/fp16", target), "triton")

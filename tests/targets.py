@@ -1,0 +1,129 @@
+"""Which kernel is native on which card, and what its machine code must contain.  Plain data.
+
+A new kernel is a row of :data:`ATTENTION` or :data:`QUANTIZERS`; a new card is one of
+:data:`SHARED_MEMORY` and one of :data:`PRODUCTS`.
+"""
+
+from __future__ import annotations
+
+#: Bytes of shared memory (LDS) that one program may use on every target.  CUDA C++ Programming
+#: Guide, table of compute capabilities; AMD's instruction set manuals, chapter on LDS.
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx90a": 65536,
+    "gfx942": 65536,
+    "gfx950": 163840,
+    "gfx1100": 65536,
+    "gfx1201": 65536,
+}
+
+#: Instruction (a regular expression) that a product of these formats must become: SASS on NVIDIA,
+#: assembly on AMD.  "fp8-fast" accumulates in FP16 where the card has it.
+PRODUCTS = {
+    "sm_80": {
+        "int4": r"IMMA\.16864\.S4\.S4",
+        "int8": r"IMMA\.16832\.S8\.S8",
+        "fp16": r"HMMA\.16816\.F32",
+    },
+    "sm_86": {
+        "int4": r"IMMA\.16864\.S4\.S4",
+        "int8": r"IMMA\.16832\.S8\.S8",
+        "fp16": r"HMMA\.16816\.F32",
+    },
+    "sm_89": {
+        "int4": r"IMMA\.16864\.S4\.S4",
+        "int8": r"IMMA\.16832\.S8\.S8",
+        "fp16": r"HMMA\.16816\.F32",
+        "fp8": r"QMMA\.16832\.F32\.E4M3\.E4M3",
+        "fp8-fast": r"QMMA\.16832\.F16\.E4M3\.E4M3",
+    },
+    "sm_90": {
+        "int8": r"IGMMA\.64x\d+x32\.S8\.S8",
+        "fp16": r"HGMMA\.64x\d+x16\.F32",
+        "fp8": r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3",
+        "fp8-fast": r"QGMMA\.64x\d+x32\.F16\.E4M3\.E4M3",
+    },
+    "sm_100": {
+        "int8": r"UTCIMMA",
+        "fp16": r"UTCHMMA",
+        "fp8": r"UTCQMMA",
+        "fp8-fast": r"UTCQMMA",
+    },
+    "sm_120": {
+        "int8": r"IMMA\.16832\.S8\.S8",
+        "fp4": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3",
+        "fp16": r"HMMA\.16816\.F32",
+        "fp8": r"QMMA\.16832\.F32\.E4M3\.E4M3",
+        "fp8-fast": r"QMMA\.16832\.F16\.E4M3\.E4M3",
+    },
+    "gfx90a": {"int8": r"v_mfma_i32_\d+x\d+x\d+i8", "fp16": r"v_mfma_f32_\d+x\d+x\d+f16"},
+    "gfx942": {"int8": r"v_mfma_i32_\d+x\d+x\d+_i8", "fp16": r"v_mfma_f32_\d+x\d+x\d+_f16"},
+    "gfx950": {
+        "int8": r"v_mfma_i32_\d+x\d+x\d+_i8",
+        "fp16": r"v_mfma_f32_\d+x\d+x\d+_f16",
+        "fp8": r"v_mfma_f32_\d+x\d+x\d+_f8f6f4",
+        "fp8-fast": r"v_mfma_f32_\d+x\d+x\d+_f8f6f4",
+    },
+    "gfx1100": {"int8": r"v_wmma_i32_16x16x16_iu8", "fp16": r"v_wmma_f32_16x16x16_f16"},
+    "gfx1201": {
+        "int8": r"v_wmma_i32_16x16x16_iu8",
+        "fp16": r"v_wmma_f32_16x16x16_f16",
+        "fp8": r"v_wmma_f32_16x16x16_fp8_fp8",
+        "fp8-fast": r"v_wmma_f32_16x16x16_fp8_fp8",
+    },
+}
+
+EVERY = tuple(SHARED_MEMORY)
+WITH_FP8 = tuple(target for target in EVERY if "fp8" in PRODUCTS[target])
+WITH_INT4 = ("sm_80", "sm_86", "sm_89")
+
+#: Targets on which a backend computes a spec.  On every other one it must refuse with a reason.
+ATTENTION = {
+    ("triton", "int8/fp16"): EVERY,
+    ("triton", "int8/int8"): EVERY,
+    ("triton", "int8/fp8"): WITH_FP8,
+    ("triton", "int8/fp8-fast"): WITH_FP8,
+    ("gluon", "int8/int8"): (*WITH_INT4, "sm_120"),
+    ("gluon", "int8/fp8-fast"): ("sm_89", "sm_120"),
+    ("gluon", "int4/int8"): WITH_INT4,
+    ("gluon", "int4/fp8-fast"): ("sm_89",),
+    ("gluon", "fp4/int8"): ("sm_120",),
+    ("gluon", "fp4/fp8-fast"): ("sm_120",),
+    ("hopper", "int8/fp8"): ("sm_90",),
+    ("hopper", "fp8/fp8"): ("sm_90",),
+}
+
+#: Head dims that are compiled; a backend may stop earlier for a format of Q and K.
+HEAD_DIMS = (64, 128, 256)
+LARGEST_HEAD_DIM = {("gluon", "int8"): 128, ("hopper", "int8"): 128, ("hopper", "fp8"): 128}
+
+#: Spills are allowed above this head dim.
+FREE_OF_SPILLS = 128
+
+#: Spills that are known at smaller head dims: by backend, spec, head dim and variant of the test.
+MAY_SPILL = {
+    ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),  # not on the ladder
+}
+
+#: Cards that none of our kernels runs on.
+REFUSED = ("sm_75", "gfx1030")
+
+#: Kernels that prepare operands, and the targets whose attention reads what they write.
+QUANTIZERS = {
+    "statistics": EVERY,
+    "mean": EVERY,
+    "rows int8": EVERY,
+    "rows int4": WITH_INT4,
+    "smoothed rows int4": WITH_INT4,
+    "value int8": EVERY,
+    "value fp8": WITH_FP8,
+    "permuted value int8": (*WITH_INT4, "sm_120"),
+    "permuted value fp8": ("sm_89", "sm_120"),
+    "key scales": (*WITH_INT4, "sm_120"),
+    "key bias": (*WITH_INT4, "sm_120"),
+}
