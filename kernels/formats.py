@@ -102,7 +102,8 @@ class QuantizedValue(NamedTuple):
         precision: the format of ``data``.
         length: L, the tokens that are not padding.
         mean: ``[B, H, D]`` float32 that was subtracted from V (smooth_v), or None.
-        micro: FP4 only, ``[B, H, D, Lp / 16]`` float8_e4m3fn, the scales of 16 tokens.
+        micro: FP4 only, ``[B, H, D, Lp / 16]`` float8_e4m3fn, the scales of 16 tokens
+            (``quantize.permute.group_tokens``).
     """
 
     data: Tensor

@@ -41,8 +41,8 @@ class AttentionSpec:
         smooth_k: subtract K's mean over the tokens; the softmax doesn't see it.
         smooth_v: subtract V's mean over the tokens and add it to the output.
         rotate: multiply Q and K by the same signed Hadamard matrix along the head dim.
-        clip: choose the scales of 4-bit Q and K (INT4: of a row, FP4: of 16 values) for the least
-            squared error instead of the largest value.
+        clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
+            least squared error instead of the largest value.
         granularity: one scale of Q and K per token, or per block of 128 queries and 64 keys.
     """
 

@@ -21,7 +21,6 @@ from ..formats import (
     padded_dim,
     padded_length,
 )
-from ..quantize import reference as twin
 from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
@@ -199,17 +198,15 @@ def attention(
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     rows = q if sm_scale >= 0 else -q
     by_block = spec.granularity == "block"
-    # NVFP4 is quantized by the twin's operations.
-    quantize_rows = (twin if spec.qk is Precision.FP4 else quantize).quantize_rows
     options: dict[str, Any] = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": multiplier}
     q_mean: Tensor | None
-    if spec.smooth_q and spec.qk is not Precision.FP4 and not by_block:
+    if spec.smooth_q and not by_block:
         q_codes, q_mean = quantize.quantize_smoothed_rows(rows, spec.qk, **options)
     else:
         q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
         block = Q_SCALE_BLOCK if by_block else 1
-        q_codes = quantize_rows(rows, spec.qk, mean=q_mean, block=block, **options)
-    k_codes = quantize_rows(
+        q_codes = quantize.quantize_rows(rows, spec.qk, mean=q_mean, block=block, **options)
+    k_codes = quantize.quantize_rows(
         k,
         spec.qk,
         mean=k_mean,
@@ -224,6 +221,7 @@ def attention(
         spec.pv,
         mean=None if stats is None else stats.mean,
         fast=fast,
+        clip=spec.clip,
         permuted=True,
         stats=stats,
     )

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import (
-    FP4_GROUP,
     K_SCALE_BLOCK,
     LOG2E,
     Q_BLOCK,
@@ -24,9 +23,9 @@ from ..formats import (
     QuantizedValue,
     decode_fp4,
     encode_fp4,
-    unpack_fp4,
 )
 from ..quantize import reference as quantize
+from ..quantize.permute import group_tokens, ungroup_tokens
 from ..spec import AttentionSpec
 
 #: An additive mask is clamped to this, so that a row of ``finfo.min`` stays finite in base 2.
@@ -79,7 +78,7 @@ def attention(
     if spec.pv is not Precision.FP16:
         v_mean = quantize.token_mean(v) if spec.smooth_v else None
         values = quantize.quantize_value(
-            v, spec.pv, mean=v_mean, fast=spec.pv_accumulator == "fp16"
+            v, spec.pv, mean=v_mean, fast=spec.pv_accumulator == "fp16", clip=spec.clip
         )
     out, lse = attend_quantized(
         q_codes,
@@ -201,11 +200,7 @@ class _ValueTiles:
         self.precision = v.precision if isinstance(v, QuantizedValue) else Precision.FP16
         if isinstance(v, QuantizedValue):
             self.head_dim = v.data.shape[2]
-            if v.precision is Precision.FP4:
-                assert v.micro is not None
-                codes = unpack_fp4(v.data) * v.micro.float().repeat_interleave(FP4_GROUP, -1)
-            else:
-                codes = v.data.float()
+            codes = quantize.value_codes(v)
             self.rows = codes.transpose(2, 3).repeat_interleave(group, 1)
             self.scale = v.scale.repeat_interleave(group, 1)[:, :, None]
             self.mean = None if v.mean is None else v.mean.repeat_interleave(group, 1)[:, :, None]
@@ -236,7 +231,7 @@ class _ValueTiles:
         if self.precision is Precision.FP8:
             codes = (p * 448.0).to(torch.float8_e4m3fn).float()
             return p, self._fp8_product(codes, rows) * (1.0 / 448.0)
-        return p, self._fp4_product(p, start, stop)
+        return p, self._fp4_product(s, top, tile_top, start)
 
     def _fp8_product(self, codes: Tensor, rows: Tensor) -> Tensor:
         if not self.fast:
@@ -246,18 +241,19 @@ class _ValueTiles:
             total = (total + codes[..., k : k + 32] @ rows[:, :, k : k + 32]).half().float()
         return total
 
-    def _fp4_product(self, p: Tensor, start: int, stop: int) -> Tensor:
-        """Two-level P (SageAttention3, 2505.11594 section 3.3): a row scale in front of NVFP4."""
-        width = -(-(stop - start) // FP4_GROUP) * FP4_GROUP
-        rows = self.rows[:, :, start : start + width]
-        p = F.pad(p, (0, width - p.shape[-1]))
-        row_scale = p.amax(-1, keepdim=True) / (448.0 * 6.0)
-        row_scale = torch.where(row_scale < 1e-30, 1.0, row_scale)
-        groups = (p / row_scale).unflatten(-1, (-1, FP4_GROUP))
-        micro = (groups.amax(-1, keepdim=True) / 6.0).to(torch.float8_e4m3fn).float()
-        micro = torch.where(micro == 0, 1.0, micro)
-        codes = decode_fp4(encode_fp4(groups / micro)) * micro
-        return (codes.flatten(-2) @ rows) * row_scale
+    def _fp4_product(self, s: Tensor, top: Tensor, tile_top: Tensor, start: int) -> Tensor:
+        """Two-level P (SageAttention3, 2505.11594 section 3.3): a row scale in front of NVFP4.
+
+        The row's scale is that of the tile's own maximum, as for INT8.
+        """
+        whole = quantize.FP4_MAX * quantize.FP8_MAX
+        local = F.pad(torch.exp2(s - tile_top) * whole, (0, TILE_N - s.shape[-1]))
+        groups = group_tokens(local)
+        micro = (groups.amax(-1, keepdim=True) / quantize.FP4_MAX).clamp(min=quantize.FP8_TINY)
+        micro = micro.to(torch.float8_e4m3fn).float()
+        codes = ungroup_tokens(decode_fp4(encode_fp4(groups / micro)) * micro)
+        back = torch.exp2(tile_top - top) * (1.0 / whole)
+        return (codes @ self.rows[:, :, start : start + TILE_N]) * back
 
     def finish(self, out: Tensor, seen: Tensor) -> Tensor:
         """V's scale and mean, applied once at the end; rows that saw no key stay 0."""

@@ -1,9 +1,9 @@
 """Token orders that let a tensor core's accumulator serve as its next operand.
 
 A thread of ``mma.m16n8`` holds columns ``2t, 2t + 1`` of every n8 tile of S, but columns
-``4t .. 4t + 3`` of every k16 half of the 8-bit operand P.  The sum over keys doesn't care for their
-order, so V's tokens are stored where P's registers want them: P then needs no exchange between
-threads.  ``docs/kernels.md`` draws it.
+``4t .. 4t + 3`` of every k16 half of the 8-bit operand P, and ``8t .. 8t + 7`` of every k32 half of
+the 4-bit one.  The sum over keys doesn't care for their order, so V's tokens are stored where P's
+registers want them: P then needs no exchange between threads.  ``docs/kernels.md`` draws it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import TILE_N, QuantizedValue
+from ..formats import TILE_N, Precision, QuantizedValue
 
-#: Tokens that change places among themselves: the k extent of an 8-bit ``mma``.
+#: Tokens that change places among themselves: the k extent of an 8-bit ``mma``, half a 4-bit one's.
 GROUP = 32
 
 
@@ -37,14 +37,55 @@ def column_order() -> Tensor:
     return (8 * tile + 2 * thread + column).flatten()
 
 
+def fp4_token_order() -> Tensor:
+    """As :func:`token_order` for a 4-bit V, ``[32]`` int64.
+
+    Bits of the position: thread (16, 8), n8 tile of the half (4, 2), column (1).
+    """
+    position = torch.arange(GROUP)
+    return ((position & 6) << 2) | ((position & 24) >> 2) | (position & 1)
+
+
+def group_tokens(x: Tensor) -> Tensor:
+    """``[.., 32 n]`` tokens -> ``[.., 2 n, 16]``: those that share a micro scale of P and of V.
+
+    Of every 32 tokens the first halves of each 8, then the second halves: two threads of a tensor
+    core hold the former of a row of P, two the latter, and in :func:`fp4_token_order` either are
+    neighbours.
+    """
+    return x.unflatten(-1, (-1, 4, 2, 4)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def ungroup_tokens(x: Tensor) -> Tensor:
+    """The inverse of :func:`group_tokens`."""
+    return x.unflatten(-2, (-1, 2)).unflatten(-1, (4, 4)).transpose(-3, -2).flatten(-4)
+
+
 def permute_value(v: QuantizedValue) -> QuantizedValue:
-    """An 8-bit V with its tokens in :func:`token_order` within each 32."""
+    """A quantized V with its tokens in the kernels' order within each 32.
+
+    Eight bit: :func:`token_order`.  FP4: :func:`fp4_token_order`, and the micro scales by tiles of
+    64 tokens, ``[B, H, Lp / 64, D, 4]``.
+    """
+    if v.precision is Precision.FP4:
+        assert v.micro is not None
+        tiles = v.micro.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(2, 3).contiguous()
+        return v._replace(data=_swap_pairs(v.data), micro=tiles.view(v.micro.dtype))
     return v._replace(data=_gather(v.data, token_order()))
 
 
 def restore_value(v: QuantizedValue) -> QuantizedValue:
     """The inverse of :func:`permute_value`."""
+    if v.precision is Precision.FP4:
+        assert v.micro is not None
+        rows = v.micro.view(torch.uint8).transpose(2, 3).flatten(-2)
+        return v._replace(data=_swap_pairs(v.data), micro=rows.view(v.micro.dtype))
     return v._replace(data=_gather(v.data, token_order().argsort()))
+
+
+def _swap_pairs(data: Tensor) -> Tensor:
+    """:func:`fp4_token_order`, a 4 x 4 transpose of the bytes, which hold two tokens."""
+    return data.unflatten(-1, (-1, 4, 4)).transpose(-2, -1).flatten(-3)
 
 
 def _gather(data: Tensor, order: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..formats import (
     unpack_fp4,
     unpack_int4,
 )
+from .permute import group_tokens, ungroup_tokens
 
 #: Shares of a row's largest value that clipping tries as the top of the 4-bit range.
 CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -42,8 +43,8 @@ CLIP_RESOLUTION = 2.0**14
 #: and the integer sum of 256 squared errors fits 32 bits.
 CLIP_LIMIT = 16.0
 
-#: E4M3 keeps three mantissa bits down to 2^-6; below that a micro scale would be subnormal.
-FP8_MAX, FP4_MAX = 448.0, 6.0
+#: E4M3's largest and smallest positive number, between which micro scales lie, and E2M1's largest.
+FP8_MAX, FP8_TINY, FP4_MAX = 448.0, 2.0**-9, 6.0
 
 #: Largest |V| code where P V accumulates in FP16: 448 * 2.25 * 64 keys < 65504
 #: (SageAttention2++, 2505.21136 section 3.2; their code's split of the range, not the paper's).
@@ -164,15 +165,21 @@ def quantize_rows(
 
 
 def quantize_value(
-    v: Tensor, precision: Precision, *, mean: Tensor | None = None, fast: bool = False
+    v: Tensor,
+    precision: Precision,
+    *,
+    mean: Tensor | None = None,
+    fast: bool = False,
+    clip: bool = False,
 ) -> QuantizedValue:
     """Quantize V per channel and transpose it.
 
     Args:
         v: ``[B, H, L, D]``, any float dtype and strides.
-        precision: INT8, FP8 or FP4 (16 tokens per micro scale).
+        precision: INT8, FP8 or FP4 (a micro scale for each of :func:`.permute.group_tokens`).
         mean: ``[B, H, D]`` float32 to subtract (smooth_v).
         fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
+        clip: FP4 only, search the micro scales as :func:`quantize_rows` does.
     """
     length = v.shape[2]
     rows = finite(v) if mean is None else finite(v) - mean[:, :, None]
@@ -180,8 +187,11 @@ def quantize_value(
     amax = channels.abs().amax(-1)
     if precision is Precision.FP4:
         scale = _scale(amax, FP4_MAX * FP8_MAX)
-        data, micro = _encode_fp4_groups(channels, scale, clip=False)
-        return QuantizedValue(data, scale, precision, length, mean, micro)
+        groups = group_tokens(channels * (1.0 / scale)[..., None])
+        codes, micro = _encode_fp4_groups(groups, clip)
+        return QuantizedValue(
+            pack_nibbles(ungroup_tokens(codes)), scale, precision, length, mean, micro
+        )
     top = FP8_FAST_VALUE_MAX if fast else precision.qmax
     scale = _scale(amax, top)
     return QuantizedValue(
@@ -204,13 +214,16 @@ def dequantize_rows(x: QuantizedTensor) -> Tensor:
 
 def dequantize_value(v: QuantizedValue) -> Tensor:
     """``[B, H, L, D]`` float32, the subtracted mean added back."""
-    if v.precision is Precision.FP4:
-        assert v.micro is not None
-        codes = unpack_fp4(v.data) * v.micro.float().repeat_interleave(FP4_GROUP, -1)
-    else:
-        codes = v.data.float()
-    rows = (codes * v.scale[..., None])[..., : v.length].transpose(2, 3)
+    rows = (value_codes(v) * v.scale[..., None])[..., : v.length].transpose(2, 3)
     return rows if v.mean is None else rows + v.mean[:, :, None]
+
+
+def value_codes(v: QuantizedValue) -> Tensor:
+    """V without its scale and mean per channel: ``[B, H, D, Lp]`` float32."""
+    if v.precision is not Precision.FP4:
+        return v.data.float()
+    assert v.micro is not None
+    return ungroup_tokens(group_tokens(unpack_fp4(v.data)) * v.micro.float()[..., None])
 
 
 def finite(x: Tensor) -> Tensor:
@@ -250,25 +263,27 @@ def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
 def _quantize_fp4(rows: Tensor, clip: bool, multiplier: float) -> QuantizedTensor:
     """NVFP4 behind a float32 scale per row, so that the E4M3 scales use their whole range."""
     scale = _scale(rows.abs().amax(-1), FP4_MAX * FP8_MAX)
-    data, micro = _encode_fp4_groups(rows, scale, clip)
+    groups = (rows * (1.0 / scale)[..., None]).unflatten(-1, (-1, FP4_GROUP))
+    codes, micro = _encode_fp4_groups(groups, clip)
+    data = pack_nibbles(codes.flatten(-2))
     return QuantizedTensor(data, scale * multiplier, Precision.FP4, 1, micro)
 
 
-def _encode_fp4_groups(x: Tensor, scale: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
-    """E2M1 codes (packed) and E4M3 scales of 16 neighbours of ``x / scale`` along the last dim."""
-    groups = (x * (1.0 / scale)[..., None]).unflatten(-1, (-1, FP4_GROUP))
+def _encode_fp4_groups(groups: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    """E2M1 codes (uint8) of ``[.., 16]`` values and their E4M3 scales ``[..]``.
+
+    With ``clip`` the scale of least squared error, the first of equals.
+    """
     amax = groups.abs().amax(-1)
     best = torch.full_like(amax, math.inf)
-    codes = torch.zeros_like(groups, dtype=torch.uint8)
-    micro = torch.ones_like(amax, dtype=torch.float8_e4m3fn)
+    chosen = torch.ones_like(amax)
     for share in CLIP_CANDIDATES if clip else (1.0,):
-        step = (amax * (share / FP4_MAX)).clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
-        step = torch.where(step.float() == 0, 1.0, step.float())
-        code = encode_fp4(groups * (1.0 / step)[..., None])
-        error = groups - decode_fp4(code) * step[..., None]
-        cost = (error * error).sum(-1)
+        step = (amax * (share / FP4_MAX)).clamp(FP8_TINY, FP8_MAX)
+        step = step.to(torch.float8_e4m3fn).float()
+        scaled = (groups * (1.0 / step)[..., None]).clamp(-CLIP_LIMIT, CLIP_LIMIT)
+        error = scaled - decode_fp4(encode_fp4(scaled))
+        total = (error * error * CLIP_RESOLUTION).round().to(torch.int32).sum(-1, dtype=torch.int32)
+        cost = total.float() * (step * step)
         better = cost < best
-        best = torch.where(better, cost, best)
-        codes = torch.where(better[..., None], code, codes)
-        micro = torch.where(better, step, micro.float()).to(torch.float8_e4m3fn)
-    return pack_nibbles(codes.flatten(-2)), micro
+        best, chosen = torch.where(better, cost, best), torch.where(better, step, chosen)
+    return encode_fp4(groups * (1.0 / chosen)[..., None]), chosen.to(torch.float8_e4m3fn)

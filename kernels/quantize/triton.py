@@ -12,19 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import (
-    MAX_SCALE,
-    MIN_SCALE,
+    FP4_GROUP,
     Q_BLOCK,
-    TILE_N,
     Precision,
     QuantizedTensor,
-    QuantizedValue,
     padded_dim,
-    padded_length,
 )
-from ..tiles import round_even, round_to_int, stored_token
-from .reference import CLIP_CANDIDATES, CLIP_LIMIT, CLIP_RESOLUTION, FP8_FAST_VALUE_MAX
-from .stats import ChannelStats, block_mean, channel_stats, load_rows, partial_stats, token_mean
+from ..tiles import round_even, round_to_int
+from .reference import (
+    CLIP_LIMIT,
+    CLIP_RESOLUTION,
+)
+from .stats import ChannelStats, block_mean, channel_stats, load_rows, token_mean
+from .triton_fp4 import fp4_groups, pack_codes
+from .triton_value import STORAGE, code_top, quantize_value, scale_of, shares
 
 __all__ = [
     "ChannelStats",
@@ -37,20 +38,8 @@ __all__ = [
     "token_mean",
 ]
 
-_STORAGE = {
-    Precision.INT8: torch.int8,
-    Precision.INT4: torch.uint8,
-    Precision.FP8: torch.float8_e4m3fn,
-}
-
-_MAX_SCALE, _MIN_SCALE = tl.constexpr(MAX_SCALE), tl.constexpr(MIN_SCALE)
+_GROUP = tl.constexpr(FP4_GROUP)
 _CLIP_LIMIT, _CLIP_RESOLUTION = tl.constexpr(CLIP_LIMIT), tl.constexpr(CLIP_RESOLUTION)
-
-
-@triton.jit
-def _scale_of(amax, INVERSE_TOP: tl.constexpr):
-    scale = amax * INVERSE_TOP
-    return tl.where(scale < _MIN_SCALE, 1.0, tl.minimum(scale, _MAX_SCALE))
 
 
 @triton.jit
@@ -93,6 +82,7 @@ def _quantize_tile(
     x,  # [BLOCK, DP], smoothed
     p_codes,
     p_scale,
+    p_micro,
     i_bh,
     i_l,  # the tile's number in the head
     blocks,
@@ -114,19 +104,27 @@ def _quantize_tile(
     amax = tl.max(tl.abs(x), 1)
     if GROUPED:
         amax = tl.zeros_like(amax) + tl.max(amax, 0)
-    scale = _scale_of(amax, 1.0 / TOP)
-    if len(SHARES) > 0:
+    scale = scale_of(amax, 1.0 / TOP)
+    if FORMAT == "int4" and len(SHARES) > 0:
         scale = _clipped_scale(x, scale, SHARES)
     codes = x * tl.div_rn(1.0, scale)[:, None]
-    codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
     in_rows = (o_l < length)[:, None]
-    start = (i_bh * length + i_l * BLOCK) * (DP // 2 if FORMAT == "int4" else DP)
+    WIDTH: tl.constexpr = DP // 2 if FORMAT == "int4" or FORMAT == "fp4" else DP
+    start = (i_bh * length + i_l * BLOCK) * WIDTH
     rows = tl.arange(0, BLOCK)[:, None]
-    if FORMAT == "int4":
-        low, high = tl.split(tl.reshape(round_to_int(codes), [BLOCK, DP // 2, 2]))
-        packed = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
-        at = rows * (DP // 2) + tl.arange(0, DP // 2)[None, :]
-        tl.store(p_codes + start + at, packed, mask=in_rows)
+    if FORMAT == "fp4":
+        GROUPS: tl.constexpr = DP // _GROUP
+        codes, micro = fp4_groups(tl.reshape(codes, [BLOCK * GROUPS, _GROUP]), SHARES)
+        at = rows * GROUPS + tl.arange(0, GROUPS)[None, :]
+        p_micro += (i_bh * length + i_l * BLOCK) * GROUPS
+        tl.store(p_micro + at, tl.reshape(micro, [BLOCK, GROUPS]), mask=in_rows)
+    else:
+        codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
+        if FORMAT == "int4":
+            codes = round_to_int(codes)
+    if WIDTH != DP:
+        at = rows * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(p_codes + start + at, pack_codes(codes, BLOCK, WIDTH), mask=in_rows)
     elif FORMAT == "int8":
         tl.store(
             p_codes + start + rows * DP + o_d[None, :], round_to_int(codes).to(tl.int8), in_rows
@@ -146,6 +144,7 @@ def _quantize_rows_kernel(
     p_mean,  # [B, H, means, D] contiguous, or None
     p_codes,  # [B, H, L, bytes of DP]
     p_scale,  # [B, H, groups]
+    p_micro,  # [B, H, L, DP / 16], FP4 only
     length,
     heads,
     means,
@@ -157,7 +156,7 @@ def _quantize_rows_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     LOG2_DP: tl.constexpr,
-    FORMAT: tl.constexpr,  # "int8", "int4", "fp8"
+    FORMAT: tl.constexpr,  # "int8", "int4", "fp8", "fp4"
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,  # rows of a program
     GROUPED: tl.constexpr,  # one scale for all of them
@@ -181,6 +180,7 @@ def _quantize_rows_kernel(
         x,
         p_codes,
         p_scale,
+        p_micro,
         i_bh,
         i_l,
         blocks,
@@ -203,6 +203,7 @@ def _quantize_smoothed_rows_kernel(
     p_mean,  # [B, H, ceil(L / MEAN_BLOCK), D], written
     p_codes,
     p_scale,
+    p_micro,
     length,
     heads,
     stride_b,
@@ -246,6 +247,7 @@ def _quantize_smoothed_rows_kernel(
             x,
             p_codes,
             p_scale,
+            p_micro,
             i_bh,
             start // BLOCK,
             0,
@@ -262,57 +264,6 @@ def _quantize_smoothed_rows_kernel(
         )
 
 
-@triton.jit
-def _quantize_value_kernel(
-    p_x,
-    p_mean,  # [B, H, D], or None
-    p_low,  # [B, H, D], the extremes of every channel
-    p_high,
-    p_codes,  # [B, H, D, Lp]
-    p_scale,  # [B, H, D]
-    length,
-    padded,
-    heads,
-    stride_b,
-    stride_h,
-    stride_l,
-    stride_d,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TOP: tl.constexpr,
-    FP8: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    blocks = padded // BLOCK
-    i_l = tl.program_id(0) % blocks
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    o_l, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    if PERMUTED:
-        o_l = stored_token(o_l)
-    o_l += i_l * BLOCK
-    p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
-    low = tl.load(p_low + i_bh * D + o_d, mask=o_d < D, other=0.0)
-    high = tl.load(p_high + i_bh * D + o_d, mask=o_d < D, other=0.0)
-    if p_mean is not None:
-        mean = tl.load(p_mean + i_bh * D + o_d, mask=o_d < D, other=0.0)
-        x = tl.where(inside, x - mean[None, :], 0.0)
-        # Rounding is monotone, so the largest |x - mean| is at one of the extremes, bit for bit.
-        low, high = low - mean, high - mean
-    scale = _scale_of(tl.maximum(tl.abs(low), tl.abs(high)), 1.0 / TOP)
-    codes = x * tl.div_rn(1.0, scale)[None, :]
-    codes = tl.trans(tl.minimum(tl.maximum(codes, -TOP), TOP))  # [BLOCK_D, BLOCK]
-    p_tile = p_codes + i_bh * D * padded + i_l * BLOCK
-    at = o_d[:, None].to(tl.int64) * padded + tl.arange(0, BLOCK)[None, :]
-    if FP8:
-        tl.store(p_tile + at, codes.to(tl.float8e4nv), mask=o_d[:, None] < D)
-    else:
-        tl.store(p_tile + at, round_to_int(codes).to(tl.int8), mask=o_d[:, None] < D)
-    if i_l == 0:
-        tl.store(p_scale + i_bh * D + o_d, scale, mask=o_d < D)
-
-
 def quantize_rows(
     x: Tensor,
     precision: Precision,
@@ -323,21 +274,21 @@ def quantize_rows(
     block: int = 1,
     multiplier: float = 1.0,
 ) -> QuantizedTensor:
-    """As :func:`.reference.quantize_rows`, for INT8, INT4 and FP8.
+    """As :func:`.reference.quantize_rows`, for INT8, INT4, FP8 and FP4.
 
     Raises:
-        ValueError: another precision, or ``block`` is not 1, 32, 64 or 128.
+        ValueError: another precision, or ``block`` is not 1, 32, 64 or 128, or not 1 for FP4.
     """
-    if precision not in _STORAGE:
-        raise ValueError(f"precision must be int8, int4 or fp8, got {precision.value}")
+    _check_rows(precision)
+    if precision is Precision.FP4 and block != 1:
+        raise ValueError(f"block must be 1 for fp4, got {block}")
     if block not in (1, 32, 64, 128):
         raise ValueError(f"block must be 1, 32, 64 or 128, got {block}")
     batch, heads, length, head_dim = x.shape
     dim = padded_dim(head_dim)
     rows = block if block > 1 else 16 if clip else 32
     blocks = triton.cdiv(length, rows)
-    width = dim // 2 if precision is Precision.INT4 else dim
-    codes = torch.empty(batch, heads, length, width, dtype=_STORAGE[precision], device=x.device)
+    codes, micro = _empty_rows(x, precision)
     groups = length if block == 1 else blocks
     scale = torch.empty(batch, heads, groups, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -346,6 +297,7 @@ def quantize_rows(
             None if mean is None else mean.contiguous(),
             codes,
             scale,
+            micro,
             length,
             heads,
             mean.shape[2] if mean is not None and mean.ndim == 4 else 1,
@@ -355,16 +307,16 @@ def quantize_rows(
             DP=dim,
             LOG2_DP=dim.bit_length() - 1,
             FORMAT=precision.value,
-            TOP=precision.qmax,
+            TOP=code_top(precision),
             BLOCK=rows,
             GROUPED=block != 1,
             MEAN_BLOCK=Q_BLOCK if mean is not None and mean.ndim == 4 else 0,
             ROTATE=rotation,
-            SHARES=CLIP_CANDIDATES if clip and precision is Precision.INT4 else (),
-            num_warps=4 if rows * dim <= 8192 else 8,
+            SHARES=shares(precision, clip),
+            num_warps=4 if rows * dim <= (2048 if precision is Precision.FP4 else 8192) else 8,
             enable_fp_fusion=False,
         )
-    return QuantizedTensor(codes, scale, precision, block)
+    return QuantizedTensor(codes, scale, precision, block, micro)
 
 
 def quantize_smoothed_rows(
@@ -382,14 +334,12 @@ def quantize_smoothed_rows(
         :func:`block_mean`.
 
     Raises:
-        ValueError: another precision than INT8, INT4 and FP8.
+        ValueError: another precision than INT8, INT4, FP8 and FP4.
     """
-    if precision not in _STORAGE:
-        raise ValueError(f"precision must be int8, int4 or fp8, got {precision.value}")
+    _check_rows(precision)
     batch, heads, length, head_dim = x.shape
     dim, groups, device = padded_dim(head_dim), triton.cdiv(length, Q_BLOCK), x.device
-    width = dim // 2 if precision is Precision.INT4 else dim
-    codes = torch.empty(batch, heads, length, width, dtype=_STORAGE[precision], device=device)
+    codes, micro = _empty_rows(x, precision)
     scale = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     mean = torch.empty(batch, heads, groups, head_dim, dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
@@ -398,6 +348,7 @@ def quantize_smoothed_rows(
             mean,
             codes,
             scale,
+            micro,
             length,
             heads,
             *x.stride(),
@@ -406,65 +357,28 @@ def quantize_smoothed_rows(
             DP=dim,
             LOG2_DP=dim.bit_length() - 1,
             FORMAT=precision.value,
-            TOP=precision.qmax,
+            TOP=code_top(precision),
             BLOCK=16 if clip else 32,
             MEAN_BLOCK=Q_BLOCK,
             ROTATE=rotation,
-            SHARES=CLIP_CANDIDATES if clip and precision is Precision.INT4 else (),
+            SHARES=shares(precision, clip),
             num_warps=4,
             enable_fp_fusion=False,
         )
-    return QuantizedTensor(codes, scale, precision, 1), mean
+    return QuantizedTensor(codes, scale, precision, 1, micro), mean
 
 
-def quantize_value(
-    v: Tensor,
-    precision: Precision,
-    *,
-    mean: Tensor | None = None,
-    fast: bool = False,
-    permuted: bool = False,
-    stats: ChannelStats | None = None,
-) -> QuantizedValue:
-    """As :func:`.reference.quantize_value`, for INT8 and FP8.
+def _check_rows(precision: Precision) -> None:
+    if precision not in STORAGE:
+        raise ValueError(f"precision must be int8, int4, fp8 or fp4, got {precision.value}")
 
-    Args:
-        permuted: store the tokens as :func:`.permute.permute_value` does.
-        stats: V's :func:`channel_stats` where they are known; saves one pass over V.
 
-    Raises:
-        ValueError: another precision.
-    """
-    if precision not in (Precision.INT8, Precision.FP8):
-        raise ValueError(f"precision must be int8 or fp8, got {precision.value}")
-    batch, heads, length, head_dim = v.shape
-    if stats is None:
-        low, high = partial_stats(v, sums=False)
-        low, high = low.amin(2), high.amax(2)
-    else:
-        low, high = stats.low, stats.high
-    padded = padded_length(length)
-    codes = torch.empty(batch, heads, head_dim, padded, dtype=_STORAGE[precision], device=v.device)
-    scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(v):
-        _quantize_value_kernel[(padded // TILE_N * batch * heads,)](
-            v,
-            None if mean is None else mean.contiguous(),
-            low,
-            high,
-            codes,
-            scale,
-            length,
-            padded,
-            heads,
-            *v.stride(),
-            D=head_dim,
-            BLOCK_D=padded_dim(head_dim),
-            TOP=FP8_FAST_VALUE_MAX if fast else precision.qmax,
-            FP8=precision is Precision.FP8,
-            PERMUTED=permuted,
-            BLOCK=TILE_N,
-            num_warps=4 if head_dim <= 128 else 8,
-            enable_fp_fusion=False,
-        )
-    return QuantizedValue(codes, scale, precision, length, mean)
+def _empty_rows(x: Tensor, precision: Precision) -> tuple[Tensor, Tensor | None]:
+    """Room for the codes of ``x``, and for the micro scales of FP4."""
+    dim = padded_dim(x.shape[3])
+    shape, storage = (*x.shape[:3], dim * precision.bits // 8), STORAGE[precision]
+    codes = torch.empty(shape, dtype=storage, device=x.device)
+    if precision is not Precision.FP4:
+        return codes, None
+    shape = (*x.shape[:3], dim // FP4_GROUP)
+    return codes, torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)

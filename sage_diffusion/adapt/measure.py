@@ -121,10 +121,13 @@ class RowCall:
 
     def _value(self, spec: AttentionSpec) -> Any:
         fast = spec.pv_accumulator == "fp16"
-        key = ("v", spec.pv, spec.smooth_v, fast)
+        clip = spec.clip and spec.pv is Precision.FP4  # nothing to search in the others
+        key = ("v", spec.pv, spec.smooth_v, fast, clip)
         if key not in self._made:
             mean = quantize.token_mean(self.v) if spec.smooth_v else None
-            self._made[key] = quantize.quantize_value(self.v, spec.pv, mean=mean, fast=fast)
+            self._made[key] = quantize.quantize_value(
+                self.v, spec.pv, mean=mean, fast=fast, clip=clip
+            )
         return self._made[key]
 
     def _q_mean(self) -> Tensor:

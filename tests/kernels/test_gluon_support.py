@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sage_diffusion.kernels.attention.gluon_support import unsupported
-from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.formats import Precision, unpack_fp4
 from sage_diffusion.kernels.quantize import permute, reference
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -55,6 +55,34 @@ def test_columns_of_a_thread_stand_side_by_side():
     assert sorted(order) == list(range(64))
     for position, column in enumerate(order):
         assert column % 8 // 2 == position // 16  # mma.m16n8's accumulator layout
+
+
+def test_one_fp4_scale_spans_two_threads():
+    """A word of P's operand is one thread's columns of four n8 tiles; two words share a scale."""
+    order = permute.fp4_token_order()
+    assert order.sort().values.tolist() == list(range(32))
+    for thread in range(4):
+        word = order[8 * thread : 8 * thread + 8].tolist()
+        assert word == [8 * j + 2 * thread + c for j in range(4) for c in range(2)]
+    groups = permute.group_tokens(torch.arange(64))
+    for i, group in enumerate(groups):
+        stored = order.repeat(2)[16 * i : 16 * i + 16] + 32 * (i // 2)
+        assert group.tolist() == stored.sort().values.tolist()
+    assert torch.equal(permute.ungroup_tokens(groups), torch.arange(64))
+
+
+def test_permuted_fp4_value_round_trips():
+    v = torch.randn(1, 2, 70, 40, generator=torch.Generator().manual_seed(0))
+    value = reference.quantize_value(v, Precision.FP4)
+    permuted = permute.permute_value(value)
+    tokens = permute.fp4_token_order() + 32
+    want = unpack_fp4(value.data)[..., tokens]
+    assert torch.equal(unpack_fp4(permuted.data)[..., 32:64], want)
+    # Micro scale i of a tile belongs to 16 stored positions.
+    assert torch.equal(permuted.micro[:, :, 1, :, 3].float(), value.micro[..., 7].float())
+    back = permute.restore_value(permuted)
+    assert torch.equal(back.data, value.data)
+    assert torch.equal(back.micro.float(), value.micro.float())
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])

@@ -102,6 +102,15 @@ def test_clipping_never_raises_the_squared_error(precision):
     assert clipped.sum() < 0.95 * plain.sum()
 
 
+def test_clipping_lowers_the_squared_error_of_fp4_values():
+    v = torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(3))
+    plain, clipped = (
+        (reference.dequantize_value(reference.quantize_value(v, Precision.FP4, clip=c)) - v) ** 2
+        for c in (False, True)
+    )
+    assert clipped.sum() < 0.95 * plain.sum()
+
+
 @pytest.mark.parametrize("precision", QK)
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e15, 3e38])
 def test_extreme_inputs_stay_finite(precision, magnitude):

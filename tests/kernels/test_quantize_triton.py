@@ -24,13 +24,28 @@ ROWS = {
     "int4-256": (86, 256, {"precision": Precision.INT4, "mean": "token", "rotation": True}),
     "fp8": (89, 1, {"precision": Precision.FP8, "mean": "token", "multiplier": 0.7}),
     "fp8-block": (120, 40, {"precision": Precision.FP8, "block": 64, "rotation": True}),
+    "fp4": (100, 40, {"precision": Precision.FP4, "mean": "token", "multiplier": 0.7}),
+    "fp4-clipped": (
+        120,
+        64,
+        {"precision": Precision.FP4, "mean": "token", "rotation": True, "clip": True},
+    ),
 }
+
+
+def same_rows(got, want):
+    """Equal bit for bit, and formats too."""
+    micro = (got.micro is None) == (want.micro is None)
+    if micro and got.micro is not None:
+        micro = same_bits(got.micro, want.micro)
+    codes = same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
+    return codes and micro and (got.precision, got.block) == (want.precision, want.block)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name):
     cc, dim, options = ROWS[name]
-    x = fused_view(1, 2, 131, dim, seed=len(name))
+    x = fused_view(1, 2, 35 if options["precision"] is Precision.FP4 else 131, dim, seed=len(name))
     mean = options.get("mean")
     if mean is not None:
         mean = reference.token_mean(x) if mean == "token" else reference.block_mean(x, 128)
@@ -38,44 +53,44 @@ def test_rows(name):
     with gpu(cc):
         got = triton.quantize_rows(x, **options)
     want = reference.quantize_rows(x, **options)
-    assert same_bits(got.data, want.data)
-    assert same_bits(got.scale, want.scale)
-    assert got[2:] == want[2:]
+    assert same_rows(got, want)
 
 
 @pytest.mark.parametrize(
-    ("cc", "dim", "options"),
+    ("cc", "precision", "dim", "options"),
     [
-        (89, 64, {"rotation": True, "clip": True, "multiplier": 0.3}),
-        (80, 40, {}),
-        (86, 128, {"rotation": True, "clip": True}),
+        (89, Precision.INT4, 64, {"rotation": True, "clip": True, "multiplier": 0.3}),
+        (80, Precision.INT4, 40, {}),
+        (86, Precision.INT4, 128, {"rotation": True, "clip": True}),
+        (120, Precision.FP4, 128, {"rotation": True, "clip": True, "multiplier": 0.3}),
     ],
 )
-def test_smoothed_rows_in_one_pass(cc, dim, options):
-    x = fused_view(1, 2, 131, dim, seed=dim) + 3.0
+def test_smoothed_rows_in_one_pass(cc, precision, dim, options):
+    x = fused_view(1, 1 if precision is Precision.FP4 else 2, 131, dim, seed=dim) + 3.0
     with gpu(cc) as driver:
-        got, mean = triton.quantize_smoothed_rows(x, Precision.INT4, **options)
+        got, mean = triton.quantize_smoothed_rows(x, precision, **options)
     assert [name for name, _ in driver.launches] == ["_quantize_smoothed_rows_kernel"]
     torch.testing.assert_close(mean, reference.block_mean(x, 128), rtol=0, atol=2e-6)
-    want = reference.quantize_rows(x, Precision.INT4, mean=mean, **options)
-    assert same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
-    with pytest.raises(ValueError, match="int8, int4 or fp8, got fp4"):
-        triton.quantize_smoothed_rows(x, Precision.FP4)
+    assert same_rows(got, reference.quantize_rows(x, precision, mean=mean, **options))
+    with pytest.raises(ValueError, match="int8, int4, fp8 or fp4, got fp16"):
+        triton.quantize_smoothed_rows(x, Precision.FP16)
 
 
-@pytest.mark.parametrize("length", [1, 31, 33])
-def test_rows_of_any_length_and_bfloat16_extremes(length):
+@pytest.mark.parametrize(
+    "precision,length",
+    [(Precision.INT4, 1), (Precision.INT4, 31), (Precision.INT4, 33), (Precision.FP4, 17)],
+)
+def test_rows_of_any_length_and_bfloat16_extremes(precision, length):
     """A group of zeros, denormals and saturating rows, in the clamped path of bfloat16."""
     x = fused_view(1, 1, length, 72, seed=length, dtype=torch.bfloat16)
     x[:, :, 0] = 0.0
     x[:, :, -1] *= 1e38
     if length > 2:
         x[:, :, 1] *= 1e-39
-    options = {"precision": Precision.INT4, "rotation": True, "clip": True}
+    options = {"precision": precision, "rotation": True, "clip": True}
     with gpu(89):
         got = triton.quantize_rows(x, **options)
-    want = reference.quantize_rows(x, **options)
-    assert same_bits(got.data, want.data) and same_bits(got.scale, want.scale)
+    assert same_rows(got, reference.quantize_rows(x, **options))
     assert got.scale.isfinite().all()
 
 
@@ -136,10 +151,19 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"precision": Precision.FP4}, "int8, int4 or fp8, got fp4"),
+        ({"precision": Precision.FP16}, "int8, int4, fp8 or fp4, got fp16"),
+        ({"precision": Precision.FP4, "block": 64}, "block must be 1 for fp4, got 64"),
         ({"precision": Precision.INT8, "block": 48}, "block must be 1, 32, 64 or 128, got 48"),
     ],
 )
 def test_rows_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         triton.quantize_rows(torch.zeros(1, 1, 2, 64), **options)
+
+
+def test_values_refuse():
+    v = torch.zeros(1, 1, 2, 64)
+    with pytest.raises(ValueError, match="must be int8, fp8 or fp4, got int4"):
+        triton.quantize_value(v, Precision.INT4)
+    with pytest.raises(ValueError, match="permuted must be True for fp4, got False"):
+        triton.quantize_value(v, Precision.FP4)

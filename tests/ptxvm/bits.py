@@ -36,15 +36,25 @@ class BitOps(Lanes):
         self._set(dst, v[(np.arange(self.T) & ~31) + src])
 
     def op_redux(self, i):
-        v = self.read(i.args[1], i.op[-1]).reshape(-1, 32)
-        f = {
-            "add": np.sum,
-            "min": np.min,
-            "max": np.max,
-            "and": np.bitwise_and.reduce,
-            "or": np.bitwise_or.reduce,
+        v = self.read(i.args[1], i.op[-1]).reshape(-1, 1, 32)
+        if "abs" in i.op:
+            v = np.abs(v)
+        numbers = "NaN" not in i.op  # NaN doesn't count, as in max and min
+        # Every thread reduces over the lanes that its mask names.
+        members = self.raw(i.args[2], 32).reshape(-1, 32, 1) >> np.arange(32, dtype=np.uint32) & 1
+        ufunc, outside = {
+            "add": (np.add, 0),
+            "min": (np.fmin if numbers else np.minimum, None),
+            "max": (np.fmax if numbers else np.maximum, None),
+            "and": (np.bitwise_and, -1),
+            "or": (np.bitwise_or, 0),
         }[i.op[2]]
-        self.write(i.args[0], np.repeat(f(v, axis=1), 32).astype(v.dtype), i.op[-1])
+        if outside is None:  # a lane's own value changes no extreme
+            own = v.reshape(-1, 32, 1)
+            values = np.where(members != 0, v, own)
+        else:
+            values = np.where(members != 0, v, np.array(outside).astype(v.dtype))
+        self.write(i.args[0], ufunc.reduce(values, axis=2).reshape(-1).astype(v.dtype), i.op[-1])
 
     def op_vote(self, i):
         v = self.raw(i.args[1].lstrip("!"), 1).reshape(-1, 32)

@@ -20,7 +20,15 @@ from triton.compiler import ASTSource, CompiledKernel
 from .machine import Machine
 
 #: Shared memory that one CTA may use (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
+SHARED_MEMORY = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+}
 
 
 def compile_for(
