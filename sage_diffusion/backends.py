@@ -274,7 +274,7 @@ def _backends() -> tuple[Backend, ...]:
     return (
         Backend(
             "gluon",
-            "this package's kernels whose P stays in registers: INT4, and 8 bit, on NVIDIA cards",
+            "this package's kernels whose P stays in registers: INT4, FP4, 8 bit on NVIDIA cards",
             _refuse_gluon,
             _load_gluon,
         ),

@@ -27,6 +27,7 @@ from sage_diffusion.kernels.formats import (
     K_SCALE_BLOCK,
     Q_BLOCK,
     Q_SCALE_BLOCK,
+    TILE_N,
     Precision,
     QuantizedTensor,
     QuantizedValue,
@@ -284,6 +285,6 @@ def _operands(
         channels if spec.smooth_v else None,
     )
     if spec.pv is Precision.FP4:
-        shape = (BATCH, KV_HEADS, head_dim, LENGTH // FP4_GROUP)
+        shape = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim, TILE_N // FP4_GROUP)
         value = value._replace(micro=torch.zeros(shape).to(torch.float8_e4m3fn))
     return q, k, value, delta_s

@@ -94,6 +94,7 @@ ATTENTION = {
     ("gluon", "int4/fp8-fast"): ("sm_89",),
     ("gluon", "fp4/int8"): ("sm_120",),
     ("gluon", "fp4/fp8-fast"): ("sm_120",),
+    ("gluon", "fp4/fp4"): ("sm_120",),
     ("hopper", "int8/fp8"): ("sm_90",),
     ("hopper", "fp8/fp8"): ("sm_90",),
 }
@@ -120,10 +121,13 @@ QUANTIZERS = {
     "rows int8": EVERY,
     "rows int4": WITH_INT4,
     "smoothed rows int4": WITH_INT4,
+    "rows fp4": ("sm_120",),
+    "smoothed rows fp4": ("sm_120",),
     "value int8": EVERY,
     "value fp8": WITH_FP8,
     "permuted value int8": (*WITH_INT4, "sm_120"),
     "permuted value fp8": ("sm_89", "sm_120"),
+    "permuted value fp4": ("sm_120",),
     "key scales": (*WITH_INT4, "sm_120"),
     "key bias": (*WITH_INT4, "sm_120"),
 }

@@ -56,7 +56,7 @@ def attend_quantized(
 
     Args:
         q, k: INT4, INT8 or FP4; q's scales must be positive.
-        v: INT8 or FP8 with permuted tokens (:func:`..quantize.permute.permute_value`).
+        v: INT8, FP8 or FP4 with permuted tokens (:func:`..quantize.permute.permute_value`).
         delta_s: as of the twin, in token order.
         bias: computes delta-S, a mask of the keys, or their sum in column order when it is needed;
             instead of ``delta_s``.
@@ -75,9 +75,10 @@ def attend_quantized(
             "q and k must both be int4, int8 or fp4, "
             f"got {q.precision.value} and {k.precision.value}"
         )
-    if (v.precision, fp16_accumulator) not in ((Precision.INT8, False), (Precision.FP8, True)):
+    allowed = ((Precision.INT8, False), (Precision.FP4, False), (Precision.FP8, True))
+    if (v.precision, fp16_accumulator) not in allowed:
         raise ValueError(
-            "v must be int8, or fp8 with fp16_accumulator, "
+            "v must be int8, fp4, or fp8 with fp16_accumulator, "
             f"got {v.precision.value} and fp16_accumulator={fp16_accumulator}"
         )
     batch, heads, q_len = q.data.shape[:3]
@@ -87,7 +88,7 @@ def attend_quantized(
     dim = q_words.shape[3] * (4 if q.precision is Precision.INT8 else 8)
     config = launch or launch_for(dim)
     micro = tuple(
-        None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k)
+        None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k, v)
     )
 
     kind, mask_strides = 0, [0, 0, 0]
@@ -149,7 +150,7 @@ def attend_quantized(
                 WORDS=q_words.shape[3],
                 DP=dim,
                 QK=q.precision.value,
-                FP8=v.precision is Precision.FP8,
+                PV=v.precision.value,
                 Q_BLOCK=q.block,
                 MASK=kind,
                 HIDES=mask is not None or bias_hides,

@@ -14,15 +14,12 @@ MAGIC_BITS = 0x4B400000
 
 _INT4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.s4.s4.s32"
 _INT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
-_FP4 = (
-    "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
-    ".f32.e2m1.e2m1.f32.ue4m3"
-)
 _FP8_F16 = "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16"
 
 
 @gluon.constexpr_function
-def _list(names):
+def regs(names):
+    """Registers as one vector operand."""
     return "{" + ", ".join(names) + "}"
 
 
@@ -35,8 +32,8 @@ def _scores(mma, outputs, inputs):
         for t in range(k_tiles):
             word = 2 * (n * k_tiles + t)
             lines.append(
-                f"{mma} {{c0, c1, c2, c3}}, {_list(q[4 * t : 4 * t + 4])}, "
-                f"{_list(k[word : word + 2])}, {'{c0, c1, c2, c3}' if t else _list(magic)};"
+                f"{mma} {{c0, c1, c2, c3}}, {regs(q[4 * t : 4 * t + 4])}, "
+                f"{regs(k[word : word + 2])}, {'{c0, c1, c2, c3}' if t else regs(magic)};"
             )
         for i in range(4):
             column, out = 2 * n + i % 2, s[4 * n + i]
@@ -62,33 +59,6 @@ def scores_int4(outputs, inputs):
 def scores_int8(outputs, inputs):
     """As :func:`scores_int4`, Q and K in words of 4 bytes."""
     return _scores(_INT8, outputs, inputs)
-
-
-@gluon.constexpr_function
-def scores_fp4(outputs, inputs):
-    """``Q K^T * scale`` of one tile in NVFP4; with a bias, ``.. * q_scale + bias``.
-
-    Each micro word holds the E4M3 scales of 64 values of a row; of the four threads that share a
-    row of Q or K the instruction reads the first two, or the first one.
-    """
-    (s,), (q, k, q_micro, k_micro, scale, *smoothing) = outputs, inputs
-    k_tiles = len(q) // 4
-    lines = ["{ .reg .f32 c<4>, z; mov.f32 z, 0f00000000;"]
-    for n in range(len(s) // 4):
-        for t in range(k_tiles):
-            word = 2 * (n * k_tiles + t)
-            lines.append(
-                f"{_FP4} {{c0, c1, c2, c3}}, {_list(q[4 * t : 4 * t + 4])}, "
-                f"{_list(k[word : word + 2])}, {'{c0, c1, c2, c3}' if t else '{z, z, z, z}'}, "
-                f"{{{q_micro[t]}}}, {{0, 0}}, {{{k_micro[n * k_tiles + t]}}}, {{0, 0}};"
-            )
-        for i in range(4):
-            column, out = 2 * n + i % 2, s[4 * n + i]
-            lines.append(f"mul.rn.f32 {out}, c{i}, {scale[column]};")
-            if smoothing:
-                q_scale, bias = smoothing
-                lines.append(f"fma.rn.f32 {out}, {out}, {q_scale[i // 2]}, {bias[column]};")
-    return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
@@ -136,8 +106,8 @@ def values_fp8(outputs, inputs):
         for k in range(k_tiles):
             word = 2 * (n * k_tiles + k)
             lines.append(
-                f"{_FP8_F16} {{c0, c1}}, {_list([f'a{4 * k + i}' for i in range(4)])}, "
-                f"{_list(v[word : word + 2])}, {'{c0, c1}' if k else '{z, z}'};"
+                f"{_FP8_F16} {{c0, c1}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
+                f"{regs(v[word : word + 2])}, {'{c0, c1}' if k else '{z, z}'};"
             )
         lines.append("mov.b32 {h0, h1}, c0; mov.b32 {h2, h3}, c1;")
         for i in range(4):
@@ -163,8 +133,8 @@ def values_int8(outputs, inputs):
         for k in range(k_tiles):
             word = 2 * (n * k_tiles + k)
             lines.append(
-                f"{_INT8} {{c0, c1, c2, c3}}, {_list([f'a{4 * k + i}' for i in range(4)])}, "
-                f"{_list(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else _list(magic)};"
+                f"{_INT8} {{c0, c1, c2, c3}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
+                f"{regs(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else regs(magic)};"
             )
         for i in range(4):
             r = 4 * n + i

@@ -19,13 +19,19 @@ from .gluon_asm import (
     finish_row,
     hide_columns,
     magic_words,
-    scores_fp4,
     scores_int4,
     scores_int8,
     values_fp8,
     values_int8,
 )
-from .gluon_layouts import column_layout, copy_layout, micro_layout, swizzle
+from .gluon_fp4 import RANGE_FP4, scores_fp4, values_fp4, weigh_fp4
+from .gluon_layouts import (
+    channel_micro_layout,
+    column_layout,
+    copy_layout,
+    micro_layout,
+    swizzle,
+)
 from .reference import MASK_FLOOR
 
 _TILE_N, _LOG2E, _MASK_FLOOR = gl.constexpr(TILE_N), gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
@@ -57,7 +63,7 @@ def _attend_range(
     v_ring,
     EDGE: gl.constexpr,  # tiles with keys that are outside, or in the future
     QK: gl.constexpr,
-    FP8: gl.constexpr,
+    PV: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
     HIDES: gl.constexpr,
@@ -71,11 +77,11 @@ def _attend_range(
     for j in range(first, last):
         async_copy.wait_group(STAGES - 2)
         gl.barrier()
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
+        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
         p_k, p_v = _copy_step(
             p_k, p_v, k_ring, v_ring, j + (STAGES - 1), k_limit, limit, D, STEP, STAGES
         )
-        state = (acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro)
+        state = (acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro)
         for i in gl.static_range(STEP):
             state = _attend_tile(
                 state,
@@ -91,11 +97,12 @@ def _attend_range(
                 p_mask,
                 EDGE,
                 QK,
-                FP8,
+                PV,
                 BIAS,
                 MASK,
                 HIDES,
                 CAUSAL,
+                D,
                 mma,
             )
     return state
@@ -116,18 +123,20 @@ def _attend_tile(
     p_mask,
     EDGE: gl.constexpr,
     QK: gl.constexpr,
-    FP8: gl.constexpr,
+    PV: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
     HIDES: gl.constexpr,
     CAUSAL: gl.constexpr,
+    D: gl.constexpr,
     mma: gl.constexpr,
 ):
     """64 keys of the online softmax."""
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
+    FP8: gl.constexpr = PV == "fp8"
     RANGE: gl.constexpr = _RANGE_FP8 if FP8 else _RANGE_INT8
     SCALED: gl.constexpr = BIAS or MASK == 2  # q_scale is applied to S, not within the exponent
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
 
     s_type: gl.constexpr = gl.distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
@@ -137,9 +146,12 @@ def _attend_tile(
         bias = gl.load(p_bias)
         p_bias += _TILE_N
     if QK == "fp4":
-        rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
-        inside = tile * _TILE_N + gl.arange(0, _TILE_N, rows) < k_len
-        k_micro = gl.load(p_k_micro, mask=inside[:, None], other=0)
+        if EDGE:
+            rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
+            inside = tile * _TILE_N + gl.arange(0, _TILE_N, rows) < k_len
+            k_micro = gl.load(p_k_micro, mask=inside[:, None], other=0)
+        else:
+            k_micro = gl.load(p_k_micro)
         p_k_micro += _TILE_N * p_k_micro.shape[1]
         if BIAS:
             s = gl.inline_asm(
@@ -204,6 +216,25 @@ def _attend_tile(
             hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True
         )
 
+    v = v_tile.permute((1, 0)).load(rhs)
+    if PV == "fp4":
+        words, p_micro, total, alpha, top, reference = weigh_fp4(
+            s, q_scale, total, top, reference, _LAG, HIDES, SCALED
+        )
+        if EDGE or v_tile.shape[0] != D:
+            channel = gl.arange(0, v_tile.shape[0], p_v_micro.type.layout)
+            v_micro = gl.load(p_v_micro, mask=(channel < D) & (start < k_len), other=0)
+        else:
+            v_micro = gl.load(p_v_micro)
+        p_v_micro += D
+        acc = gl.inline_asm(
+            values_fp4,
+            ("=&f", "r", "r", "r", "r", "f", "f"),
+            [words, p_micro, v, v_micro, acc, alpha],
+            acc.type,
+            is_pure=True,
+        )
+        return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro
     tile_top = gl.max(s, 1)
     if not SCALED:
         tile_top = tile_top * q_scale
@@ -226,7 +257,6 @@ def _attend_tile(
     total = gl.inline_asm(
         add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
     )
-    v = v_tile.permute((1, 0)).load(rhs)
     if FP8:
         acc = gl.inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
@@ -239,13 +269,7 @@ def _attend_tile(
             acc.type,
             is_pure=True,
         )
-    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro
-
-
-@gluon.jit
-def _across(x, like):
-    """[N] -> [M, N]"""
-    return gl.broadcast(x[None, :], like)[0]
+    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro
 
 
 @gluon.jit
@@ -278,7 +302,7 @@ def _copy_step(
             wanted = (wanted & (o_d < D))[:, None]
         async_copy.async_load(v_ring.index(slot), p_v, mask=wanted)
         p_k += _TILE_N * k_ring.shape[2]
-        p_v += _TILE_N // 4
+        p_v += v_ring.shape[2]
     async_copy.commit_group()
     return p_k, p_v
 
@@ -303,11 +327,12 @@ def _place(blocks, heads, group, CAUSAL: gl.constexpr):
 def attention_kernel(
     p_q,  # [B, H, Lq, words] int32
     p_k,  # [B, Hkv, Lk, words] int32
-    p_v,  # [B, Hkv, D, Lp / 4] int32, tokens permuted
+    p_v,  # [B, Hkv, D, words] int32, tokens permuted
     p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)] float32
     p_k_scale,  # [B, Hkv, Lp / 64 + 2, 2, 64] float32 of ``key_scales``
     p_q_micro,  # [B, H, Lq, DP / 64] int32, or None
     p_k_micro,  # [B, Hkv, Lk, DP / 64] int32, or None
+    p_v_micro,  # [B, Hkv, Lp / 64, D] int32, or None
     p_v_scale,  # [B, Hkv, D] float32
     p_v_mean,  # [B, Hkv, D] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
@@ -332,7 +357,7 @@ def attention_kernel(
     WORDS: gl.constexpr,
     DP: gl.constexpr,
     QK: gl.constexpr,  # "int4", "int8", "fp4"
-    FP8: gl.constexpr,
+    PV: gl.constexpr,  # "int8", "fp8", "fp4"
     Q_BLOCK: gl.constexpr,
     MASK: gl.constexpr,  # of its own for every query: 0 none, 1 boolean, 2 additive
     HIDES: gl.constexpr,  # mask or bias may hide all keys from a row
@@ -347,7 +372,7 @@ def attention_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     col: gl.constexpr = gl.SliceLayout(0, mma)
-    V_WORDS: gl.constexpr = _TILE_N // 4
+    V_WORDS: gl.constexpr = _TILE_N // (8 if PV == "fp4" else 4)
     k_copy: gl.constexpr = copy_layout(WORDS, num_warps)
     v_copy: gl.constexpr = copy_layout(V_WORDS, num_warps)
 
@@ -381,6 +406,10 @@ def attention_kernel(
         group_k = gl.arange(0, DP // 64, gl.SliceLayout(0, k_layout))
         p_k_micro += i_bkv * k_len * (DP // 64)
         p_k_micro = p_k_micro + (n_rows[:, None] * (DP // 64) + group_k[None, :])
+    if PV == "fp4":
+        channels = gl.arange(0, DP, channel_micro_layout(DP, num_warps))
+        p_v_micro += i_bkv * (padded // _TILE_N) * D
+        p_v_micro = p_v_micro + channels
     o_c = gl.arange(0, _TILE_N, column_layout(num_warps))
     p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
     if BIAS:
@@ -402,7 +431,7 @@ def attention_kernel(
     k_rows = gl.arange(0, _TILE_N, gl.SliceLayout(1, k_copy))
     v_words = gl.arange(0, V_WORDS, gl.SliceLayout(0, v_copy))
     v_rows = gl.arange(0, DP, gl.SliceLayout(1, v_copy))
-    v_stride = padded // 4
+    v_stride = padded // _TILE_N * V_WORDS
     p_k = p_k + i_bkv * k_len * WORDS + (k_rows[:, None] * WORDS + words[None, :])
     p_v = p_v + i_bkv * D * v_stride
     p_v = p_v + v_rows[:, None].to(gl.int64) * v_stride + v_words[None, :]
@@ -421,6 +450,7 @@ def attention_kernel(
         p_k_scale,
         p_bias if BIAS else p_k_scale,
         p_k_micro if QK == "fp4" else p_k_scale,
+        p_v_micro if PV == "fp4" else p_k_scale,
     )
     words_type: gl.constexpr = gl.distributed_type(
         gl.int32, [4], gl.BlockedLayout([4], [32], [num_warps], [0])
@@ -450,7 +480,7 @@ def attention_kernel(
             v_ring,
             EDGE,
             QK,
-            FP8,
+            PV,
             BIAS,
             MASK,
             HIDES,
@@ -460,7 +490,7 @@ def attention_kernel(
             STAGES,
             mma,
         )
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro = state
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
     async_copy.wait_group(0)
 
     total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)
@@ -483,8 +513,12 @@ def attention_kernel(
         mask=inside,
     )
     if p_lse is not None:
-        RANGE: gl.constexpr = _RANGE_FP8 if FP8 else _RANGE_INT8
+        RANGE: gl.constexpr = (
+            _RANGE_FP8 if PV == "fp8" else RANGE_FP4 if PV == "fp4" else _RANGE_INT8
+        )
         lse = gl.where(
-            seen, ((top if FP8 else reference) + (gl.log2(total) - RANGE)) / _LOG2E, -float("inf")
+            seen,
+            ((top if PV == "fp8" else reference) + (gl.log2(total) - RANGE)) / _LOG2E,
+            -float("inf"),
         )
         gl.store(p_lse + i_bh * q_len + o_m, lse, mask=o_m < q_len)

@@ -36,13 +36,28 @@ def column_layout(warps):
 
 @gluon.constexpr_function
 def micro_layout(words, warps, operand):
-    """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64."""
+    """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64.
+
+    Of K thread t of four has the rows of every fourth n8 tile, from the t-th.
+    """
     word_bits = [[0, 1 << i] for i in range(words.bit_length() - 1)]
     if operand == 0:  # thread 0 of four has row g, thread 1 row g + 8
         lanes = [[8, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
         warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
         return gl.DistributedLinearLayout(word_bits, lanes, warp_bits, [], [16 * warps, words])
-    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    tiles = [[8, 0], [16, 0], [32, 0]]
+    lanes = [[8, 0], [16, 0], [1, 0], [2, 0], [4, 0]]
     warp_bits = [[0, 0]] * (warps.bit_length() - 1)
-    return gl.DistributedLinearLayout(word_bits + tiles, lanes, warp_bits, [], [TILE_N, words])
+    tile_bits = [*word_bits, [32, 0]]
+    return gl.DistributedLinearLayout(tile_bits, lanes, warp_bits, [], [TILE_N, words])
+
+
+@gluon.constexpr_function
+def channel_micro_layout(dim, warps):
+    """Where ``mma`` looks for the scales of V's channels, a word each, as of K's rows."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[32 << i] for i in range((dim // 32).bit_length() - 1)],
+        lane_bases=[[8], [16], [1], [2], [4]],
+        warp_bases=[[0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[dim],
+    )

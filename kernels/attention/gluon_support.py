@@ -55,9 +55,11 @@ def unsupported_spec(spec: AttentionSpec) -> str | None:
     """Why the kernel computes a spec on no device, or None."""
     if spec.qk not in (Precision.INT4, Precision.INT8, Precision.FP4):
         return f"the kernel reads Q and K in int4, int8 or fp4, not in {spec.qk.value}"
-    if spec.pv is Precision.INT8 or (spec.pv is Precision.FP8 and spec.pv_accumulator == "fp16"):
+    if spec.pv in (Precision.INT8, Precision.FP4):
         return None
-    return "the kernel reads P and V in int8, or in fp8 with the fp16 accumulator (fp8-fast)"
+    if spec.pv is Precision.FP8 and spec.pv_accumulator == "fp16":
+        return None
+    return "the kernel reads P and V in int8, fp4, or fp8 with the fp16 accumulator (fp8-fast)"
 
 
 def unsupported(
@@ -83,7 +85,7 @@ def unsupported(
         return f"written for mma.sync on sm_80 .. sm_89 and sm_12x, found {found}"
     if spec.qk is Precision.INT4 and capability[0] != 8:
         return f"int4 tensor cores exist on sm_80 .. sm_89, not on {found}"
-    if spec.qk is Precision.FP4 and capability[0] != 12:
+    if Precision.FP4 in (spec.qk, spec.pv) and capability[0] != 12:
         return f"fp4 tensor cores behind mma.sync exist on sm_12x, not on {found}"
     if spec.pv is Precision.FP8 and capability < (8, 9):
         return f"fp8 needs sm_89 or newer, found {found}"

@@ -80,9 +80,10 @@ def _quantize_value_kernel(
     BLOCK: tl.constexpr,
 ):
     blocks = padded // BLOCK
-    i_l = tl.program_id(0) % blocks
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    o_l, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D  # of channels, side by side in the grid
+    i_d, i_tile = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
+    i_l, i_bh = i_tile % blocks, (i_tile // blocks).to(tl.int64)
+    o_l, o_d = tl.arange(0, BLOCK), i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     if PERMUTED:
         o_l = fp4_token(o_l) if FORMAT == "fp4" else stored_token(o_l)
     o_l += i_l * BLOCK
@@ -159,8 +160,11 @@ def quantize_value(
             dtype=torch.float8_e4m3fn,
             device=device,
         )
+    # FP4's search needs registers for 64 channels at a time.
+    block_d = 64 if precision is Precision.FP4 else padded_dim(head_dim)
+    chunks = triton.cdiv(head_dim, block_d)
     with torch.cuda.device_of(v):
-        _quantize_value_kernel[(padded // TILE_N * batch * heads,)](
+        _quantize_value_kernel[(padded // TILE_N * batch * heads * chunks,)](
             v,
             None if mean is None else mean.contiguous(),
             low,
@@ -173,13 +177,13 @@ def quantize_value(
             heads,
             *v.stride(),
             D=head_dim,
-            BLOCK_D=padded_dim(head_dim),
+            BLOCK_D=block_d,
             TOP=FP8_FAST_VALUE_MAX if fast else code_top(precision),
             FORMAT=precision.value,
             SHARES=shares(precision, clip),
             PERMUTED=permuted,
             BLOCK=TILE_N,
-            num_warps=8 if clip or head_dim > 128 else 4,
+            num_warps=8 if clip or block_d > 128 else 4,
             enable_fp_fusion=False,
         )
     return QuantizedValue(codes, scale, precision, length, mean, micro)

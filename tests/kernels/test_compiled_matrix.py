@@ -137,7 +137,7 @@ def prepare(name: str) -> None:
     elif name == "mean":
         quantize.token_mean(x)
     elif kind == "rows":
-        four_bit = precision == "int4"
+        four_bit = precision in ("int4", "fp4")
         quantize.quantize_rows(
             x, Precision(precision), mean=smooth, rotation=four_bit, clip=four_bit
         )
@@ -149,6 +149,7 @@ def prepare(name: str) -> None:
             Precision(precision),
             mean=smooth,
             fast=precision == "fp8",
+            clip=precision == "fp4",
             permuted=kind == "permuted value",
         )
     elif name == "key scales":

@@ -14,6 +14,7 @@ from .formats import (
     bits_of_f16,
     f16_of,
     f32_to_bf16,
+    f32_to_e2m1,
     f32_to_fp8,
     fp8_to_f32,
     split_operands,
@@ -48,7 +49,7 @@ class ArithmeticOps(Lanes):
         self.write(i.args[0], np.where(p, self.raw(i.args[1], w), self.raw(i.args[2], w)), f"b{w}")
 
     def op_cvt(self, i):
-        ty = [o for o in i.op[1:] if o in WIDTH or o in ("e4m3x2", "e5m2x2", "tf32")]
+        ty = [o for o in i.op[1:] if o in WIDTH or o in ("e4m3x2", "e5m2x2", "e2m1x2", "tf32")]
         to, fr = ty[-2:]
         if to in ("e4m3x2", "e5m2x2"):
             if fr == "f16x2":
@@ -67,6 +68,10 @@ class ArithmeticOps(Lanes):
                 f32_to_fp8(hi, to[:4]).astype(np.uint16) << 8
             )
             self._set(i.args[0], v)
+            return
+        if to == "e2m1x2":
+            hi, lo = self.read(i.args[1], "f32"), self.read(i.args[2], "f32")
+            self._set(i.args[0], f32_to_e2m1(lo) | f32_to_e2m1(hi) << 4)
             return
         if fr in ("e4m3x2", "e5m2x2"):
             b = self.raw(i.args[1], 16)

@@ -49,6 +49,14 @@ def f32_to_fp8(x, kind):  # .rn.satfinite
     return y
 
 
+def f32_to_e2m1(x):  # .rn.satfinite
+    x = np.asarray(x, np.float32)
+    code = np.zeros(x.shape, np.uint8)
+    for i, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):  # ties to even codes
+        code += (np.abs(x) >= midpoint) if i % 2 else (np.abs(x) > midpoint)
+    return np.where(np.isnan(x), np.uint8(7), code | np.signbit(x).astype(np.uint8) << 3)
+
+
 WIDTH = {
     "b8": 8,
     "u8": 8,
