@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ FP16 = AttentionSpec.parse("fp16")
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
 
+#: What a :data:`Native` takes.
+_Call = tuple[Tensor, Tensor, Tensor, Any, bool, "float | None"]
+
 
 class AttentionRefused(RuntimeError):
     """A strict session met a call that its plan quantizes and nobody can run."""
@@ -50,7 +54,8 @@ class AttentionEvent:
         layer: name of the layer.
         step: index of the sampling step, -1 outside sampling.
         progress: position in the schedule, 0 .. 1.
-        branch: "cond", "uncond" or None where the host doesn't say.
+        branch: "cond", "uncond" or None where the host doesn't say; a batch that holds both is
+            shown in parts.
         spec: what ran; ``fp16`` also where the plan's spec was declined.
         q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``.
         out: ``[B, H, Lq, D]``.
@@ -138,7 +143,7 @@ class Layer:
 
         Declined where the plan quantizes a call with this many keys, else run as planned.
         """
-        if self.session.spec_for(self.name, tokens).quantized:
+        if self.session.quantizes(self.name, tokens):
             self.decline(reason)
         else:
             self.session._enlist(self)
@@ -198,12 +203,13 @@ class AttentionSession:
         self.progress = 0.0
         self.sigma: float | None = None
         self.branch: str | None = None
+        self.chunks: tuple[str, ...] = ()
         self.watch = FiniteWatch()
         self.guard = GuardState(guard or Guard())
         self.compilations = compilation.Failures()
         self.non_finite: dict[str, list[int]] = {}
         self._logged: set[str] = set()
-        self._specs: dict[tuple[str, int], AttentionSpec] = {}
+        self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
 
     # ------------------------------------------------------------------ plan and layers
     @property
@@ -256,11 +262,15 @@ class AttentionSession:
         self._report_non_finite()
         self._specs.clear()
 
-    def set_branch(self, branch: str | None) -> None:
-        """The calls that follow belong to "cond", "uncond", or both (None)."""
-        if branch != self.branch:
-            self.branch = branch
-            self._specs.clear()
+    def set_branch(self, branch: str | None, chunks: Sequence[str] = ()) -> None:
+        """The calls that follow belong to "cond", "uncond", or both (None).
+
+        Args:
+            branch: of whole calls.
+            chunks: where both share a batch, the branches of its equal parts in their order; each
+                part then runs and is observed as its own branch.
+        """
+        self.branch, self.chunks = branch, tuple(chunks)
 
     @contextlib.contextmanager
     def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
@@ -279,7 +289,7 @@ class AttentionSession:
         self.watch.wait()
         self.guard.wait()
         self._report_non_finite()
-        self.step, self.progress, self.branch = -1, 0.0, None
+        self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
         self._specs.clear()
 
     def _report_non_finite(self) -> None:
@@ -300,15 +310,21 @@ class AttentionSession:
             log.warning("%s", message)
 
     # ------------------------------------------------------------------ the call
-    def spec_for(self, layer: str, tokens: int) -> AttentionSpec:
-        """What the plan says now of a layer whose call has this many keys."""
-        key = (layer, tokens)
+    def spec_for(self, layer: str, tokens: int, branch: str | None = None) -> AttentionSpec:
+        """What the plan says now of a layer whose call has this many keys; ``branch`` if no call
+        is of one branch as a whole."""
+        key = (layer, tokens, branch or self.branch)
         spec = self._specs.get(key)
         if spec is None:
-            spec = self._plan.resolve(layer, self.progress, branch=self.branch, tokens=tokens)
+            spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
             spec = self.guard.spec(layer, spec)
             self._specs[key] = spec
         return spec
+
+    def quantizes(self, layer: str, tokens: int) -> bool:
+        """Does the plan quantize a call with this many keys, or a part of its batch?"""
+        branches = self.chunks if self.branch is None else ()
+        return any(self.spec_for(layer, tokens, b).quantized for b in branches or (None,))
 
     def attend(
         self,
@@ -334,34 +350,67 @@ class AttentionSession:
         layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
             self._enlist(layer)
+        native = native or layer.native
+        call = (q, k, v, mask, is_causal, scale)
+        if self.chunks and self.branch is None and not q.shape[0] % len(self.chunks):
+            return self._attend_chunks(layer, call, native)
         spec = self.spec_for(layer.name, k.shape[2])
-        out = None
+        out, ran = self._serve(layer, spec, call, native)
+        self._show(layer, self.branch, ran, call, out)
+        return out
+
+    def _attend_chunks(self, layer: Layer, call: _Call, native: Native) -> Tensor:
+        """A batch that holds both branches: together where they agree, else each in its spec."""
+        q, k, v, mask, *rest = call
+        size = q.shape[0] // len(self.chunks)
+
+        def rows(x: Tensor, i: int) -> Tensor:
+            return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
+
+        parts: list[_Call] = []
+        for i in range(len(self.chunks)):
+            part_mask = mask if mask is None or mask.ndim < 4 else rows(mask, i)
+            parts.append((rows(q, i), rows(k, i), rows(v, i), part_mask, *rest))
+        specs = [self.spec_for(layer.name, k.shape[2], branch) for branch in self.chunks]
+        if len(set(specs)) == 1:
+            out, ran = self._serve(layer, specs[0], call, native)
+            served = [(rows(out, i), ran) for i in range(len(parts))]
+        else:
+            # The host's own attention knows its batch as a whole only.
+            whole = functools.cache(lambda: native(*call))
+
+            def part_of_whole(i: int) -> Native:
+                return lambda *_: rows(whole(), i)
+
+            served = [
+                self._serve(layer, spec, part, part_of_whole(i))
+                for i, (spec, part) in enumerate(zip(specs, parts, strict=True))
+            ]
+            out = torch.cat([part for part, _ in served])
+        for branch, part, (found, ran) in zip(self.chunks, parts, served, strict=True):
+            self._show(layer, branch, ran, part, found)
+        return out
+
+    def _serve(
+        self, layer: Layer, spec: AttentionSpec, call: _Call, native: Native
+    ) -> tuple[Tensor, AttentionSpec]:
+        """The output, and what ran: fp16 also where the plan's spec was declined."""
         if spec.quantized:
-            out = self._quantized(layer, spec, q, k, v, mask, is_causal, scale)
+            out = self._quantized(layer, spec, *call)
+            if out is not None:
+                return out, spec
         else:
             layer.ran["fp16", "native"] += 1
-        if out is None:
-            out = (native or layer.native)(q, k, v, mask, is_causal, scale)
-            spec = FP16  # what ran, also where the plan's spec was declined
+        return native(*call), FP16
+
+    def _show(
+        self, layer: Layer, branch: str | None, spec: AttentionSpec, call: _Call, out: Tensor
+    ) -> None:
         if self.observers:
-            event = AttentionEvent(
-                layer.name,
-                self.step,
-                self.progress,
-                self.branch,
-                spec,
-                q,
-                k,
-                v,
-                mask,
-                is_causal,
-                scale,
-                out,
-            )
+            event = AttentionEvent(layer.name, self.step, self.progress, branch, spec, *call, out)
             with torch.no_grad():
                 for observer in self.observers:
                     observer.observe(event)
-        return out
 
     def _quantized(
         self,

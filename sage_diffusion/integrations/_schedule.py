@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +19,10 @@ from torch import Tensor
 
 from sage_diffusion.plan import BRANCHES
 from sage_diffusion.session import AttentionSession
+
+
+#: In the source of a pipeline that guides with one batch, the negative prompt first.
+_DOUBLED = (r"\[\s*latents\s*\]\s*\*\s*2", r"\[\s*negative_prompt_embeds,\s*prompt_embeds\b")
 
 
 class HostMethod:
@@ -228,6 +235,29 @@ class ScheduleDriver:
         return (later or matches or [None])[0]
 
 
+def guidance_chunks(pipe: Any) -> tuple[str, ...]:
+    """The branches of a batch's equal parts where a pipeline guides with one batch, else none.
+
+    A pipeline may say so itself (``guidance_chunks``).  diffusers' own say it only in their source:
+    those that double their latents put the negative prompt first.
+    """
+    said = getattr(pipe, "guidance_chunks", None)
+    if said is not None:
+        return tuple(said)
+    if getattr(pipe, "do_classifier_free_guidance", False) is not True:
+        return ()
+    return BRANCHES[::-1] if _doubles_latents(type(pipe)) else ()
+
+
+@functools.lru_cache(maxsize=64)
+def _doubles_latents(kind: type) -> bool:
+    try:
+        source = inspect.getsource(inspect.unwrap(vars(kind)["__call__"]))
+    except (KeyError, OSError, TypeError):
+        return False
+    return all(re.search(pattern, source) for pattern in _DOUBLED)
+
+
 class BranchHook:
     """Tells a session which branch of classifier-free guidance runs, where the host says so."""
 
@@ -240,12 +270,12 @@ class BranchHook:
     ) -> Iterator[None]:
         """The model's ``cache_context``."""
         before = self.session.branch
-        self.session.set_branch(name if name in BRANCHES else None)
+        self.session.set_branch(name if name in BRANCHES else None, self.session.chunks)
         try:
             with original(name, *args, **kwargs):
                 yield
         finally:
-            self.session.set_branch(before)
+            self.session.set_branch(before, self.session.chunks)
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

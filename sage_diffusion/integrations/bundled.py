@@ -64,6 +64,7 @@ class EmojiPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(classes=names)
         self.processor = VaeImageProcessor(vae_scale_factor=1)
+        self._guides = False
 
     @classmethod
     def bundled(cls, folder: str | Path = ASSETS, dtype: torch.dtype = torch.float32) -> Any:
@@ -85,6 +86,11 @@ class EmojiPipeline(DiffusionPipeline):
         )
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         return cls(transformer.eval(), scheduler, json.loads(names.read_text(encoding="utf-8")))
+
+    @property
+    def guidance_chunks(self) -> tuple[str, ...]:
+        """The branches of guidance in the order of their parts of a batch, of the present call."""
+        return ("cond", "uncond") if self._guides else ()
 
     @property
     def classes(self) -> list[str]:
@@ -163,7 +169,8 @@ class EmojiPipeline(DiffusionPipeline):
         else:
             latents = latents.to(device, dtype)
         labels = torch.tensor(indices, device=device)
-        if guidance_scale != 1:
+        self._guides = guidance_scale != 1
+        if self._guides:
             nothing = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
             labels = torch.cat([labels, nothing])
         # Equal steps from pure noise to the picture.  The scheduler's own choice ends at 1 / 1000,

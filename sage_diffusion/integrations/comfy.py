@@ -137,7 +137,7 @@ class ModelAttention:
             session.layer(name or lane.cursor.name(options)).decline(str(error))
             return host()
         layer = session.layer(name or lane.cursor.name(options, call.cross))
-        quantized = session.spec_for(layer.name, call.k.shape[2]).quantized
+        quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
             # The model knows; not even `strict` overrules it.
             layer.declined[FULL_PRECISION] += 1

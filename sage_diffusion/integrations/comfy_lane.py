@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sage_diffusion.integrations.comfy_layers import HiddenCall, LayerCursor, ModulePatch
-from sage_diffusion.plan import progress
+from sage_diffusion.plan import BRANCHES, progress
 from sage_diffusion.session import AttentionSession
 
 
@@ -30,10 +30,14 @@ def step_of(sigma: float, schedule: Sequence[float]) -> int:
 
 def branch_of(cond_or_uncond: Sequence[int] | None) -> str | None:
     """ "cond" or "uncond" where a model call holds chunks of one kind only, else None."""
-    kinds = set(cond_or_uncond or ())
-    if kinds == {0}:
-        return "cond"
-    return "uncond" if kinds == {1} else None
+    kinds = set(chunks_of(cond_or_uncond))
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def chunks_of(cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
+    """The branches of a batch's equal parts, none where ComfyUI names other kinds."""
+    kinds = tuple(cond_or_uncond or ())
+    return tuple(BRANCHES[kind] for kind in kinds) if set(kinds) <= {0, 1} else ()
 
 
 class Lane:
@@ -75,7 +79,8 @@ class Lane:
             sigma = float(sigmas.reshape(-1)[0])
             self.session.begin_step(step_of(sigma, self._values), sigma)
             self._sigmas = sigmas
-        self.session.set_branch(branch_of(options.get("cond_or_uncond")))
+        kinds = options.get("cond_or_uncond")
+        self.session.set_branch(branch_of(kinds), chunks_of(kinds))
 
     def outside_sampler(
         self, options: Mapping[str, Any], percents: Sequence[float]

@@ -28,7 +28,12 @@ except ImportError as error:
 
 from sage_diffusion.integrations._processors import is_routed, layer_names, route, unroute
 from sage_diffusion.integrations._rebind import attention_sites
-from sage_diffusion.integrations._schedule import BranchHook, HostMethod, ScheduleDriver
+from sage_diffusion.integrations._schedule import (
+    BranchHook,
+    HostMethod,
+    ScheduleDriver,
+    guidance_chunks,
+)
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.session import AttentionSession
@@ -167,8 +172,12 @@ class Patch:
         self._driver = (
             None
             if scheduler is None
-            else ScheduleDriver(self.session, scheduler, self.target, self.refresh)
+            else ScheduleDriver(self.session, scheduler, self.target, self._sampling_begins)
         )
+
+    def _sampling_begins(self) -> None:
+        self.refresh()
+        self.session.set_branch(None, guidance_chunks(self.target))
 
     def _loop_begins(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # After set_timesteps, before the first step: the last moment to notice another scheduler
@@ -179,7 +188,7 @@ class Patch:
             if self._driver is not None:
                 self._driver.start()
         else:
-            self.refresh()
+            self._sampling_begins()
         return original(*args, **kwargs)
 
     # ------------------------------------------------------------------ undo

@@ -230,8 +230,8 @@ def options(step, chunks, schedule=FLOW, **more):
     }
 
 
-def attend(attention, given):
-    q = torch.randn(1, 8, 8)
+def attend(attention, given, batch=1):
+    q = torch.randn(batch, 8, 8)
     return attention.override(lambda *a, **k: q, q, q, q, 2, transformer_options=given)
 
 
@@ -248,6 +248,17 @@ def test_a_plan_follows_the_steps_and_branches_of_a_run():
             with attention.forward(SimpleNamespace(), CPU, given):
                 attend(attention, given)
     assert attention.end_run().summary.specs == {"int8/fp16": 6, "int8/int8": 4, "int4/int8": 2}
+
+
+def test_a_batch_of_both_branches_runs_in_parts_where_they_differ():
+    rules = (Rule("int8/int8", branch="uncond", end=0.5),)
+    attention = ModelAttention(PrecisionPlan("int8/fp16", rules))
+    attention.begin_run()
+    for step in range(4):
+        given = options(step, [1, 0], block_type="double", block_index=0)
+        with attention.forward(SimpleNamespace(), CPU, given):
+            attend(attention, given, batch=2)
+    assert attention.end_run().summary.specs == {"int8/fp16": 2 + 2, "int8/int8": 2}
 
 
 def test_outside_a_sampler_the_models_own_noise_levels_count():

@@ -119,12 +119,23 @@ def test_guidance_branches_are_told_apart(name):
     }
 
 
-def test_a_batched_guidance_has_no_branch():
-    tiny = build("sd15")
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_guidance_in_one_batch_is_split_where_the_branches_differ(name):
+    tiny = build(name)
     watcher = Watcher()
-    apply(tiny.pipe, AttentionSession("fp16", observers=[watcher]))
-    tiny(steps=1)
-    assert {branch for *_, branch, _ in watcher.calls} == {None}
+    plan = PrecisionPlan("fp16", (Rule("int8/fp8", branch="uncond"),))
+    patch = apply(tiny.pipe, AttentionSession(plan, observers=[watcher]))
+    mixed = tiny(steps=1)
+    assert {(branch, spec) for *_, branch, spec in watcher.calls} == {
+        ("cond", "fp16"),
+        ("uncond", "int8/fp8"),
+    }
+    patch.session.plan = "int8/fp8"
+    quantized = tiny(steps=1)
+    patch.session.plan = "fp16"
+    exact = tiny(steps=1)
+    errors = [(x - exact).norm() for x in (mixed, quantized)]
+    assert 0 < errors[0] != errors[1] > 0
 
 
 @pytest.mark.parametrize(
