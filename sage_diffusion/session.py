@@ -361,7 +361,7 @@ class AttentionSession:
 
     def _attend_chunks(self, layer: Layer, call: _Call, native: Native) -> Tensor:
         """A batch that holds both branches: together where they agree, else each in its spec."""
-        q, k, v, mask, *rest = call
+        q, k, v, mask, is_causal, scale = call
         size = q.shape[0] // len(self.chunks)
 
         def rows(x: Tensor, i: int) -> Tensor:
@@ -370,11 +370,13 @@ class AttentionSession:
         parts: list[_Call] = []
         for i in range(len(self.chunks)):
             part_mask = mask if mask is None or mask.ndim < 4 else rows(mask, i)
-            parts.append((rows(q, i), rows(k, i), rows(v, i), part_mask, *rest))
+            parts.append((rows(q, i), rows(k, i), rows(v, i), part_mask, is_causal, scale))
         specs = [self.spec_for(layer.name, k.shape[2], branch) for branch in self.chunks]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             served = [(rows(out, i), ran) for i in range(len(parts))]
+            if out.requires_grad:  # a gradient must reach what the observers see
+                out = torch.cat([part for part, _ in served])
         else:
             # The host's own attention knows its batch as a whole only.
             whole = functools.cache(lambda: native(*call))

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
+from sage_diffusion.adapt.gradient import Tracer, measure_gradient
 from sage_diffusion.adapt.measure import RowCall, measure, outliers, sample_rows
+from sage_diffusion.adapt.sensitivity import measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.adapt.travel import session_fingerprint
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -180,6 +182,7 @@ def calibrate(
     seed: int = 0,
     bar_db: float = 3.0,
     sensitivity: int = 0,
+    method: Literal["auto", "gradient", "groups"] = "auto",
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ScoreTable:
@@ -199,9 +202,12 @@ def calibrate(
         seed: of the choice of cells and rows.
         bar_db: where completing is less certain than this (held-out RMS, dB of squared error), the
             most doubtful cells are measured as well.
-        sensitivity: (prompt, seed) pairs on which to measure what groups of cells do to the final
-            latents; 0 skips that stage. A few pairs can mislead: one picture that flips to another
-            mode outweighs all the others, so take eight or more.
+        sensitivity: runs on which to measure what cells do to the final latents; 0 skips that
+            stage. A few can mislead: one picture that flips to another mode outweighs all the
+            others, so take eight or more.
+        method: of that stage. "gradient" rates every cell by backward passes through the sampling
+            of single pictures (:mod:`.gradient`), "groups" runs groups of cells in the lowest spec
+            (:mod:`.sensitivity`), "auto" takes gradients where the sampler has them.
         path: the table's file; an existing one is continued.
         progress: called after each run.
 
@@ -212,8 +218,6 @@ def calibrate(
         CalibrationError: too few prompts, no candidates, or a model whose attention is not reached.
         TableError: ``path`` holds another model's or calibration's table.
     """
-    from sage_diffusion.adapt.sensitivity import measure_sensitivity
-
     candidates = _candidates(specs)
     pairs = [(prompt, int(s)) for prompt in prompts for s in seeds]
     if len(prompts) < MIN_PROMPTS:
@@ -224,6 +228,12 @@ def calibrate(
         raise CalibrationError("calibration needs at least one seed")
     if not 0 < share <= 1:
         raise CalibrationError(f"share must be above 0 and at most 1, got {share}")
+    if method not in ("auto", "gradient", "groups"):
+        raise CalibrationError(f"method must be auto, gradient or groups, got {method!r}")
+    if method == "gradient" and not isinstance(sampler, Tracer):
+        raise CalibrationError(
+            f"method 'gradient' needs a sampler with trace(), got {type(sampler).__name__}"
+        )
     if rows < 1:
         raise CalibrationError(f"rows must be at least 1, got {rows}")
     job = _Job(sampler, candidates, share, rows, seed, path, progress)
@@ -233,11 +243,22 @@ def calibrate(
     if job.table.extra:
         job.passes("remeasure", pairs, job.table.extra_runs)
     if sensitivity and job.table.sensitivity is None:
-        job.table.sensitivity = measure_sensitivity(
-            sampler, job.table, pairs[:sensitivity], progress=job.tell
-        )
+        job.table.sensitivity = _end_to_end(job, pairs, sensitivity, method)
         job.save()
     return job.table
+
+
+def _end_to_end(
+    job: _Job, pairs: Sequence[tuple[Any, int]], count: int, method: str
+) -> dict[str, Any]:
+    sampler = job.sampler
+    if method == "groups" or (method == "auto" and not isinstance(sampler, Tracer)):
+        return measure_sensitivity(sampler, job.table, pairs[:count], progress=job.tell)
+    assert isinstance(sampler, Tracer)
+    pictures = [picture for pair in pairs for picture in sampler.pictures(*pair)]
+    spread = np.linspace(0, len(pictures), min(count, len(pictures)), endpoint=False)
+    chosen = [pictures[int(i)] for i in spread]
+    return measure_gradient(sampler, job.table, chosen, progress=job.tell)
 
 
 class _Job:

@@ -18,6 +18,10 @@ from sage_diffusion.kernels.spec import AttentionSpec
 
 SOURCE = "predicted bound: what the tensor cores allow, no timing"
 
+#: End of a spec's name in a cost table: for head dims up to 64 only, where a product costs half and
+#: the exponentials cost what they always do.
+SMALL = "@64"
+
 #: card -> spec -> cycles.  A spec that a card lacks can't run natively there.
 CYCLES: Mapping[str, Mapping[str, float]] = {
     "rtx3090": {
@@ -25,6 +29,7 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp16": 640,
         "int8/int8": 256,
         "int4/int8": 192,
+        "int4/int8@64": 212.5,
     },
     "rtx4090": {
         "fp16": 1024,
@@ -33,7 +38,9 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp8": 384,
         "int8/fp8-fast": 256,
         "int4/int8": 192,
+        "int4/int8@64": 212.5,
         "int4/fp8-fast": 192,
+        "int4/fp8-fast@64": 200,
     },
     "rtx5090": {
         "fp16": 1024,
@@ -42,6 +49,7 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp8": 384,
         "int8/fp8-fast": 256,
         "fp4/fp8-fast": 192,
+        "fp4/fp8-fast@64": 200,
         "fp4/fp4": 128,
     },
     "a100": {
@@ -97,13 +105,16 @@ def load_costs(source: str | Path | Mapping[str, float]) -> dict[str, float]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             raise CostTableError(f"the cost of {name} must be a positive number, got {value!r}")
-        costs[str(AttentionSpec.parse(name))] = float(value)
+        small = SMALL if str(name).endswith(SMALL) else ""
+        costs[str(AttentionSpec.parse(str(name).removesuffix(SMALL))) + small] = float(value)
     if "fp16" not in costs:
         raise CostTableError("costs must name fp16: every other cost is relative to it")
     return costs
 
 
-def relative_cost(spec: AttentionSpec | str, costs: Mapping[str, float]) -> float:
+def relative_cost(
+    spec: AttentionSpec | str, costs: Mapping[str, float], head_dim: int = 128
+) -> float:
     """Time of a spec relative to fp16; variants of a ladder name (``+rotate``) cost the same.
 
     Raises:
@@ -112,9 +123,17 @@ def relative_cost(spec: AttentionSpec | str, costs: Mapping[str, float]) -> floa
     parsed = AttentionSpec.parse(spec)
     fast = "-fast" if parsed.pv_accumulator == "fp16" else ""
     ladder = f"{parsed.qk.value}/{parsed.pv.value}{fast}" if parsed.quantized else "fp16"
-    for key in (str(parsed), ladder):
-        if key in costs:
-            return costs[key] / costs["fp16"]
+    exact = _cycles(("fp16",), costs, head_dim)
+    found = _cycles((str(parsed), ladder), costs, head_dim)
+    if exact is not None and found is not None:
+        return found / exact
     raise CostTableError(
         f"no cost of {parsed} is known for this card; known are {', '.join(costs)}"
     )
+
+
+def _cycles(names: tuple[str, ...], costs: Mapping[str, float], head_dim: int) -> float | None:
+    """The first of ``names`` that has a cost; ``@64`` ones come first where they apply."""
+    ends = (SMALL, "") if head_dim <= 64 else ("",)
+    keys = [name + end for name in names for end in ends]
+    return next((costs[key] for key in keys if key in costs), None)

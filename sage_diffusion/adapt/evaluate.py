@@ -100,17 +100,19 @@ class WorkWatch:
     def __init__(self) -> None:
         self.table = ScoreTable((), 0)
         self._calls: dict[tuple[str, int, str | None], list[float]] = {}
+        self._head_dims: dict[str, int] = {}
 
     def observe(self, event: AttentionEvent) -> None:
         """See :class:`sage_diffusion.session.Observer`."""
         if event.step >= 0:
             batch, heads, q_len, dim = event.q.shape
             work = float(batch * heads * q_len * event.k.shape[2] * dim)
+            self._head_dims[event.layer] = dim
             self._calls.setdefault((event.layer, event.step, event.branch), []).append(work)
 
     def finish(self, steps: int) -> ScoreTable:
         """A table without scores, for predicting times."""
-        table = ScoreTable((), steps)
+        table = ScoreTable((), steps, {"head_dims": dict(self._head_dims)})
         for (layer, step, branch), work in self._calls.items():
             table.saw(layer, step, branch, sum(work) / len(work), len(work))
         return table

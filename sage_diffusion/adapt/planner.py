@@ -13,7 +13,7 @@ import numpy as np
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.compress import compress
 from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
-from sage_diffusion.adapt.sensitivity import cell_weights
+from sage_diffusion.adapt.sensitivity import cell_damage
 from sage_diffusion.adapt.solve import Infeasible, solve
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -133,10 +133,13 @@ def problem(
                 )
     completed = complete(table)
     columns = [table.specs.index(name) for name in chosen]
-    damage = (completed.error * cell_weights(table))[..., columns]
+    damage = cell_damage(table, completed.error)[..., columns]
     work = table.filled_work()
     share = (work / work.sum())[..., None]
-    time = share * np.array([relative_cost(name, prices) for name in chosen])
+    relative = [
+        [relative_cost(name, prices, head_dim) for name in chosen] for head_dim in table.head_dims()
+    ]
+    time = share * np.array(relative)[:, None, None]
     damage = np.nan_to_num(damage)
     if exact:
         damage = np.concatenate([np.zeros_like(share), damage], -1)
@@ -259,12 +262,12 @@ def predicted_time(
     parsed = PrecisionPlan.of(plan)
     work = table.filled_work()
     total = 0.0
-    for i, layer in enumerate(table.layers):
+    for i, (layer, head_dim) in enumerate(zip(table.layers, table.head_dims(), strict=True)):
         for step in range(table.steps):
             place = step_progress(step, table.steps)
             for b, branch in enumerate(table.branches):
                 spec = parsed.resolve(layer, place, branch=None if branch == BOTH else branch)
-                total += work[i, step, b] * relative_cost(spec, prices)
+                total += work[i, step, b] * relative_cost(spec, prices, head_dim)
     return float(total / work.sum())
 
 

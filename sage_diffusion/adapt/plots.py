@@ -10,7 +10,9 @@ import numpy as np
 
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.evaluate import Evaluation
-from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.planner import plan_index, problem
+from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.plan import PrecisionPlan
 
 _KINDS = {
     "adaptive": ("adaptive plan", "tab:red", "*", 220),
@@ -58,6 +60,51 @@ def heat_map(table: ScoreTable, spec: str, path: str | Path) -> None:
     _save(figure, path)
 
 
+def why(table: ScoreTable, plan: PrecisionPlan, path: str | Path) -> None:
+    """Why a plan differs by layer and step, in three panels.
+
+    What the plan's cheapest spec does to each call, what that does to the final picture, and what
+    the plan therefore runs.  Branches of guidance are rows of their own.
+    """
+    task = problem(table, {name: 1.0 for name in ("fp16", *table.specs)})
+    used = sorted({task.specs[k] for k in plan_index(table, plan, task.specs)[table.exists]})
+    column = int(np.argmax(np.nanmean(complete(table).error, (0, 1, 2))))
+    local = complete(table).error[..., column]
+    effect = task.damage[..., task.specs.index(table.specs[column])]
+    choice = np.vectorize(lambda k: used.index(task.specs[k]))(plan_index(table, plan, task.specs))
+    rows = [
+        f"{layer} {'' if branch == BOTH else branch}".strip()
+        for layer in table.layers
+        for branch in table.branches
+    ]
+
+    def flat(array: np.ndarray) -> np.ndarray:
+        shown = np.where(table.exists, array, np.nan)
+        return shown.transpose(0, 2, 1).reshape(len(rows), table.steps)
+
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    figure, axes = _axes(4 + 0.45 * table.steps, 1.4 + 0.2 * len(rows), columns=3)
+    panels = (
+        (f"error of {table.specs[column]} in a call, dB", 10 * np.log10(np.maximum(local, 1e-14))),
+        ("what that does to the picture, dB", 10 * np.log10(np.maximum(effect, 1e-14))),
+    )
+    for ax, (title, values) in zip(axes, panels, strict=False):
+        image = ax.imshow(flat(values), aspect="auto", cmap="viridis")
+        ax.set_title(title, fontsize=9)
+        figure.colorbar(image, ax=ax)
+    colours = ListedColormap([f"C{i}" for i in range(len(used))])
+    axes[2].imshow(flat(choice), aspect="auto", cmap=colours, vmin=-0.5, vmax=len(used) - 0.5)
+    axes[2].set_title("so the plan runs", fontsize=9)
+    patches = [Patch(color=f"C{i}", label=name) for i, name in enumerate(used)]
+    axes[2].legend(handles=patches, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    for i, ax in enumerate(axes):
+        ax.set_yticks(range(len(rows)), rows if i == 0 else [], fontsize=7)
+        ax.set_xlabel("step")
+    _save(figure, path)
+
+
 def layer_bars(table: ScoreTable, path: str | Path) -> None:
     """Mean score cosine * (1 - L1) of every layer and spec, with the spread over steps."""
     scores = table.metric("score")
@@ -75,13 +122,13 @@ def layer_bars(table: ScoreTable, path: str | Path) -> None:
     _save(figure, path)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns)
 
 
 def _save(figure: Any, path: str | Path) -> None:

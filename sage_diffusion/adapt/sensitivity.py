@@ -19,6 +19,7 @@ import numpy as np
 
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.globs import cover, step_range
+from sage_diffusion.adapt.gradient import cell_effects
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
@@ -121,6 +122,18 @@ def measure_sensitivity(
             for i in range(single, len(masks))
         ],
     }
+
+
+def cell_damage(table: ScoreTable, error: np.ndarray) -> np.ndarray:
+    """Final squared error of every cell and spec, ``[L, S, B, K]``, by whichever stage was run.
+
+    Args:
+        table: calibrated.
+        error: local squared errors ``[L, S, B, K]``, complete.
+    """
+    if table.sensitivity is not None and table.sensitivity.get("method") == "gradient":
+        return cell_effects(table, error)
+    return error * cell_weights(table)
 
 
 def cell_weights(table: ScoreTable) -> np.ndarray:

@@ -163,6 +163,11 @@ class ScoreTable:
             mean = np.nansum(total, 1, keepdims=True) / np.maximum(counts, 1)
         return np.where(np.isnan(total), np.broadcast_to(mean, total.shape), total)
 
+    def head_dims(self) -> list[int]:
+        """Head dim of every layer; 128 where the fingerprint doesn't say."""
+        known = self.fingerprint.get("head_dims") or {}
+        return [int(known.get(layer, 128)) for layer in self.layers]
+
     # ------------------------------------------------------------------ JSON
     def to_dict(self) -> dict[str, Any]:
         """Plain data; NaN becomes null."""

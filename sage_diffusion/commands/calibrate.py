@@ -14,6 +14,9 @@ from sage_diffusion.commands.common import AsJson, CommandError, emit, progress,
 #: Pictures per call of a class-conditional model.
 _BATCH = 4
 
+#: Pictures of the end-to-end stage of the bundled model, whose graph is small.
+_PICTURES = 12
+
 
 def calibrate(
     model: Annotated[
@@ -37,11 +40,17 @@ def calibrate(
     ] = 0.25,
     rows: Annotated[int, typer.Option(help="Query rows per measured call.", min=1)] = 64,
     sensitivity: Annotated[
-        int,
+        Optional[int],
         typer.Option(
-            help="Runs that the end-to-end stage averages over, eight or more; 0 skips it.", min=0
+            help="Pictures that the end-to-end stage averages over, eight or more; 0 skips it. "
+            "Its memory holds the gradient of a whole sampling run. "
+            "[default: 12 for the bundled model, else 0]",
+            min=0,
         ),
-    ] = 0,
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Of the end-to-end stage: auto, gradient or groups.")
+    ] = "auto",
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
@@ -69,7 +78,7 @@ def calibrate(
     from sage_diffusion.adapt.calibrate import SPECS
     from sage_diffusion.adapt.calibrate import calibrate as run
     from sage_diffusion.adapt.costs import load_costs
-    from sage_diffusion.adapt.planner import make_plan
+    from sage_diffusion.adapt.planner import make_plan, predicted_time
     from sage_diffusion.commands.compare import check_names, parse_option
 
     if floor is not None and budget is not None:
@@ -77,6 +86,8 @@ def calibrate(
     costs = load_costs(card)
     candidates = tuple(spec or (name for name in SPECS if name in costs))
     extra = dict(parse_option(text) for text in option or ())
+    if sensitivity is None:
+        sensitivity = _PICTURES if model == "bundled" else 0
     with quiet_stdout(), progress() as bar:
         from sage_diffusion.integrations.adaptive import PipelineSampler
         from sage_diffusion.integrations.pipelines import load_pipeline
@@ -93,14 +104,15 @@ def calibrate(
             share=share,
             rows=rows,
             sensitivity=sensitivity,
+            method=method,  # type: ignore[arg-type]  # checked there
             path=table,
             progress=lambda p: bar.update(
                 task, description=p.stage, completed=p.done, total=p.total
             ),
         )
     if floor is None and budget is None:
-        fastest = min(costs[name] for name in found.specs if name in costs)
-        budget = round(1.1 * fastest / costs["fp16"], 4)
+        times = [predicted_time(found, name, costs) for name in found.specs if name in costs]
+        budget = round(1.1 * min(times), 4)
     made = make_plan(found, floor=floor, budget=budget, costs=card, name=out.stem)
     made.plan.save(out)
     files = [str(table), str(out)]

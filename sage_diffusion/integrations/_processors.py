@@ -363,10 +363,10 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float) -> st
         return "attention dropout"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         return f"tensors of {q.ndim} dimensions"
+    if not torch.compiler.is_compiling():  # the session itself looks at gradients then
+        return "a layer-skip hook replaces the attention" if _scores_are_skipped() else None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "gradients are asked for, quantized attention is forward only"
-    if not torch.compiler.is_compiling() and _scores_are_skipped():
-        return "a layer-skip hook replaces the attention"
     return None
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from sage_diffusion.plan import BRANCHES
 from sage_diffusion.session import AttentionSession
 
-
 #: In the source of a pipeline that guides with one batch, the negative prompt first.
 _DOUBLED = (r"\[\s*latents\s*\]\s*\*\s*2", r"\[\s*negative_prompt_embeds,\s*prompt_embeds\b")
 
@@ -246,14 +245,14 @@ def guidance_chunks(pipe: Any) -> tuple[str, ...]:
         return tuple(said)
     if getattr(pipe, "do_classifier_free_guidance", False) is not True:
         return ()
-    return BRANCHES[::-1] if _doubles_latents(type(pipe)) else ()
+    return BRANCHES[::-1] if _doubles_latents(type(pipe).__call__) else ()
 
 
 @functools.lru_cache(maxsize=64)
-def _doubles_latents(kind: type) -> bool:
+def _doubles_latents(call: Callable[..., Any]) -> bool:
     try:
-        source = inspect.getsource(inspect.unwrap(vars(kind)["__call__"]))
-    except (KeyError, OSError, TypeError):
+        source = inspect.getsource(inspect.unwrap(call))
+    except (OSError, TypeError):
         return False
     return all(re.search(pattern, source) for pattern in _DOUBLED)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sage_diffusion.accuracy.compare import Generation
-from sage_diffusion.integrations.diffusers import _denoisers
+from sage_diffusion.integrations.diffusers import _denoisers, apply
 from sage_diffusion.integrations.pipelines import PipelineRun
 from sage_diffusion.session import AttentionSession
 
@@ -50,6 +53,44 @@ class PipelineSampler:
             raise ValueError(f"{type(self.pipe).__name__} shows neither latents nor pictures")
         return found.images
 
+    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
+        """A run's pictures one by one: a list of prompts makes one each."""
+        each = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        return [(one, seed + i) for i, one in enumerate(each)]
+
+    def trace(self, prompt: Any, seed: int) -> Tensor:
+        """The final latents with the graph that leads to them.
+
+        The pipeline's call is run without the ``torch.no_grad`` around it.
+        """
+        arguments = self.arguments | {self.argument: prompt}
+        parameters = inspect.signature(self.pipe.__call__).parameters
+        arguments |= {"output_type": "latent"} if "output_type" in parameters else {}
+        arguments |= {"generator": torch.Generator().manual_seed(seed)}
+        call = inspect.unwrap(type(self.pipe).__call__)
+        models = _denoisers(self.pipe).values()
+        with apply(self.pipe, self.session), _differentiable(models), torch.enable_grad():
+            found = call(self.pipe, **arguments)
+        return found[0] if isinstance(found, tuple) else found.images
+
+
+@contextlib.contextmanager
+def _differentiable(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Gradients flow inside the block.
+
+    Only vectors (biases, norms) ask for theirs: that starts a graph in every layer and keeps none
+    of the activations that the gradient of a matrix would need.
+    """
+    parameters = [p for model in models for p in model.parameters()]
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(p.ndim == 1)
+        yield
+    finally:
+        for p, asked in zip(parameters, before, strict=True):
+            p.requires_grad_(asked)
+
 
 def prompt_argument(pipe: Any) -> str:
     """Which argument of a pipeline's call takes a prompt.
@@ -57,8 +98,6 @@ def prompt_argument(pipe: Any) -> str:
     Raises:
         ValueError: none does.
     """
-    import inspect
-
     parameters = inspect.signature(pipe.__call__).parameters
     for name in ("class_labels", "prompt"):
         if name in parameters:

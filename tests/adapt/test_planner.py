@@ -147,6 +147,12 @@ def test_costs(tmp_path):
         assert load_costs(card)["fp16"] > 0
     assert relative_cost("int4/fp8-fast", load_costs("rtx4090")) == 0.1875
     assert relative_cost("int8/fp16+rotate", load_costs("rtx4090")) == 0.625
+    assert relative_cost("int4/fp8-fast+smooth_v", load_costs("rtx4090"), 64) == 200 / 1024
+    assert relative_cost("int8/fp8", load_costs("rtx4090"), 64) == 0.375
+    small = load_costs({"fp16": 8, "fp16@64": 4, "int8/fp8@64": 1})
+    assert relative_cost("int8/fp8", small, 64) == 0.25
+    with pytest.raises(CostTableError, match=r"no cost of int8/fp8 is known .* int8/fp8@64"):
+        relative_cost("int8/fp8", small)
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"fp16": 2, "int8/fp8-fast": 1}))
     assert relative_cost("int8/fp8-fast", load_costs(path)) == 0.5

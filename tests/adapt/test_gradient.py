@@ -1,0 +1,123 @@
+"""End-to-end ratings by backward passes."""
+
+import numpy as np
+import pytest
+import torch
+from adapt_host import TinySampler
+from tiny_emoji import tiny_emoji
+
+from sage_diffusion.adapt.calibrate import CalibrationError, calibrate, planned
+from sage_diffusion.adapt.gradient import (
+    NoGradient,
+    _effects,
+    _Errors,
+    cell_effects,
+    measure_gradient,
+    smooth_steps,
+)
+from sage_diffusion.adapt.planner import make_plan
+from sage_diffusion.adapt.sensitivity import cell_damage
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.integrations.adaptive import PipelineSampler
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan, Rule
+
+SPECS = ("int8/int8", "int4/fp8-fast")
+
+
+class TracingSampler(TinySampler):
+    """A host with autograd."""
+
+    def pictures(self, prompt, seed):
+        return [(prompt, seed)]
+
+    def trace(self, prompt, seed):
+        self.weights = [w.requires_grad_() for w in self.weights]
+        return self.sample(prompt, seed)
+
+
+def calibrated(sampler, **options):
+    options = {"specs": SPECS, "rows": 16, "share": 1} | options
+    return calibrate(sampler, ["a", "bb"], (0, 1), **options)
+
+
+def test_a_cells_effect_is_what_running_it_in_that_spec_does():
+    sampler = TracingSampler(layers=2, steps=3)
+    table = calibrated(sampler, sensitivity=0)
+    watcher = _Errors([AttentionSpec.parse(name) for name in SPECS])
+    sampler.session.observers.append(watcher)
+    final = sampler.trace("a", 0)
+    sampler.session.observers.clear()
+    effects = _effects(final, watcher, table, 48, torch.Generator().manual_seed(0))
+    predicted = np.square(effects).mean(0)[:, :, 0]
+    for i, layer in enumerate(sampler.names):
+        for step in range(3):
+            start, end = step / 2 - 0.1, step / 2 + 0.1
+            rule = Rule(SPECS[0], layer, max(start, 0.0), min(end, 1.0))
+            with planned(sampler.session, PrecisionPlan("fp16", (rule,))), torch.no_grad():
+                changed = sampler.sample("a", 0)
+            measured = float((changed - final).square().sum())
+            assert abs(10 * np.log10(predicted[i, step, 0] / measured)) < 2.5
+
+
+def test_calibration_takes_gradients_where_there_are_some():
+    table = calibrated(TracingSampler(), sensitivity=2)
+    found = table.sensitivity
+    assert found["method"] == "gradient" and found["peak"] > 0
+    assert np.shape(found["effect"]) == (4, 8, 1, 2)
+    copy = ScoreTable.from_dict(table.to_dict())
+    damage = cell_damage(copy, table.metric("error"))
+    assert (damage > 0).all()
+    assert damage[..., 1].sum() > 10 * damage[..., 0].sum()
+    plan = make_plan(table, budget=0.2)
+    assert plan.plan.calibration["predicted"]["psnr_db"] == pytest.approx(plan.quality, abs=0.01)
+    groups = calibrated(TracingSampler(), sensitivity=1, method="groups")
+    assert "weight" in groups.sensitivity
+    with pytest.raises(CalibrationError, match=r"needs a sampler with trace\(\), got TinySampler"):
+        calibrated(TinySampler(), sensitivity=1, method="gradient")
+    with pytest.raises(CalibrationError, match="auto, gradient or groups, got 'magic'"):
+        calibrated(TinySampler(), sensitivity=1, method="magic")
+
+
+def test_a_cell_that_was_never_seen_weighs_as_its_spec_does():
+    table = calibrated(TracingSampler(), sensitivity=1)
+    error = table.metric("error")
+    full = cell_effects(table, error)
+    table.sensitivity["effect"][1][2] = [[None, None]]
+    found = cell_effects(table, error)
+    assert np.isfinite(found).all() and (found[1, 2] > 0).all()
+    same = np.ones(found.shape, bool)
+    same[1, 2] = False
+    assert np.array_equal(found[same], full[same])
+
+
+def test_smoothing_keeps_gaps_and_the_mean():
+    effect = np.random.default_rng(0).random((2, 9, 1, 3))
+    effect[0, 4] = np.nan
+    found = smooth_steps(effect)
+    assert np.isnan(found[0, 4]).all() and np.isfinite(np.delete(found, 4, 1)).all()
+    assert np.allclose(smooth_steps(np.full((1, 5, 1, 1), 3.0)), 3.0)
+    assert found[1].std() < effect[1].std()
+
+
+def test_a_host_without_a_graph_is_refused():
+    sampler = TracingSampler()
+    table = calibrated(sampler, sensitivity=0)
+    sampler.trace = sampler.sample
+    with pytest.raises(NoGradient, match=r"blocks.0.attn must carry a gradient"):
+        measure_gradient(sampler, table, [("a", 0)])
+    assert not sampler.session.observers
+
+
+def test_a_pipeline_is_differentiated_as_it_samples():
+    pipe = tiny_emoji()
+    sampler = PipelineSampler(pipe, {"num_inference_steps": 3})
+    assert sampler.pictures([0, 2], 5) == [(0, 5), (2, 6)]
+    asked = [p.requires_grad for p in pipe.transformer.parameters()]
+    traced = sampler.trace(2, 6)
+    assert traced.requires_grad
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == asked
+    torch.testing.assert_close(traced.detach(), sampler.sample(2, 6), atol=1e-5, rtol=1e-5)
+    table = calibrate(sampler, [[0], [1]], specs=SPECS, rows=8, sensitivity=2)
+    assert table.branches == ["cond", "uncond"]
+    assert np.shape(table.sensitivity["effect"]) == (2, 3, 2, 2)
