@@ -44,14 +44,18 @@ def plan_file(tmp_path):
 
 
 # ---------------------------------------------------------------------- demo and compare
+QUICK = ("--steps", 2, "--pictures", 1)
+
+
 def test_demo_writes_every_file_and_prints_a_table(run, model, tmp_path) -> None:
     out = tmp_path / "out"
-    code, text, _ = run("demo", "--model", model, "--out", out, "--images", 2, "--steps", 2)
+    code, text, _ = run("demo", "--model", model, "--out", out, "--images", 2, *QUICK)
     assert code == 0
-    for name in ("int8/fp8", "int4/fp8-fast", "adaptive", "PSNR dB", "report.html"):
+    for name in ("int8/fp8", "int4/fp8-fast", "adaptive", "PSNR dB", "report.html", "why.png"):
         assert name in text
     names = {path.name for path in out.iterdir()}
     assert names >= {"grid.png", "heatmap.png", "plan.json", "report.json", "report.md"}
+    assert names >= {"scores.json", "pareto.png", "why.png"}
     assert {"report.html", "report-int8-fp8.html", "report-int4-fp8-fast.json"} <= names
     report = AccuracyReport.from_json((out / "report.json").read_text())
     assert report.name == "adaptive" and report.plan == PrecisionPlan.load(out / "plan.json")
@@ -60,7 +64,7 @@ def test_demo_writes_every_file_and_prints_a_table(run, model, tmp_path) -> None
         "int4/fp8-fast",
         "adaptive",
     ]
-    assert set(report.specs) == {"int8/fp8", "int4/fp8-fast"}
+    assert report.plan.calibration["runs"] == 3  # the fourth batch repeats the first's classes
     with Image.open(out / "grid.png") as grid:  # fp16, three plans and their differences
         assert grid.size[1] == 30 + 7 * (96 + 6) + 6
 
@@ -68,13 +72,15 @@ def test_demo_writes_every_file_and_prints_a_table(run, model, tmp_path) -> None
 def test_demo_json_is_one_deterministic_document(run, model, tmp_path) -> None:
     documents = []
     for name in ("a", "b"):
-        arguments = ("--out", tmp_path / name, "--images", 1, "--steps", 2, "--json")
+        arguments = ("--out", tmp_path / name, "--images", 1, *QUICK, "--json")
         code, text, _ = run("demo", "--model", model, *arguments)
         assert code == 0
         documents.append(json.loads(text))
     first, second = documents
     assert first["variants"] == second["variants"] and len(first["variants"]) == 3
-    assert first["variants"][0]["specs"] == {"int8/fp8": 6}
+    assert first["variants"][0]["specs"] == {"int8/fp8": 2 * 6}  # each branch of guidance
+    assert first["evaluation"] == second["evaluation"]
+    assert set(first["evaluation"]["uniform"]) >= {"int8/fp8", "int4/fp8-fast"}
     grids = [(tmp_path / name / "grid.png").read_bytes() for name in ("a", "b")]
     assert grids[0] == grids[1]
     assert all((tmp_path / "a") in Path(f).parents for f in first["files"])
