@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sage_diffusion.accuracy.environment import version
 from sage_diffusion.files import user_cache, write_text
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
+from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
@@ -143,6 +144,8 @@ def as_launch(backend: str, arch: str, head_dim: int, knobs: dict[str, int]) -> 
 def built_in(backend: str, arch: str, head_dim: int, spec: AttentionSpec | None = None) -> Any:
     """The launch that ships: for a spec, as some cards have one of their own for some formats."""
     if backend == "triton":
+        if spec is not None and spec.qk is Precision.FP4:
+            return tuning.fp4_launch(head_dim)
         pv = "half" if spec is None else formats(spec).split("/")[1].replace("fp16", "half")
         return tuning.launch(arch, head_dim, pv=pv)
     return (hopper_support if backend == "hopper" else gluon_support).launch(head_dim)

@@ -21,7 +21,7 @@ from sage_diffusion.accuracy.environment import version
 from sage_diffusion.bench import distance, inputs
 from sage_diffusion.compilation import compiler_errors
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
-from sage_diffusion.kernels.formats import padded_dim
+from sage_diffusion.kernels.formats import Precision, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.launches import Entry
 from sage_diffusion.timing import Card, Timer
@@ -111,6 +111,8 @@ def candidates(
     else:
         amd = arch.startswith("gfx")
         blocks = (64,) if head_dim > 128 else (64, 128)
+        if spec is not None and spec.qk is Precision.FP4:
+            blocks = (first.block_m,)
         warps_of = (4, 8, 16) if amd else (4, 8)
         stages_of = (1,) if amd else (2, 3, 4)
         for block, warps, depth in itertools.product(blocks, warps_of, stages_of):

@@ -50,6 +50,7 @@ PRODUCTS = {
     },
     "sm_100": {
         "int8": r"UTCIMMA",
+        "fp4": r"UTCOMMA\.4X",
         "fp16": r"UTCHMMA",
         "fp8": r"UTCQMMA",
         "fp8-fast": r"UTCQMMA",
@@ -88,6 +89,8 @@ ATTENTION = {
     ("triton", "int8/int8"): EVERY,
     ("triton", "int8/fp8"): WITH_FP8,
     ("triton", "int8/fp8-fast"): WITH_FP8,
+    ("triton", "fp4/fp8-fast"): ("sm_100",),
+    ("triton", "fp4/fp4"): ("sm_100",),
     ("gluon", "int8/int8"): (*WITH_INT4, "sm_120"),
     ("gluon", "int8/fp8-fast"): ("sm_89", "sm_120"),
     ("gluon", "int4/int8"): WITH_INT4,
@@ -99,6 +102,9 @@ ATTENTION = {
     ("hopper", "fp8/fp8"): ("sm_90",),
 }
 
+#: What a call may look like, first the one without mask.
+VARIANTS = ("plain", "causal", "keys", "bool", "additive", "unaligned")
+
 #: Head dims that are compiled; a backend may stop earlier for a format of Q and K.
 HEAD_DIMS = (64, 128, 256)
 LARGEST_HEAD_DIM = {("gluon", "int8"): 128, ("hopper", "int8"): 128, ("hopper", "fp8"): 128}
@@ -108,7 +114,12 @@ FREE_OF_SPILLS = 128
 
 #: Spills that are known at smaller head dims: by backend, spec, head dim and variant of the test.
 MAY_SPILL = {
-    ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),  # not on the ladder
+    **{("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS},  # not on the ladder
+    ("gluon", "fp4/fp8-fast", 128, "unaligned"): ("sm_120",),
+    ("gluon", "fp4/fp4", 128, "unaligned"): ("sm_120",),
+    ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
+    ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
+    ("triton", "fp4/fp4", 128, "unaligned"): ("sm_100",),
 }
 
 #: Cards that none of our kernels runs on.
@@ -121,13 +132,13 @@ QUANTIZERS = {
     "rows int8": EVERY,
     "rows int4": WITH_INT4,
     "smoothed rows int4": WITH_INT4,
-    "rows fp4": ("sm_120",),
-    "smoothed rows fp4": ("sm_120",),
+    "rows fp4": ("sm_100", "sm_120"),
+    "smoothed rows fp4": ("sm_100", "sm_120"),
     "value int8": EVERY,
     "value fp8": WITH_FP8,
     "permuted value int8": (*WITH_INT4, "sm_120"),
     "permuted value fp8": ("sm_89", "sm_120"),
-    "permuted value fp4": ("sm_120",),
+    "permuted value fp4": ("sm_100", "sm_120"),
     "key scales": (*WITH_INT4, "sm_120"),
-    "key bias": (*WITH_INT4, "sm_120"),
+    "key bias": (*WITH_INT4, "sm_100", "sm_120"),
 }

@@ -216,7 +216,6 @@ def _attend_tile(
             hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True
         )
 
-    v = v_tile.permute((1, 0)).load(rhs)
     if PV == "fp4":
         words, p_micro, total, alpha, top, reference = weigh_fp4(
             s, q_scale, total, top, reference, _LAG, HIDES, SCALED
@@ -227,6 +226,7 @@ def _attend_tile(
         else:
             v_micro = gl.load(p_v_micro)
         p_v_micro += D
+        v = v_tile.permute((1, 0)).load(rhs)
         acc = gl.inline_asm(
             values_fp4,
             ("=&f", "r", "r", "r", "r", "f", "f"),
@@ -257,6 +257,7 @@ def _attend_tile(
     total = gl.inline_asm(
         add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
     )
+    v = v_tile.permute((1, 0)).load(rhs)
     if FP8:
         acc = gl.inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True

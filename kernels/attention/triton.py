@@ -1,5 +1,7 @@
 """One forward attention kernel in Triton for INT8 Q and K and P, V in FP16, INT8 or FP8.
 
+Calls with FP4 Q and K go to :mod:`.triton_fp4`.
+
 Semantics are those of :func:`.reference.attend_quantized`.  Scores are in log2 units; the range of
 P's format (448 for E4M3, 127 for INT8) is folded into the exponent and cancels in ``acc / total``.
 """
@@ -26,7 +28,7 @@ from ..formats import (
 from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int
-from . import tuning
+from . import triton_fp4, tuning
 from .reference import MASK_FLOOR, half_value, smoothed_lse
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -301,10 +303,10 @@ def attend_quantized(
     """As :func:`.reference.attend_quantized`, in one launch.
 
     Args:
-        q: INT8; its scales must be positive.
-        k: INT8.
+        q: INT8; its scales must be positive.  FP4 goes to :func:`.triton_fp4.attend_quantized`.
+        k: as q.
         v: any float, or INT8 or FP8.
-        delta_s: must be None, this kernel adds nothing to S.
+        delta_s: must be None, the INT8 kernel adds nothing to S.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
         launch: instead of the one for the card and head dim.
@@ -312,6 +314,19 @@ def attend_quantized(
     Raises:
         ValueError: a format that the kernel does not read, or ``delta_s``.
     """
+    if q.precision is Precision.FP4 and isinstance(v, QuantizedValue):
+        return triton_fp4.attend_quantized(
+            q,
+            k,
+            v,
+            delta_s=delta_s,
+            mask=mask,
+            is_causal=is_causal,
+            fp16_accumulator=fp16_accumulator,
+            out_dtype=out_dtype,
+            return_lse=return_lse,
+            launch=launch,
+        )
     for name, x in (("q", q), ("k", k)):
         if x.precision is not Precision.INT8:
             raise ValueError(f"{name} must be int8, got {x.precision.value}")
@@ -423,6 +438,11 @@ def attention(
     dtype = q.dtype
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
+    if spec.qk is Precision.FP4:
+        out, lse = triton_fp4.attention(
+            q, k, v, spec, mask, is_causal, scale, return_lse, tuned=tuned
+        )
+        return out.to(dtype), lse
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     by_block = spec.granularity == "block"

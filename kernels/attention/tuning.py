@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats import Precision
+from ..formats import Q_BLOCK, Precision
 from ..spec import AttentionSpec
 
 
@@ -74,6 +74,9 @@ _EXCEPTIONS = {
     ("sm_120", "fp8", 128): Launch(128, 8, 2),
 }
 
+#: With FP4 Q and K.  Block-scaled ``tcgen05.mma`` has 128 rows; Triton emulates fewer in BF16.
+_FP4_LAUNCHES = {64: Launch(128, 8, 3), 128: Launch(128, 8, 3), 256: Launch(128, 8, 2)}
+
 #: NVIDIA architectures with E4M3 tensor cores begin here.
 _FP8_CAPABILITY = (8, 9)
 
@@ -106,6 +109,18 @@ def launch(
     return found
 
 
+def fp4_launch(dim: int, row_mask: bool = False, measured: Launch | None = None) -> Launch:
+    """As :func:`launch` for FP4 Q and K.
+
+    Raises:
+        ValueError: ``measured`` has another number of query rows than 128.
+    """
+    found = measured or _FP4_LAUNCHES[dim]
+    if found.block_m != Q_BLOCK:
+        raise ValueError(f"block_m must be {Q_BLOCK} for fp4, got {found.block_m}")
+    return found._replace(num_stages=min(found.num_stages, 2)) if row_mask else found
+
+
 @functools.lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """ "sm_89", "gfx942"; "cpu" where there is no GPU (Triton's interpreter)."""
@@ -121,8 +136,12 @@ def unsupported_spec(spec: AttentionSpec) -> str | None:
     """Why the kernel does not compute a spec on any device, or None if it does."""
     if not spec.quantized:
         return "the kernel quantizes, fp16 is the model's own attention"
+    if spec.qk is Precision.FP4:
+        if spec.pv in (Precision.FP8, Precision.FP4):
+            return None
+        return f"with fp4 Q and K the kernel reads P and V in fp8 or fp4, not in {spec.pv.value}"
     if spec.qk is not Precision.INT8:
-        return f"the kernel reads Q and K in int8, not in {spec.qk.value}"
+        return f"the kernel reads Q and K in int8 or fp4, not in {spec.qk.value}"
     if spec.pv is Precision.FP4:
         return "the kernel reads P and V in fp16, int8 or fp8, not in fp4"
     if spec.smooth_q:
@@ -142,6 +161,9 @@ def unsupported(
     reason = unsupported_spec(spec)
     if reason is not None:
         return reason
+    if spec.qk is Precision.FP4 and (capability is None or capability[0] != 10):
+        where = hip_arch if capability is None else f"sm_{capability[0]}{capability[1]}"
+        return f"fp4 products of Triton are native on sm_10x, found {where or 'no GPU'}"
     if capability is None:
         if hip_arch is None:
             return "needs a CUDA or ROCm device"

@@ -177,5 +177,5 @@ def test_refuses_what_it_cannot_read():
         triton.attend_quantized(int8, int8, quantize.quantize_value(x, Precision.FP4))
     with pytest.raises(ValueError, match="fp16_accumulator needs v in fp8, got half"):
         triton.attend_quantized(int8, int8, x, fp16_accumulator=True)
-    with pytest.raises(ValueError, match=r"int4/int8: the kernel reads Q and K in int8"):
+    with pytest.raises(ValueError, match=r"int4/int8: the kernel reads Q and K in int8 or fp4"):
         triton.attention(x, x, x, AttentionSpec.parse("int4/int8"))

@@ -28,9 +28,6 @@ from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
-#: What a call may look like, first the one without mask.
-VARIANTS = ("plain", "causal", "keys", "bool", "additive", "unaligned")
-
 #: Every instruction of a matrix unit: SASS and AMD's assembly.
 _MATRIX = re.compile(r"[A-Z]*MMA\b|v_(mfma|wmma|smfmac|swmmac)_")
 
@@ -74,7 +71,7 @@ def attention_cases() -> Iterator[Any]:
         for target in native:
             turn = (i + targets.EVERY.index(target)) % 2
             for dim in targets.HEAD_DIMS:
-                for variant in VARIANTS if dim <= targets.FREE_OF_SPILLS else VARIANTS[:1]:
+                for variant in targets.VARIANTS[: None if dim <= targets.FREE_OF_SPILLS else 1]:
                     if dim > largest:
                         continue
                     always = (dim, variant) == (targets.HEAD_DIMS[turn], "plain")

@@ -25,7 +25,17 @@ from sage_diffusion.kernels.spec import AttentionSpec
         ("int8/fp16", None, None, "needs a CUDA or ROCm device"),
         ("int8/fp16+smooth_q", (9, 0), None, "smooth_q is not part of the kernel"),
         ("fp16", (9, 0), None, "the kernel quantizes, fp16 is the model's own attention"),
-        ("int4/int8", (8, 9), None, "the kernel reads Q and K in int8, not in int4"),
+        ("int4/int8", (8, 9), None, "the kernel reads Q and K in int8 or fp4, not in int4"),
+        ("fp4/fp4", (10, 0), None, None),
+        ("fp4/fp8-fast", (10, 3), None, None),
+        ("fp4/fp4", (9, 0), None, "fp4 products of Triton are native on sm_10x, found sm_90"),
+        ("fp4/fp8", None, "gfx950", "fp4 products of Triton are native on sm_10x, found gfx950"),
+        (
+            "fp4/int8",
+            (10, 0),
+            None,
+            "with fp4 Q and K the kernel reads P and V in fp8 or fp4, not in int8",
+        ),
         ("int8/fp4", (12, 0), None, "the kernel reads P and V in fp16, int8 or fp8, not in fp4"),
     ],
 )
@@ -61,3 +71,10 @@ def test_importing_the_kernels_does_not_import_triton():
         "sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_fp4_launches_have_the_rows_of_block_scaled_products():
+    assert all(tuning.fp4_launch(dim).block_m == 128 for dim in (64, 128, 256))
+    assert tuning.fp4_launch(64, row_mask=True).num_stages == 2
+    with pytest.raises(ValueError, match="block_m must be 128 for fp4, got 64"):
+        tuning.fp4_launch(64, measured=tuning.Launch(64, 8, 2))
