@@ -157,8 +157,7 @@ def _rule_inputs() -> list[io.Input]:
         io.Combo.Input(
             "branch",
             options=["both", "cond", "uncond"],
-            tooltip="Only the positive or only the negative half of guidance, where they run "
-            "in separate model calls.",
+            tooltip="Only the positive or only the negative half of guidance.",
         ),
         io.Int.Input("min_tokens", default=0, min=0, max=1 << 20, tooltip="Least number of keys."),
         io.Combo.Input(

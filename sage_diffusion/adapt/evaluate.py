@@ -52,10 +52,16 @@ class Scored:
     below_8_bit: float
     pictures: tuple[float, ...] = ()
 
+    @property
+    def mean_psnr(self) -> float:
+        """dB, mean over the pictures."""
+        return sum(self.pictures) / len(self.pictures) if self.pictures else self.psnr
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; an infinite PSNR (equal pictures) is null."""
         return {
             "psnr": round(self.psnr, 3) if math.isfinite(self.psnr) else None,
+            "mean_psnr": round(self.mean_psnr, 3) if math.isfinite(self.mean_psnr) else None,
             "predicted_time": round(self.predicted_time, 4),
             "ssim": self.ssim,
             "latent_cosine": [round(c, 7) for c in self.latent_cosine],

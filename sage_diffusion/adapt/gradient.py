@@ -30,7 +30,7 @@ from sage_diffusion.validation import four_dims
 PROBES = 2
 
 #: Neighbouring steps do alike; ratings are averaged over them with this standard deviation.
-_STEP_WIDTH = 1.5
+_STEP_WIDTH = 2.5
 
 
 class NoGradient(ValueError):
@@ -112,7 +112,7 @@ def measure_gradient(
     from sage_diffusion.adapt.calibrate import planned
 
     specs = [AttentionSpec.parse(name) for name in table.specs]
-    shares, levels = [], []
+    votes, levels = [], []
     together, apart = np.zeros(len(specs)), np.zeros(len(specs))
     peak = 0.0
     generator = torch.Generator().manual_seed(seed)
@@ -130,17 +130,20 @@ def measure_gradient(
         total = np.nansum(squares, (0, 1, 2))
         together += np.square(np.nansum(effects, (1, 2, 3))).mean(0) / final.numel()
         apart += total
-        # Chaotic pictures err by orders of magnitude more than the others: each has one vote.
-        shares.append(squares / max(total.max(), 1e-300))
+        # Chaotic pictures err by orders of magnitude more than the others. With equal votes they
+        # would be given up, with their squared errors they would decide alone: the square root
+        # costs the mean over pictures little and is worth 1.5 dB of the pooled PSNR.
+        votes.append(squares / max(total.max(), 1e-300) ** 0.5)
         levels.append(total.max())
         if progress is not None:
             progress("sensitivity", done + 1, len(pairs))
-    effect = smooth_steps(np.nanmean(shares, 0) * np.mean(levels))
+    effect = np.nanmean(votes, 0)
+    effect *= np.mean(levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
     return {
         "method": "gradient",
         "layers": list(table.layers),
         "branches": list(table.branches),
-        "effect": _plain(effect),
+        "effect": _plain(smooth_steps(effect)),
         "factor": [float(f"{x:.6g}") for x in together / np.maximum(apart, 1e-300)],
         "peak": peak,
     }

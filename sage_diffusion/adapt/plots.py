@@ -22,9 +22,16 @@ _KINDS = {
 
 
 def pareto(evaluation: Evaluation, path: str | Path) -> None:
-    """Quality against predicted speed, every plan a point, the front a line."""
+    """Quality against predicted speed, every plan a point, the front a line.
+
+    Quality is the mean over the pictures: one chaotic picture would decide the pooled PSNR.
+    """
     figure, axes = _axes(7, 4.5)
-    points = [(1 / s.predicted_time, s.psnr, s) for s in evaluation.scored if math.isfinite(s.psnr)]
+    points = [
+        (1 / s.predicted_time, s.mean_psnr, s)
+        for s in evaluation.scored
+        if math.isfinite(s.mean_psnr)
+    ]
     for kind, (label, colour, marker, size) in _KINDS.items():
         some = [(x, y) for x, y, s in points if s.kind == kind]
         if some:
@@ -39,7 +46,7 @@ def pareto(evaluation: Evaluation, path: str | Path) -> None:
     if front:
         axes.plot(*zip(*front, strict=True), c="grey", lw=1, zorder=0)
     axes.set_xlabel(f"predicted speed of attention, FP16 = 1 ({evaluation.card}, a bound)")
-    axes.set_ylabel("PSNR against FP16, dB")
+    axes.set_ylabel("PSNR against FP16, mean of the pictures, dB")
     axes.legend(fontsize=8)
     _save(figure, path)
 

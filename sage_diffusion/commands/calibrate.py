@@ -15,7 +15,7 @@ from sage_diffusion.commands.common import AsJson, CommandError, emit, progress,
 _BATCH = 4
 
 #: Pictures of the end-to-end stage of the bundled model, whose graph is small.
-_PICTURES = 12
+_PICTURES = 16
 
 
 def calibrate(
@@ -44,7 +44,7 @@ def calibrate(
         typer.Option(
             help="Pictures that the end-to-end stage averages over, eight or more; 0 skips it. "
             "Its memory holds the gradient of a whole sampling run. "
-            "[default: 12 for the bundled model, else 0]",
+            "[default: 16 for the bundled model, else 0]",
             min=0,
         ),
     ] = None,

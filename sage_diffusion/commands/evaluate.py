@@ -93,13 +93,24 @@ def evaluate(
         pareto(found, out / "pareto.png")
         notes.append(f"wrote {out / 'pareto.png'}")
     view = Table(title=f"{found.runs} held-out runs", title_justify="left")
-    for heading in ("plan", "predicted time", "PSNR dB", "SSIM", "last cosine", "4-bit work"):
+    for heading in (
+        "plan",
+        "predicted time",
+        "PSNR dB",
+        "mean",
+        "worst",
+        "SSIM",
+        "last cosine",
+        "4-bit work",
+    ):
         view.add_column(heading)
     for s in found.scored:
         view.add_row(
             s.name,
             f"{s.predicted_time:.3f}",
             f"{s.psnr:.1f}",
+            f"{s.mean_psnr:.1f}",
+            f"{min(s.pictures, default=s.psnr):.1f}",
             "-" if s.ssim is None else f"{s.ssim:.4f}",
             f"{s.latent_cosine[-1]:.6f}" if s.latent_cosine else "-",
             f"{s.below_8_bit:.0%}",
