@@ -18,10 +18,17 @@ import argparse
 import json
 from dataclasses import dataclass
 
-from sage_diffusion.kernels.formats import Q_BLOCK, TILE_N, Precision, padded_dim, padded_length
+from sage_diffusion.kernels.formats import (
+    FP4_GROUP,
+    Q_BLOCK,
+    TILE_N,
+    Precision,
+    padded_dim,
+    padded_length,
+)
 from sage_diffusion.kernels.spec import AttentionSpec
 
-SPECS = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast")
+SPECS = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "fp4/fp8-fast", "fp4/fp4")
 
 #: Bytes of a value of Q, K and V, of a statistic and of a scale.
 HALF, FLOAT = 2, 4
@@ -50,6 +57,12 @@ def _blocks(length: int, size: int) -> int:
     return -(-length // size)
 
 
+def code_bytes(values: int, precision: Precision) -> int:
+    """Bytes of so many codes, and of the micro scales of FP4."""
+    micro = values // FP4_GROUP if precision is Precision.FP4 else 0
+    return values * precision.bits // 8 + micro
+
+
 def stats(length: int, head_dim: int, kinds: int) -> Traffic:
     """One launch of the statistics: ``kinds`` is 1 for sums plus 2 for both extremes."""
     return Traffic(
@@ -71,7 +84,7 @@ def rows(
     size = Q_BLOCK if mean == "own" else block if block > 1 else CLIPPED_ROWS if clip else ROWS
     programs = _blocks(length, size)
     means = programs * head_dim * FLOAT
-    codes = length * padded_dim(head_dim) * precision.bits // 8
+    codes = code_bytes(length * padded_dim(head_dim), precision)
     scales = (length if block == 1 else programs) * FLOAT
     return Traffic(
         length * head_dim * HALF + means * (mean == "given"),
@@ -79,13 +92,13 @@ def rows(
     )
 
 
-def value(length: int, head_dim: int, smoothed: bool) -> Traffic:
-    """``quantize_value`` in 8 bit, its statistics apart."""
+def value(length: int, head_dim: int, precision: Precision, smoothed: bool) -> Traffic:
+    """``quantize_value``, its statistics apart."""
     padded = padded_length(length)
     vectors = 3 if smoothed else 2  # the extremes, and the mean
     return Traffic(
         length * head_dim * HALF + padded // TILE_N * vectors * head_dim * FLOAT,
-        padded * head_dim + head_dim * FLOAT,
+        code_bytes(padded * head_dim, precision) + head_dim * FLOAT,
     )
 
 
@@ -96,7 +109,9 @@ def launches(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
         total += stats(length, head_dim, 1)
     total += rows(length, head_dim, spec.qk, "given" if spec.smooth_k else "none", spec.clip)
     if spec.pv is not Precision.FP16:
-        total += stats(length, head_dim, 2 + spec.smooth_v) + value(length, head_dim, spec.smooth_v)
+        total += stats(length, head_dim, 2 + spec.smooth_v) + value(
+            length, head_dim, spec.pv, spec.smooth_v
+        )
     return total
 
 
@@ -112,11 +127,12 @@ def moved(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
 
 def least(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     """Every quantized input read once, its codes and scales written once."""
-    codes = length * padded_dim(head_dim) * spec.qk.bits // 8 + length * FLOAT
+    codes = code_bytes(length * padded_dim(head_dim), spec.qk) + length * FLOAT
     total = Traffic(2 * length * head_dim * HALF, 2 * codes)
     if spec.pv is not Precision.FP16:  # else V is not touched
         total += Traffic(
-            length * head_dim * HALF, padded_length(length) * head_dim + head_dim * FLOAT
+            length * head_dim * HALF,
+            code_bytes(padded_length(length) * head_dim, spec.pv) + head_dim * FLOAT,
         )
     return total
 

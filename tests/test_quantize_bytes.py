@@ -31,6 +31,8 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
         "int8/fp8",
         "int8/fp8-fast",
         "int4/fp8-fast",
+        "fp4/fp8-fast",
+        "fp4/fp4",
     }
     assert all(1 < row["ratio"] <= 1.6 for row in found)
 
@@ -71,16 +73,22 @@ def traffic(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim"), [("int8/fp16", 64), ("int8/fp8", 128), ("int4/fp8-fast", 64)]
+    ("cc", "name", "head_dim"),
+    [
+        (89, "int8/fp16", 64),
+        (89, "int8/fp8", 128),
+        (89, "int4/fp8-fast", 64),
+        (120, "fp4/fp4", 64),
+    ],
 )
-def test_the_compiled_kernels_move_what_is_counted(quantize_bytes, traffic, name, head_dim):
+def test_the_compiled_kernels_move_what_is_counted(quantize_bytes, traffic, cc, name, head_dim):
     from helpers import card, fused_view
 
     from sage_diffusion.kernels.attention import gluon, triton
 
     spec, length = AttentionSpec.parse(name), 130
     q, k, v = (fused_view(1, 1, length, head_dim, seed) for seed in range(3))
-    with card(89):
+    with card(cc):
         (gluon if spec.smooth_q else triton).attention(q, k, v, spec)
     kernels = {kernel for kernel, _ in traffic}
     ours = {kernel for kernel in kernels if "quantize" in kernel or "stats" in kernel}
