@@ -367,16 +367,19 @@ class AttentionSession:
         def rows(x: Tensor, i: int) -> Tensor:
             return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
 
-        parts: list[_Call] = []
-        for i in range(len(self.chunks)):
+        def part(i: int) -> _Call:
             part_mask = mask if mask is None or mask.ndim < 4 else rows(mask, i)
-            parts.append((rows(q, i), rows(k, i), rows(v, i), part_mask, is_causal, scale))
+            return rows(q, i), rows(k, i), rows(v, i), part_mask, is_causal, scale
+
+        count = len(self.chunks)
         specs = [self.spec_for(layer.name, k.shape[2], branch) for branch in self.chunks]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
-            served = [(rows(out, i), ran) for i in range(len(parts))]
+            if not self.observers:
+                return out
+            served = [(rows(out, i), ran) for i in range(count)]
             if out.requires_grad:  # a gradient must reach what the observers see
-                out = torch.cat([part for part, _ in served])
+                out = torch.cat([found for found, _ in served])
         else:
             # The host's own attention knows its batch as a whole only.
             whole = functools.cache(lambda: native(*call))
@@ -385,12 +388,11 @@ class AttentionSession:
                 return lambda *_: rows(whole(), i)
 
             served = [
-                self._serve(layer, spec, part, part_of_whole(i))
-                for i, (spec, part) in enumerate(zip(specs, parts, strict=True))
+                self._serve(layer, spec, part(i), part_of_whole(i)) for i, spec in enumerate(specs)
             ]
-            out = torch.cat([part for part, _ in served])
-        for branch, part, (found, ran) in zip(self.chunks, parts, served, strict=True):
-            self._show(layer, branch, ran, part, found)
+            out = torch.cat([found for found, _ in served])
+        for i, (branch, (found, ran)) in enumerate(zip(self.chunks, served, strict=True)):
+            self._show(layer, branch, ran, part(i), found)
         return out
 
     def _serve(
