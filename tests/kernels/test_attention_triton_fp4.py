@@ -90,8 +90,8 @@ def test_equals_the_twin(case):
 def test_whole_call(monkeypatch):
     """Quantizers, delta-S by chunks and attention in a row, on views of fused projections."""
     monkeypatch.setattr(triton_fp4, "BIAS_BYTES", 0)
-    spec = AttentionSpec.parse("fp4/fp4+smooth_v")
-    q = fused_view(1, 2, 130, 64, 3)
+    spec = AttentionSpec.parse("fp4/fp4-rotate-clip+smooth_v")
+    q = fused_view(1, 1, 130, 64, 3)
     k, v = fused_view(1, 1, 70, 64, 4) + 2, fused_view(1, 1, 70, 64, 5) + 4
     copies = [x.clone() for x in (q, k, v)]
     with card(120) as gpu:

@@ -49,12 +49,10 @@ CASES = [
     Case(80, "int4", "int8", 256, 64, 63, delta_s=True),
     Case(120, "fp4", "fp8", 128, 127, 130, delta_s=True),
     Case(120, "fp4", "int8", 64, 63, 65, mask="additive", heads=3, kv_heads=1),
-    Case(120, "fp4", "fp4", 128, 65, 200, is_causal=True, delta_s=True),
+    Case(120, "fp4", "fp4", 128, 200, 200, is_causal=True, delta_s=True),
     Case(120, "fp4", "fp4", 64, 63, 65, mask="additive", heads=3, kv_heads=1, smooth_v=True),
     Case(120, "fp4", "fp4", 72, 65, 63, mask="bool", delta_s=True, launch=GluonLaunch(4, 2, 2)),
-    Case(120, "fp4", "fp4", 40, 200, 200, is_causal=True, mask="bool"),
-    Case(120, "fp4", "fp4", 1, 1, 1),
-    Case(120, "int8", "fp4", 96, 1, 200),
+    Case(120, "int8", "fp4", 1, 1, 1),
     Case(120, "int8", "fp8", 80, 64, 63, mask="bool", block=True, smooth_v=True),
 ]
 

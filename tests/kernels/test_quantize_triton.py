@@ -25,11 +25,6 @@ ROWS = {
     "fp8": (89, 1, {"precision": Precision.FP8, "mean": "token", "multiplier": 0.7}),
     "fp8-block": (120, 40, {"precision": Precision.FP8, "block": 64, "rotation": True}),
     "fp4": (100, 40, {"precision": Precision.FP4, "mean": "token", "multiplier": 0.7}),
-    "fp4-clipped": (
-        120,
-        64,
-        {"precision": Precision.FP4, "mean": "token", "rotation": True, "clip": True},
-    ),
 }
 
 
