@@ -70,7 +70,7 @@ def test_main_loop_is_the_innermost_with_the_work():
 #: (card, spec, head dim, cycles, share of the second pipe): what the kernels must not lose again.
 GOALS = [
     ("rtx4090", "int4/fp8-fast", 128, 192, 0.65),
-    ("rtx4090", "int4/fp8-fast", 64, 200, 0.97),
+    ("rtx4090", "int4/fp8-fast", 64, 200, 0.98),
     ("rtx4090", "int8/fp8-fast", 128, 256, 0.58),
     ("rtx4090", "int8/fp8-fast", 64, 256, 0.79),
     ("rtx3090", "int4/int8", 128, 192, 0.70),
@@ -90,6 +90,22 @@ def test_goals(gpu, spec, head_dim, cycles, second):
     assert (got.gpu, got.spec, got.head_dim) == (gpu, spec, head_dim)
     assert got.cycles <= cycles and got.second <= second
     assert got.spills == 0 and got.registers <= 255
+
+
+@pytest.mark.parametrize(
+    "spec,mask,is_causal,second",
+    [
+        ("int4/fp8-fast", "bool", False, 0.66),
+        ("int4/fp8-fast", "bool", True, 0.66),
+        ("int4/fp8-fast", "additive", False, 0.81),
+        ("int8/fp8-fast", "bool", False, 0.58),
+    ],
+)
+def test_goals_with_masks(spec, mask, is_causal, second):
+    """A mask that differs from query to query leaves the tensor cores the slowest pipe."""
+    (got,) = cost.kernel_costs(["rtx4090"], [spec], [128], mask=mask, is_causal=is_causal)
+    assert got.bound == "tensor" and got.cycles == (192 if "int4" in spec else 256)
+    assert got.second <= second and got.spills == 0
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,22 @@ def test_launch_of_a_strided_view(n):
 
 
 @triton.jit
+def _finite_or_zero(X, Y, N: tl.constexpr):
+    x = tl.load(X + tl.arange(0, N))
+    tl.store(Y + tl.arange(0, N), tl.where(x == -float("inf"), 0.0, x))
+
+
+def test_packed_comparison():
+    """Two halves are compared by one instruction, which sets two predicates."""
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0)).half()
+    x[::3] = -torch.inf
+    y = torch.empty_like(x)
+    with gpu(89):
+        _finite_or_zero[(1,)](x, y, N=256)
+    assert torch.equal(y, torch.where(x.isneginf(), 0.0, x))
+
+
+@triton.jit
 def _matmul(A, B, C, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)

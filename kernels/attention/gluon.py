@@ -24,7 +24,8 @@ from ..formats import (
 from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
-from .gluon_kernel import attention_kernel
+from .gluon_kernel import SCALE_SHIFT, attention_kernel
+from .gluon_masks import pack_mask
 from .gluon_support import MAX_REGISTERS, GluonLaunch, Tuned, unsupported_spec
 from .gluon_support import launch as launch_for
 from .reference import smoothed_lse
@@ -44,7 +45,6 @@ def attend_quantized(
     *,
     delta_s: Tensor | None = None,
     bias: Bias | None = None,
-    bias_hides: bool = False,
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
@@ -60,7 +60,6 @@ def attend_quantized(
         delta_s: as of the twin, in token order.
         bias: computes delta-S, a mask of the keys, or their sum in column order when it is needed;
             instead of ``delta_s``.
-        bias_hides: ``bias`` holds a mask, which may hide all keys of a row.
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
@@ -91,15 +90,7 @@ def attend_quantized(
         None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k, v)
     )
 
-    kind, mask_strides = 0, [0, 0, 0]
-    if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-        mask = mask.float() if mask.dtype == torch.float64 else mask
-        if mask.shape[-1] != k_len or mask.stride(-1) != 1:
-            mask = mask.expand(*mask.shape[:-1], k_len).contiguous()
-        mask = mask.expand(batch, heads, q_len, k_len)
-        mask_strides = list(mask.stride()[:3])
+    packed = None if mask is None else pack_mask(mask, q_len, k_len)
     if delta_s is not None:
         columns = as_columns(delta_s)
 
@@ -110,7 +101,8 @@ def attend_quantized(
     lse = None
     if return_lse:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
-    scales = key_scales(k)
+    sign = 1.0 if q.precision is Precision.FP4 else -1.0  # that of MAGIC_BITS
+    scales = key_scales(k, sign / SCALE_SHIFT)
     blocks = triton.cdiv(q_len, config.block_m)
     ratio = Q_BLOCK // config.block_m
     chunk = blocks
@@ -133,7 +125,8 @@ def attend_quantized(
                 v.scale.contiguous(),
                 None if v.mean is None else v.mean.contiguous(),
                 added,
-                mask,
+                None if packed is None else packed.words,
+                None if packed is None else packed.span,
                 out,
                 lse,
                 heads,
@@ -145,15 +138,14 @@ def attend_quantized(
                 first,
                 count,
                 *((0, 0, 0) if added is None else added.stride()[:3]),
-                *mask_strides,
+                *((0, 0) if packed is None else packed.strides),
                 D=head_dim,
                 WORDS=q_words.shape[3],
                 DP=dim,
                 QK=q.precision.value,
                 PV=v.precision.value,
                 Q_BLOCK=q.block,
-                MASK=kind,
-                HIDES=mask is not None or bias_hides,
+                MASK="none" if packed is None else packed.kind,
                 CAUSAL=is_causal,
                 BM=config.block_m,
                 STEP=config.step,
@@ -253,7 +245,6 @@ def attention(
         k_codes,
         values,
         bias=bias,
-        bias_hides=key_mask is not None,
         mask=mask,
         is_causal=is_causal,
         fp16_accumulator=fast,

@@ -6,11 +6,18 @@ each tensor, in layout order, and returns PTX.  ``docs/kernels.md`` explains the
 
 from __future__ import annotations
 
+import struct
+
 from triton.experimental import gluon
 
-#: 1.5 * 2^23 as float32 bits.  An integer sum that starts here *is* the float 12582912 + sum, so
+from ..formats import LOG2E
+
+#: -1.5 * 2^23 as float32 bits.  An integer sum that starts here *is* the float -12582912 - sum, so
 #: that no conversion instruction is needed (|sum| < 2^22).
-MAGIC_BITS = 0x4B400000
+MAGIC_BITS = 0xCB400000
+_PLUS_MAGIC = f"0f{MAGIC_BITS ^ 1 << 31:08X}"
+
+_LOG2E = f"0f{struct.unpack('I', struct.pack('f', LOG2E))[0]:08X}"
 
 _INT4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.s4.s4.s32"
 _INT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
@@ -25,9 +32,9 @@ def regs(names):
 
 @gluon.constexpr_function
 def _scores(mma, outputs, inputs):
-    (s,), (q, k, magic, scale, offset, *smoothing) = outputs, inputs
+    (s,), (q, k, magic, scale, offset, *more) = outputs, inputs
     k_tiles = len(q) // 4  # 4 words of q a k tile, 2 of k a k and n8 tile
-    lines = ["{ .reg .b32 c<4>; .reg .f32 x<4>;"]
+    lines = ["{ .reg .b32 c<4>, bit; .reg .pred seen;"]
     for n in range(len(s) // 4):
         for t in range(k_tiles):
             word = 2 * (n * k_tiles + t)
@@ -37,13 +44,22 @@ def _scores(mma, outputs, inputs):
             )
         for i in range(4):
             column, out = 2 * n + i % 2, s[4 * n + i]
-            lines.append(
-                f"mov.b32 x{i}, c{i}; fma.rn.f32 {out}, x{i}, {scale[column]}, {offset[column]};"
-            )
-            if smoothing:
-                q_scale, bias = smoothing
+            lines.append(f"mov.b32 {out}, c{i};")
+            only = ""
+            if len(more) % 2:  # what is hidden stays the large negative number that it is
+                lines.append(seen(more[-1], 4 * n + i))
+                only = "@seen "
+            lines.append(f"{only}fma.rn.f32 {out}, {out}, {scale[column]}, {offset[column]};")
+            if len(more) > 1:
+                q_scale, bias = more[:2]
                 lines.append(f"fma.rn.f32 {out}, {out}, {q_scale[i // 2]}, {bias[column]};")
     return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def seen(bits, i):
+    """Sets the predicate of a lane's score; ptxas makes seven at a time of them (R2P)."""
+    return f"and.b32 bit, {bits[0]}, {1 << i}; setp.ne.b32 seen, bit, 0;"
 
 
 @gluon.constexpr_function
@@ -72,6 +88,16 @@ def magic_words(outputs, inputs):
     return "\n".join(
         f"shr.u32 {name}, {size[0]}, 31; or.b32 {name}, {name}, {MAGIC_BITS};"
         for name, size in zip(out, sizes, strict=True)
+    )
+
+
+@gluon.constexpr_function
+def program_after(outputs, inputs):
+    """The program's number, which can't be known before a pointer is: its highest bit is 0."""
+    ((out,),), (pointers,) = outputs, inputs
+    return (
+        f"{{ .reg .b64 high; .reg .b32 none; shr.u64 high, {pointers[0]}, 63; "
+        f"cvt.u32.u64 none, high; mov.u32 {out}, %ctaid.x; add.u32 {out}, {out}, none; }}"
     )
 
 
@@ -126,7 +152,9 @@ def values_int8(outputs, inputs):
     lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>; .reg .f32 x<4>;"]
     for i, word in enumerate(words):
         for j in range(4):  # the sum's low byte is the rounded code
-            lines.append(f"add.rn.f32 x{j}, {word[j]}, 0f{MAGIC_BITS:08X}; mov.b32 b{j}, x{j};")
+            lines.append(
+                f"add.rn.f32 x{j}, {word[j]}, 0f{MAGIC_BITS ^ 1 << 31:08X}; mov.b32 b{j}, x{j};"
+            )
         lines.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040;")
         lines.append(f"prmt.b32 a{i}, b0, b2, 0x5410;")
     for n in range(len(out) // 4):
@@ -138,11 +166,45 @@ def values_int8(outputs, inputs):
             )
         for i in range(4):
             r = 4 * n + i
-            lines.append(
-                f"mov.b32 x{i}, c{i}; add.rn.f32 x{i}, x{i}, 0f{MAGIC_BITS | 1 << 31:08X};"
-            )
+            lines.append(f"mov.b32 x{i}, c{i}; sub.rn.f32 x{i}, 0f{MAGIC_BITS:08X}, x{i};")
             lines.append(f"fma.rn.f32 {out[r]}, {acc[r]}, {alpha[i // 2]}, x{i};")
     return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _add_mask(kind, outputs, inputs):
+    (out,), (s, *chunks) = outputs, inputs
+    words = [word for chunk in chunks for word in chunk]
+    lines = ["{ .reg .b32 x; .reg .b16 h<2>; .reg .f32 y;"]
+    for i, (dst, src) in enumerate(zip(out, s, strict=True)):
+        word = words[i] if kind == "fp32" else words[i // 2]
+        if kind == "fp32":
+            lines.append(f"mov.b32 y, {word};")
+        elif kind == "bf16":
+            change = f"and.b32 x, {word}, 0xFFFF0000;" if i % 2 else f"shl.b32 x, {word}, 16;"
+            lines.append(f"{change} mov.b32 y, x;")
+        else:
+            lines.append(f"mov.b32 {{h0, h1}}, {word}; cvt.f32.f16 y, h{i % 2};")
+        lines.append(f"fma.rn.f32 {dst}, y, {_LOG2E}, {src};")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def add_fp16(outputs, inputs):
+    """``s + log2(e) * mask``, a lane's values of the mask in words of two."""
+    return _add_mask("fp16", outputs, inputs)
+
+
+@gluon.constexpr_function
+def add_bf16(outputs, inputs):
+    """As :func:`add_fp16`."""
+    return _add_mask("bf16", outputs, inputs)
+
+
+@gluon.constexpr_function
+def add_fp32(outputs, inputs):
+    """As :func:`add_fp16`, a word each."""
+    return _add_mask("fp32", outputs, inputs)
 
 
 @gluon.constexpr_function

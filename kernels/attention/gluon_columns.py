@@ -18,7 +18,7 @@ from .reference import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
 #: What an integer sum of the kernel starts from, as a float (``gluon_asm.MAGIC_BITS``).
-_MAGIC = tl.constexpr(12582912.0)
+_MAGIC = tl.constexpr(-12582912.0)
 _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 
 #: Query blocks of one program of the bias kernel: the m of a tensor-core product.
@@ -37,20 +37,24 @@ def _column(position):
 
 
 @triton.jit
-def _scales_kernel(p_scale, p_out, k_len, groups, tiles, BLOCK: tl.constexpr):
+def _scales_kernel(p_scale, p_out, k_len, groups, tiles, BLOCK: tl.constexpr, FACTOR: tl.constexpr):
     i_tile, i_bh = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     position = tl.arange(0, _TILE_N)
     o_n = i_tile * _TILE_N + _column(position)
     scale = tl.load(p_scale + i_bh * groups + o_n // BLOCK, mask=o_n < k_len, other=1.0)
     # With two mantissa bits free 1.5 * 2^23 * scale is exact; scores move by 2^-22 of themselves.
     scale = (scale.to(tl.int32, bitcast=True) & -4).to(tl.float32, bitcast=True)
+    scale *= FACTOR
     p_out += (i_bh * tiles + i_tile) * (2 * _TILE_N) + position
     tl.store(p_out, scale)
     tl.store(p_out + _TILE_N, scale * -_MAGIC)
 
 
-def key_scales(k: QuantizedTensor) -> Tensor:
+def key_scales(k: QuantizedTensor, factor: float = 1.0) -> Tensor:
     """K's scales in column order, 1 outside, and the offsets that take the magic number out.
+
+    Args:
+        factor: a power of two or its negative, by which both are multiplied.
 
     Returns:
         ``[B, Hkv, columns_length(Lk) / 64, 2, 64]`` float32: scales and offsets of every tile.
@@ -67,6 +71,7 @@ def key_scales(k: QuantizedTensor) -> Tensor:
             k.scale.shape[2],
             width // TILE_N,
             BLOCK=k.block,
+            FACTOR=factor,
             enable_fp_fusion=False,
         )
     return out

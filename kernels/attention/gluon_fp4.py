@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
-from .gluon_asm import regs
+from .gluon_asm import MAGIC_BITS, regs, seen
 from .gluon_layouts import micro_layout
 
 _FP4 = (
@@ -31,10 +31,13 @@ _TINY = f"0f{int(math.log2(FP8_TINY)) + 127 << 23:08X}"
 
 @gluon.constexpr_function
 def scores_fp4(outputs, inputs):
-    """``Q K^T * scale`` of one tile in NVFP4; with a bias, ``.. * q_scale + bias``."""
-    (s,), (q, k, q_micro, k_micro, scale, *smoothing) = outputs, inputs
+    """``Q K^T * scale`` of one tile in NVFP4; with a bias, ``.. * q_scale + bias``.
+
+    What bits of a mask hide becomes the float that they hide integer sums by.
+    """
+    (s,), (q, k, q_micro, k_micro, scale, *more) = outputs, inputs
     k_tiles = len(q) // 4
-    lines = ["{ .reg .f32 c<4>, z; mov.f32 z, 0f00000000;"]
+    lines = ["{ .reg .f32 c<4>, z; .reg .b32 bit; .reg .pred seen; mov.f32 z, 0f00000000;"]
     for n in range(len(s) // 4):
         for t in range(k_tiles):
             word = 2 * (n * k_tiles + t)
@@ -47,8 +50,11 @@ def scores_fp4(outputs, inputs):
         for i in range(4):
             column, out = 2 * n + i % 2, s[4 * n + i]
             lines.append(f"mul.rn.f32 {out}, c{i}, {scale[column]};")
-            if smoothing:
-                q_scale, bias = smoothing
+            if len(more) % 2:
+                lines.append(seen(more[-1], 4 * n + i))
+                lines.append(f"selp.f32 {out}, {out}, 0f{MAGIC_BITS:08X}, seen;")
+            if len(more) > 1:
+                q_scale, bias = more[:2]
                 lines.append(f"fma.rn.f32 {out}, {out}, {q_scale[i // 2]}, {bias[column]};")
     return "\n".join([*lines, "}"])
 
@@ -138,7 +144,6 @@ def weigh_fp4(
     top,
     reference,
     LAG: gl.constexpr,
-    HIDES: gl.constexpr,
     SCALED: gl.constexpr,
 ):
     """One tile's P in NVFP4 behind the scale of its own maximum, as for INT8.
@@ -156,11 +161,8 @@ def weigh_fp4(
     before = reference
     top = gl.maximum(top, tile_top)
     reference = gl.maximum(tile_top, top - LAG)
-    safe = reference
-    if HIDES:  # 0 for a row that saw no key yet: exponents stay defined
-        safe = gl.where(reference == -float("inf"), 0.0, reference)
-    alpha = gl.exp2(before - safe)
-    shift = safe - RANGE_FP4
+    alpha = gl.exp2(before - reference)
+    shift = reference - RANGE_FP4
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 1)
     words_type: gl.constexpr = gl.distributed_type(gl.int32, [s.shape[0], 8], operand)
     micro_type: gl.constexpr = gl.distributed_type(

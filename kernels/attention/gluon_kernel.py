@@ -19,23 +19,39 @@ from .gluon_asm import (
     finish_row,
     hide_columns,
     magic_words,
+    program_after,
     scores_int4,
     scores_int8,
     values_fp8,
     values_int8,
 )
 from .gluon_fp4 import RANGE_FP4, scores_fp4, values_fp4, weigh_fp4
-from .gluon_layouts import (
-    channel_micro_layout,
-    column_layout,
-    copy_layout,
-    micro_layout,
-    swizzle,
+from .gluon_layouts import channel_micro_layout, copy_layout, micro_layout, swizzle
+from .gluon_program import (
+    add_mask,
+    extent,
+    lane_columns,
+    mask_span,
+    mask_words,
+    place,
+    program_number,
 )
-from .reference import MASK_FLOOR
 
-_TILE_N, _LOG2E, _MASK_FLOOR = gl.constexpr(TILE_N), gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
-_MINUS_MAGIC = gl.constexpr(-12582912.0)
+_TILE_N, _LOG2E = gl.constexpr(TILE_N), gl.constexpr(LOG2E)
+_MINUS_MAGIC = gl.constexpr(12582912.0)
+
+#: Moved from K's scales to Q's: what the kernel leaves unscaled, because a mask hides it, is then
+#: beyond every score.
+SCALE_SHIFT = 2.0**60
+_SCALE_SHIFT = gl.constexpr(SCALE_SHIFT)
+
+#: Below every score and mask, and finite, so that the online softmax's differences are defined.
+_NOTHING = gl.constexpr(-3.3e38)
+
+#: A hidden score is -12582912 times q_scale, which is at least this where keys may be hidden.
+#: Scores don't come near half of it: a product is at most 2^22 of K's steps, and K's largest scale
+#: by 2^-60 is below 2^-20.
+_SMALLEST_SCALE, _HIDDEN = gl.constexpr(1024.0), gl.constexpr(-6.0e6)
 
 #: log2 of P's largest code.
 _RANGE_FP8, _RANGE_INT8 = gl.constexpr(math.log2(448.0)), gl.constexpr(math.log2(127.0))
@@ -58,7 +74,6 @@ def _attend_range(
     q_scale,  # [BM] float32, positive
     o_m,  # [BM] query indices
     magic,  # four words
-    p_mask,  # [BM, 64] pointers of tile 0
     k_ring,
     v_ring,
     EDGE: gl.constexpr,  # tiles with keys that are outside, or in the future
@@ -66,7 +81,6 @@ def _attend_range(
     PV: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
-    HIDES: gl.constexpr,
     CAUSAL: gl.constexpr,
     D: gl.constexpr,
     STEP: gl.constexpr,
@@ -77,11 +91,25 @@ def _attend_range(
     for j in range(first, last):
         async_copy.wait_group(STAGES - 2)
         gl.barrier()
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
-        p_k, p_v = _copy_step(
-            p_k, p_v, k_ring, v_ring, j + (STAGES - 1), k_limit, limit, D, STEP, STAGES
+        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = (
+            state
         )
-        state = (acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro)
+        p_k, p_v = _copy_step(
+            p_k, p_v, k_ring, v_ring, j, STAGES - 1, k_limit, limit, D, STEP, STAGES
+        )
+        state = (
+            acc,
+            total,
+            top,
+            reference,
+            p_k,
+            p_v,
+            p_k_scale,
+            p_bias,
+            p_k_micro,
+            p_v_micro,
+            p_mask,
+        )
         for i in gl.static_range(STEP):
             state = _attend_tile(
                 state,
@@ -94,13 +122,11 @@ def _attend_range(
                 q_scale,
                 o_m,
                 magic,
-                p_mask,
                 EDGE,
                 QK,
                 PV,
                 BIAS,
                 MASK,
-                HIDES,
                 CAUSAL,
                 D,
                 mma,
@@ -120,13 +146,11 @@ def _attend_tile(
     q_scale,
     o_m,
     magic,
-    p_mask,
     EDGE: gl.constexpr,
     QK: gl.constexpr,
     PV: gl.constexpr,
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
-    HIDES: gl.constexpr,
     CAUSAL: gl.constexpr,
     D: gl.constexpr,
     mma: gl.constexpr,
@@ -135,8 +159,9 @@ def _attend_tile(
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
     FP8: gl.constexpr = PV == "fp8"
     RANGE: gl.constexpr = _RANGE_FP8 if FP8 else _RANGE_INT8
-    SCALED: gl.constexpr = BIAS or MASK == 2  # q_scale is applied to S, not within the exponent
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
+    ADDITIVE: gl.constexpr = MASK != "none" and MASK != "bool"
+    SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
 
     s_type: gl.constexpr = gl.distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
@@ -145,6 +170,11 @@ def _attend_tile(
     if BIAS:
         bias = gl.load(p_bias)
         p_bias += _TILE_N
+    bits = ()
+    if MASK == "bool":
+        bits = (gl.load(p_mask),)  # type: ignore[assignment]
+        p_mask += 32
+    smoothing = (q_scale, bias) if BIAS else ()
     if QK == "fp4":
         if EDGE:
             rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
@@ -153,61 +183,30 @@ def _attend_tile(
         else:
             k_micro = gl.load(p_k_micro)
         p_k_micro += _TILE_N * p_k_micro.shape[1]
-        if BIAS:
-            s = gl.inline_asm(
-                scores_fp4,
-                ("=&f", "r", "r", "r", "r", "f", "f", "f"),
-                [q, k, q_micro, k_micro, k_scale, q_scale, bias],
-                s_type,
-                is_pure=True,
-            )
-        else:
-            s = gl.inline_asm(
-                scores_fp4,
-                ("=&f", "r", "r", "r", "r", "f"),
-                [q, k, q_micro, k_micro, k_scale],
-                s_type,
-                is_pure=True,
-            )
+        s = gl.inline_asm(
+            scores_fp4,
+            _constraints("=&f", 4, 1, BIAS, MASK == "bool"),
+            (q, k, q_micro, k_micro, k_scale) + smoothing + bits,  # noqa: RUF005
+            s_type,
+            is_pure=True,
+        )
     else:
         # Issue slots are dearer than loads where a tile has more tensor-core work.
-        WIDE: gl.constexpr = v_tile.shape[0] >= 128
+        WIDE: gl.constexpr = v_tile.shape[0] >= 128 and (FP8 or MASK == "none")
         offset = gl.load(p_k_scale - _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
         # Scales leave two mantissa bits free, so that the magic term cancels exactly.
-        asm: gl.constexpr = scores_int4 if QK == "int4" else scores_int8
-        if BIAS:
-            s = gl.inline_asm(
-                asm,
-                ("=&f", "r", "r", "r", "f", "f", "f", "f"),
-                [q, k, magic, k_scale, offset, q_scale, bias],
-                s_type,
-                is_pure=True,
-            )
-        else:
-            s = gl.inline_asm(
-                asm,
-                ("=&f", "r", "r", "r", "f", "f"),
-                [q, k, magic, k_scale, offset],
-                s_type,
-                is_pure=True,
-            )
+        s = gl.inline_asm(
+            scores_int4 if QK == "int4" else scores_int8,
+            _constraints("=&f", 3, 2, BIAS, MASK == "bool"),
+            (q, k, magic, k_scale, offset) + smoothing + bits,  # noqa: RUF005
+            s_type,
+            is_pure=True,
+        )
     if SCALED and not BIAS:
         s = s * q_scale[:, None]
     start = tile * _TILE_N
-    if MASK:
-        at = p_mask + start  # [BM, 64]
-        if EDGE:
-            o_n = start + gl.arange(0, _TILE_N, gl.SliceLayout(0, mma))
-            inside = (o_n < k_len)[None, :] & (o_m >= 0)[:, None]
-            added = gl.load(at, mask=inside, other=0)
-        else:
-            added = gl.load(at)
-        if MASK == 1:
-            s = gl.where(added != 0, s, -float("inf"))
-        else:
-            added = added.to(gl.float32)
-            clamped = gl.minimum(gl.maximum(added * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
-            s += gl.where(added == -float("inf"), added, clamped)
+    if ADDITIVE:
+        s, p_mask = add_mask(s, p_mask, MASK)
     if EDGE:
         visible = gl.full([q.shape[0]], 0, gl.int32, gl.SliceLayout(1, mma)) + k_len
         if CAUSAL:
@@ -218,7 +217,7 @@ def _attend_tile(
 
     if PV == "fp4":
         words, p_micro, total, alpha, top, reference = weigh_fp4(
-            s, q_scale, total, top, reference, _LAG, HIDES, SCALED
+            s, q_scale, total, top, reference, _LAG, SCALED
         )
         if EDGE or v_tile.shape[0] != D:
             channel = gl.arange(0, v_tile.shape[0], p_v_micro.type.layout)
@@ -234,7 +233,7 @@ def _attend_tile(
             acc.type,
             is_pure=True,
         )
-        return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro
+        return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
     tile_top = gl.max(s, 1)
     if not SCALED:
         tile_top = tile_top * q_scale
@@ -245,11 +244,8 @@ def _attend_tile(
         # P relative to the tile's own maximum fills the 127 codes, whatever came before.
         now = gl.maximum(tile_top, top - _LAG)
         reference = now
-    safe = now
-    if HIDES:  # 0 for a row that saw no key yet: exponents stay defined
-        safe = gl.where(now == -float("inf"), 0.0, now)
-    alpha = gl.exp2(before - safe)
-    shift = safe - RANGE
+    alpha = gl.exp2(before - now)
+    shift = now - RANGE
     if SCALED:
         p = gl.exp2(s - shift[:, None])
     else:
@@ -270,7 +266,13 @@ def _attend_tile(
             acc.type,
             is_pure=True,
         )
-    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro
+    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+
+
+@gluon.constexpr_function
+def _constraints(out, words, floats, bias, bits):
+    """Of the score functions: what they always take, then Q's scale and the bias, then the bits."""
+    return (out, *["r"] * words, *["f"] * (floats + 2 * bias), *["r"] * bits)
 
 
 @gluon.jit
@@ -286,6 +288,7 @@ def _copy_step(
     k_ring,
     v_ring,
     step,
+    AHEAD: gl.constexpr,
     k_limit,
     limit,
     D: gl.constexpr,
@@ -294,7 +297,7 @@ def _copy_step(
 ):
     """Copy the step at the pointers into the rings, zeros where there is nothing to read."""
     for i in gl.static_range(STEP):
-        slot = (step % STAGES) * STEP + i
+        slot = ((step + AHEAD) % STAGES) * STEP + i
         start = (step * STEP + i) * _TILE_N
         async_copy.async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
         wanted = start < limit
@@ -306,22 +309,6 @@ def _copy_step(
         p_v += v_ring.shape[2]
     async_copy.commit_group()
     return p_k, p_v
-
-
-@gluon.jit
-def _place(blocks, heads, group, CAUSAL: gl.constexpr):
-    """Which head and which query block this program has.
-
-    Read from the hardware each time: kept from the kernel's begin to its end, these would cost
-    registers in the loop, which has none to spare.
-    """
-    program = gl.inline_asm("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, is_pure=False)
-    i_m = program % blocks
-    if CAUSAL:
-        i_m = blocks - 1 - i_m  # the longest first
-    i_bh = (program // blocks).to(gl.int64)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    return i_bh, i_b, i_h, i_b * (heads // group) + i_h // group, i_m
 
 
 @gluon.jit
@@ -337,7 +324,8 @@ def attention_kernel(
     p_v_scale,  # [B, Hkv, D] float32
     p_v_mean,  # [B, Hkv, D] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
-    p_mask,  # uint8 or float, or None
+    p_mask,  # words of ``gluon_masks.PackedMask``, or None
+    p_span,  # its spans, or None
     p_out,  # [B, H, Lq, D]
     p_lse,  # [B, H, Lq] float32, or None
     heads,
@@ -351,17 +339,15 @@ def attention_kernel(
     stride_bias_b,
     stride_bias_h,
     stride_bias_m,
-    stride_mb,
+    stride_mb,  # of the mask, in heads
     stride_mh,
-    stride_mm,
     D: gl.constexpr,
     WORDS: gl.constexpr,
     DP: gl.constexpr,
     QK: gl.constexpr,  # "int4", "int8", "fp4"
     PV: gl.constexpr,  # "int8", "fp8", "fp4"
     Q_BLOCK: gl.constexpr,
-    MASK: gl.constexpr,  # of its own for every query: 0 none, 1 boolean, 2 additive
-    HIDES: gl.constexpr,  # mask or bias may hide all keys from a row
+    MASK: gl.constexpr,  # of its own for every query: "none" or a kind of PackedMask
     CAUSAL: gl.constexpr,
     BM: gl.constexpr,
     STEP: gl.constexpr,
@@ -377,7 +363,7 @@ def attention_kernel(
     k_copy: gl.constexpr = copy_layout(WORDS, num_warps)
     v_copy: gl.constexpr = copy_layout(V_WORDS, num_warps)
 
-    i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
+    i_bh, i_b, i_h, i_bkv, i_m = place(program_number(), blocks, heads, group, CAUSAL)
     start_m = (first_block + i_m) * BM
 
     # Q stays in registers in the operand's order.
@@ -393,7 +379,9 @@ def attention_kernel(
     q = q_shared.load(gl.DotOperandLayout(0, mma, 1))
     o_m = start_m + gl.arange(0, BM, row)
     at = gl.minimum(o_m, q_len - 1)
-    q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK)
+    q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK) * _SCALE_SHIFT
+    if MASK == "bool":
+        q_scale = gl.maximum(q_scale, _SMALLEST_SCALE)
 
     q_micro = q
     if QK == "fp4":
@@ -411,21 +399,29 @@ def attention_kernel(
         channels = gl.arange(0, DP, channel_micro_layout(DP, num_warps))
         p_v_micro += i_bkv * (padded // _TILE_N) * D
         p_v_micro = p_v_micro + channels
-    o_c = gl.arange(0, _TILE_N, column_layout(num_warps))
-    p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
+    p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + lane_columns(num_warps)
     if BIAS:
-        p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + o_c
+        p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + lane_columns(num_warps)
         p_bias += (i_m * BM // 128).to(gl.int64) * stride_bias_m
-    if MASK:
-        p_mask = p_mask + i_b * stride_mb + i_h * stride_mh
-        p_mask = p_mask + at[:, None].to(gl.int64) * stride_mm
-        p_mask = p_mask + gl.arange(0, _TILE_N, col)[None, :]
-    end = k_len
-    whole = k_len // (STEP * _TILE_N)  # steps without a check
-    if CAUSAL:
-        whole = gl.minimum(whole, (start_m + 1) // (STEP * _TILE_N))
-        end = gl.minimum(end, start_m + BM)
-    steps = gl.cdiv(end, STEP * _TILE_N)
+    first, stop = 0, gl.cdiv(k_len, STEP * _TILE_N)
+    if MASK != "none":
+        # A warp's 16 rows are a group of the mask.
+        i_group = (i_b * stride_mb + i_h * stride_mh) * (gl.cdiv(q_len, 128) * 8) + start_m // 16
+        tiles = gl.cdiv(padded, 2 * _TILE_N) * 2
+        first, stop = mask_span(p_span + i_group * 2, tiles, STEP, num_warps)
+        p_mask = mask_words(p_mask, i_group, tiles, first * STEP, MASK, num_warps)
+        # Keys count from the first one that may be seen.
+        skipped = first * (STEP * _TILE_N)
+        p_k += skipped.to(gl.int64) * WORDS
+        p_v += skipped // _TILE_N * V_WORDS
+        p_k_scale += skipped * 2
+        if BIAS:
+            p_bias += skipped
+        if QK == "fp4":
+            p_k_micro += skipped.to(gl.int64) * (DP // 64)
+        if PV == "fp4":
+            p_v_micro += skipped // _TILE_N * D
+    whole, end = extent(start_m, first, stop, k_len, BM, STEP, CAUSAL)
 
     k_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, _TILE_N, WORDS], swizzle(WORDS))
     v_ring = gl.allocate_shared_memory(gl.int32, [STAGES * STEP, DP, V_WORDS], swizzle(V_WORDS))
@@ -436,22 +432,25 @@ def attention_kernel(
     p_k = p_k + i_bkv * k_len * WORDS + (k_rows[:, None] * WORDS + words[None, :])
     p_v = p_v + i_bkv * D * v_stride
     p_v = p_v + v_rows[:, None].to(gl.int64) * v_stride + v_words[None, :]
-    limit = gl.minimum(k_len, gl.cdiv(end, _TILE_N) * _TILE_N)
+    limit = gl.minimum(k_len - first * (STEP * _TILE_N), gl.cdiv(end, _TILE_N) * _TILE_N)
     k_limit = limit - k_rows
     for i in gl.static_range(STAGES - 1):
-        p_k, p_v = _copy_step(p_k, p_v, k_ring, v_ring, i, k_limit, limit, D, STEP, STAGES)
+        p_k, p_v = _copy_step(p_k, p_v, k_ring, v_ring, i, 0, k_limit, limit, D, STEP, STAGES)
+    k_limit -= (STAGES - 1) * STEP * _TILE_N
+    limit -= (STAGES - 1) * STEP * _TILE_N
 
     state = (
         gl.zeros([BM, DP], gl.float32, mma),
         gl.zeros([BM], gl.float32, row),
-        gl.full([BM], -float("inf"), gl.float32, row),
-        gl.full([BM], -float("inf"), gl.float32, row),
+        gl.full([BM], _NOTHING, gl.float32, row),
+        gl.full([BM], _NOTHING, gl.float32, row),
         p_k,
         p_v,
         p_k_scale,
         p_bias if BIAS else p_k_scale,
         p_k_micro if QK == "fp4" else p_k_scale,
         p_v_micro if PV == "fp4" else p_k_scale,
+        p_k_scale if MASK == "none" else p_mask,
     )
     words_type: gl.constexpr = gl.distributed_type(
         gl.int32, [4], gl.BlockedLayout([4], [32], [num_warps], [0])
@@ -463,11 +462,13 @@ def attention_kernel(
         words_type,
         is_pure=True,
     )
+    k_len -= first * (STEP * _TILE_N)
+    o_m -= first * (STEP * _TILE_N)
     for EDGE in gl.static_range(2):
         state = _attend_range(
             state,
             whole * EDGE,
-            steps if EDGE else whole,
+            gl.cdiv(end, STEP * _TILE_N) if EDGE else whole,
             k_limit,
             limit,
             k_len,
@@ -476,7 +477,6 @@ def attention_kernel(
             q_scale,
             o_m,
             magic,
-            p_mask,
             k_ring,
             v_ring,
             EDGE,
@@ -484,20 +484,22 @@ def attention_kernel(
             PV,
             BIAS,
             MASK,
-            HIDES,
             CAUSAL,
             D,
             STEP,
             STAGES,
             mma,
         )
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro = state
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
     async_copy.wait_group(0)
 
     total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)
-    i_bh, i_b, i_h, i_bkv, i_m = _place(blocks, heads, group, CAUSAL)
+    program = gl.inline_asm(program_after, ("=r", "l"), [p_k], gl.int32, is_pure=False)
+    i_bh, i_b, i_h, i_bkv, i_m = place(program, blocks, heads, group, CAUSAL)
     o_m = (first_block + i_m) * BM + gl.arange(0, BM, row)
     seen = total > 0.0
+    if MASK == "bool":
+        seen &= top > q_scale * _HIDDEN
     total = gl.where(seen, total, 1.0)
     o_d = gl.arange(0, DP, col)
     out = acc * (1.0 / total)[:, None]

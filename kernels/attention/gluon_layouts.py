@@ -35,6 +35,18 @@ def column_layout(warps):
 
 
 @gluon.constexpr_function
+def lane_layout(warps):
+    """The same as a matrix, a row for each of the four threads that share a row of scores."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8]],
+        lane_bases=[[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]],
+        warp_bases=[[0, 0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[4, TILE_N // 4],
+    )
+
+
+@gluon.constexpr_function
 def micro_layout(words, warps, operand):
     """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64.
 

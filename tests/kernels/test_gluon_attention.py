@@ -54,6 +54,11 @@ CASES = [
     Case(120, "fp4", "fp4", 72, 65, 63, mask="bool", delta_s=True, launch=GluonLaunch(4, 2, 2)),
     Case(120, "int8", "fp4", 1, 1, 1),
     Case(120, "int8", "fp8", 80, 64, 63, mask="bool", block=True, smooth_v=True),
+    Case(89, "int4", "fp8", 128, 70, 130, mask="bool", is_causal=True, delta_s=True),
+    Case(120, "fp4", "fp8", 64, 33, 70, mask="bool", delta_s=True),
+    Case(86, "int8", "int8", 64, 65, 129, mask="bool"),
+    Case(89, "int4", "fp8", 64, 17, 65, mask="fp16", delta_s=True),
+    Case(89, "int8", "fp8", 64, 33, 130, mask="bf16"),
 ]
 
 
@@ -66,7 +71,8 @@ def masked(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     mask[:, :, 0] = False
     if case.mask == "bool":
         return mask
-    return torch.where(mask, torch.randn(shape, generator=generator), -torch.inf)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(case.mask, torch.float32)
+    return torch.where(mask, torch.randn(shape, generator=generator), -torch.inf).to(dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:6])))
@@ -92,13 +98,81 @@ def test_equals_the_twin(case):
         out, lse = gluon.attend_quantized(
             *operands, permute_value(values), **options, launch=case.launch
         )
-    assert [name for name, _ in gpu.launches] == ["_scales_kernel", "attention_kernel"]
+    names = [name for name, _ in gpu.launches]
+    assert names == ["_pack_kernel"] * bool(case.mask) + ["_scales_kernel", "attention_kernel"]
     want, want_lse = reference.attend_quantized(*operands, values, **options)
     # P rounded to 8 bits may differ by one code where exp2 differs in the last place.
     assert relative_l1(out, want) < 1e-4
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
     if case.mask is not None:
         assert not out[:, :, 0].any() and torch.isneginf(lse[:, :, 0]).all()
+
+
+def document_mask(q_len: int, k_len: int) -> torch.Tensor:
+    """Two documents, the second behind two tiles of keys that nobody sees."""
+    rows, keys = torch.arange(q_len)[:, None], torch.arange(k_len)
+    return torch.where(rows < 128, keys < 40, keys >= k_len - 50)
+
+
+PACKED = {
+    # Of every mask: whose rows differ, what the heads and batches share, and its strides.
+    "documents": (document_mask(150, 260)[None, None], False),
+    "documents-causal": (document_mask(150, 260)[None, None].flip(-2), True),
+    "per-batch": (torch.rand(2, 1, 150, 260, generator=torch.Generator().manual_seed(1)) < 0.1, 0),
+    "per-head": (
+        torch.rand(150, 260, 2, generator=torch.Generator().manual_seed(2)).movedim(-1, 0) < 0.1,
+        True,
+    ),
+    "one-key-for-all": (torch.arange(150)[:, None] % 3 > 0, False),
+    "nothing": (torch.zeros(150, 260, dtype=torch.bool), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16])
+@pytest.mark.parametrize("name", PACKED)
+def test_masks_of_every_broadcast_shape(name, dtype):
+    """Tiles that no row of a program sees are left out; the others are hidden bit by bit."""
+    mask, is_causal = PACKED[name]
+    if dtype != torch.bool:
+        mask = torch.where(mask, 0.25, -torch.inf).to(dtype)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 64, generator=g) for n in (150, 260, 260))
+    q[:, :, ::7] *= 1e-20  # hidden scores must stay hidden whatever the scales
+    k[:, :, 5] *= 30.0
+    operands = (
+        quantize.quantize_rows(q, Precision.INT8, multiplier=0.2),
+        quantize.quantize_rows(k, Precision.INT8),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    options = {"mask": mask, "is_causal": bool(is_causal)}
+    with card(80):
+        out, lse = gluon.attend_quantized(*operands, permute_value(values), **options)
+    want, want_lse = reference.attend_quantized(*operands, values, **options)
+    assert relative_l1(out, want) < 1e-4 or not want.any()
+    assert ((out - want).abs() <= 0.01 * want.abs().amax(-1, True)).all()
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_the_smallest_number(dtype):
+    """A row of finfo.min gives the mean of V, as in PyTorch; beside a visible key it is hidden."""
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=g) for n in (20, 70, 70))
+    mask = torch.full((20, 70), torch.finfo(dtype).min, dtype=dtype)
+    mask[3:, 66] = 0.0
+    operands = (
+        quantize.quantize_rows(q * 0.01, Precision.INT8),
+        quantize.quantize_rows(k, Precision.INT8),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    with card(80):
+        out, _ = gluon.attend_quantized(*operands, permute_value(values), mask=mask)
+    want, _ = reference.attend_quantized(*operands, values, mask=mask)
+    assert relative_l1(out, want) < 1e-3  # float32 has steps of 0.008 beside fp16's -65504
+    only = quantize.dequantize_value(values)[:, :, 66:67]
+    torch.testing.assert_close(out[:, :, 3:], only.expand(1, 1, 17, 64), rtol=1e-4, atol=1e-4)
+    if dtype is not torch.float16:
+        assert relative_l1(out[:, :, :3], v.mean(2, True).expand(1, 1, 3, 64)) < 0.1
 
 
 @pytest.mark.parametrize("cc,precision", [(80, Precision.INT8), (120, Precision.FP4)])

@@ -190,8 +190,20 @@ class BitOps(Lanes):
         )
 
     def op_setp(self, i):
-        ty = i.op[-1]
-        a, b = self.read(i.args[1], ty), self.read(i.args[2], ty)
+        ty, targets = i.op[-1], i.args[0].split("|")
+        if ty == "f16x2":
+            # One predicate for each half, the lower one first.
+            x, y = (self.raw(arg, 32).astype(np.uint32) for arg in i.args[1:3])
+            for shift, target in zip((0, 16), targets, strict=True):
+                halves = ((v >> shift).astype(np.uint16).view(np.float16) for v in (x, y))
+                self._set(target, self._compared(i, *halves))
+            return
+        y = self._compared(i, self.read(i.args[1], ty), self.read(i.args[2], ty))
+        self._set(targets[0], y)
+        if len(targets) > 1:
+            raise Unsupported("setp with a second predicate")
+
+    def _compared(self, i, a, b):
         cmp = i.op[1]
         un = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.zeros(self.T, bool)
         base = {
@@ -213,7 +225,7 @@ class BitOps(Lanes):
             q = i.args[3]
             q = ~self.raw(q[1:], 1) if q.startswith("!") else self.raw(q, 1)
             y = {"and": y & q, "or": y | q, "xor": y ^ q}[i.op[2]]
-        self._set(i.args[0].split("|")[0], y)
+        return y
 
     def op_atom(self, i):
         ty = i.op[-1]

@@ -34,7 +34,7 @@ class Instr:
     line: int
 
 
-_INSTR = re.compile(r"^(?:@(!?)(%p\w*)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
+_INSTR = re.compile(r"^(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 
 
 class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
