@@ -116,10 +116,14 @@ def test_step_layer_and_branch_decide_as_the_plan_says(families):
     assert sorted(calls.seen) == sorted(expected)
 
 
-def test_a_batch_of_both_branches_has_no_branch(families):
+def test_a_batch_of_both_branches_is_served_in_parts(families):
     sd3, calls = families("sd3"), Calls()
-    sd3.sample(patch(sd3.model, "fp16", observers=[calls]), steps=2)
-    assert {branch for _, _, branch, _ in calls.seen} == {None}
+    plan = PrecisionPlan("fp16", (Rule("int8/int8", branch="uncond"),))
+    sd3.sample(patch(sd3.model, plan, observers=[calls]), steps=2)
+    assert {(branch, str(spec)) for _, _, branch, spec in calls.seen} == {
+        ("cond", "fp16"),
+        ("uncond", "int8/int8"),
+    }
 
 
 def test_second_order_samplers_belong_to_the_step_they_refine(families):
@@ -128,7 +132,7 @@ def test_second_order_samplers_belong_to_the_step_they_refine(families):
     steps = [step for layer, step, _, _ in calls.seen if layer == "double.00"]
     assert steps == sorted(steps)
     assert set(steps) == {0, 1, 2, 3}
-    assert len(steps) == 7  # two calls a step, one in the last
+    assert len(steps) == 2 * 7  # two calls a step, one in the last; each of both branches
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "uni_pc", "lcm"])
