@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..formats import (
-    K_SCALE_BLOCK,
-    LOG2E,
-    MIN_MULTIPLIER,
     Q_BLOCK,
-    Q_SCALE_BLOCK,
     Precision,
     QuantizedTensor,
     QuantizedValue,
     padded_dim,
     padded_length,
 )
-from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias, key_scales
 from .gluon_kernel import SCALE_SHIFT, attention_kernel
 from .gluon_masks import pack_mask
 from .gluon_support import MAX_REGISTERS, GluonLaunch, Tuned, unsupported_spec
 from .gluon_support import launch as launch_for
+from .operands import quantize_operands
 from .reference import smoothed_lse
 
 #: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
@@ -186,54 +181,23 @@ def attention(
     dtype = q.dtype
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
-    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
-    rows = q if sm_scale >= 0 else -q
-    by_block = spec.granularity == "block"
-    options: dict[str, Any] = {"rotation": spec.rotate, "clip": spec.clip, "multiplier": multiplier}
-    q_mean: Tensor | None
-    if spec.smooth_q and not by_block:
-        q_codes, q_mean = quantize.quantize_smoothed_rows(rows, spec.qk, **options)
-    else:
-        q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
-        block = Q_SCALE_BLOCK if by_block else 1
-        q_codes = quantize.quantize_rows(rows, spec.qk, mean=q_mean, block=block, **options)
-    k_codes = quantize.quantize_rows(
-        k,
-        spec.qk,
-        mean=k_mean,
-        rotation=spec.rotate,
-        clip=spec.clip,
-        block=K_SCALE_BLOCK if by_block else 1,
-    )
-    stats = quantize.channel_stats(v) if spec.smooth_v else None
-    fast = spec.pv_accumulator == "fp16"
-    values = quantize.quantize_value(
-        v,
-        spec.pv,
-        mean=None if stats is None else stats.mean,
-        fast=fast,
-        clip=spec.clip,
-        permuted=True,
-        stats=stats,
-    )
-
+    x = quantize_operands(q, k, v, spec, scale, permuted=True)
+    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
     bias, key_mask = None, None
     if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
         # One mask for all queries costs nothing as part of the bias.
         key_mask = mask.expand(q.shape[0], q.shape[1], 1, k.shape[2])
         mask = None
-    if q_mean is not None or key_mask is not None:
+    if x.q_mean is not None or key_mask is not None:
 
         def bias(first: int, count: int) -> Tensor:
-            smooth = q_mean is not None
+            smooth = x.q_mean is not None
             added = key_bias(
                 q.shape[1],
                 k,
-                q_mean=q_mean,
-                k_mean=k_mean,
-                multiplier=multiplier,
+                q_mean=x.q_mean,
+                k_mean=x.k_mean,
+                multiplier=x.multiplier,
                 mask=key_mask,
                 first_block=first if smooth else 0,
                 blocks=count if smooth else 1,
@@ -241,17 +205,17 @@ def attention(
             return added if smooth else added.expand(-1, -1, count, -1)
 
     out, lse = attend_quantized(
-        q_codes,
-        k_codes,
-        values,
+        x.q,
+        x.k,
+        x.v,
         bias=bias,
         mask=mask,
         is_causal=is_causal,
-        fp16_accumulator=fast,
+        fp16_accumulator=spec.pv_accumulator == "fp16",
         out_dtype=dtype,
         return_lse=return_lse,
         launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
     )
-    if lse is not None and k_mean is not None:
-        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    if lse is not None and x.k_mean is not None:
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
     return out, lse

@@ -7,21 +7,17 @@ import triton
 from torch import Tensor
 
 from ..formats import (
-    K_SCALE_BLOCK,
-    LOG2E,
-    MIN_MULTIPLIER,
-    Q_SCALE_BLOCK,
     Precision,
     QuantizedTensor,
     QuantizedValue,
     padded_length,
 )
-from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from .gluon_columns import key_bias, key_scales
 from .hopper_kernel import attention_kernel
 from .hopper_support import HopperLaunch, Tuned, unsupported_spec
 from .hopper_support import launch as launch_for
+from .operands import quantize_operands
 from .reference import smoothed_lse
 
 
@@ -149,39 +145,24 @@ def attention(
     dtype = q.dtype
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
-    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
-    by_block = spec.granularity == "block"
-    q_codes = quantize.quantize_rows(
-        q if sm_scale >= 0 else -q,
-        spec.qk,
-        rotation=spec.rotate,
-        block=Q_SCALE_BLOCK if by_block else 1,
-        multiplier=max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER),
-    )
-    k_codes = quantize.quantize_rows(
-        k, spec.qk, mean=k_mean, rotation=spec.rotate, block=K_SCALE_BLOCK if by_block else 1
-    )
-    stats = quantize.channel_stats(v) if spec.smooth_v else None
-    values = quantize.quantize_value(
-        v, spec.pv, mean=None if stats is None else stats.mean, permuted=True, stats=stats
-    )
+    x = quantize_operands(q, k, v, spec, scale, permuted=True)
+    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
     bias = None
     if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
         # One mask for all queries: an addition per element.
         bias = key_bias(q.shape[1], k, mask=mask.expand(q.shape[0], q.shape[1], 1, k.shape[2]))
         mask = None
     out, lse = attend_quantized(
-        q_codes,
-        k_codes,
-        values,
+        x.q,
+        x.k,
+        x.v,
         bias=bias,
         mask=mask,
         is_causal=is_causal,
         out_dtype=dtype,
         return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, q_codes.data.shape[-1]),
+        launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
     )
-    if lse is not None and k_mean is not None:
-        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    if lse is not None and x.k_mean is not None:
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
     return out, lse

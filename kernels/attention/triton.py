@@ -16,19 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import (
-    K_SCALE_BLOCK,
     LOG2E,
-    MIN_MULTIPLIER,
     Q_SCALE_BLOCK,
     TILE_N,
     Precision,
     QuantizedTensor,
     QuantizedValue,
 )
-from ..quantize import triton as quantize
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int
 from . import triton_fp4, tuning
+from .operands import quantize_operands
 from .reference import MASK_FLOOR, half_value, smoothed_lse
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -443,37 +441,18 @@ def attention(
             q, k, v, spec, mask, is_causal, scale, return_lse, tuned=tuned
         )
         return out.to(dtype), lse
-    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
-    by_block = spec.granularity == "block"
-    q_codes = quantize.quantize_rows(
-        q if sm_scale >= 0 else -q,
-        spec.qk,
-        rotation=spec.rotate,
-        block=Q_SCALE_BLOCK if by_block else 1,
-        multiplier=max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER),
-    )
-    k_codes = quantize.quantize_rows(
-        k, spec.qk, mean=k_mean, rotation=spec.rotate, block=K_SCALE_BLOCK if by_block else 1
-    )
-    values: Tensor | QuantizedValue = v
-    fast = spec.pv_accumulator == "fp16"
-    if spec.pv is not Precision.FP16:
-        stats = quantize.channel_stats(v) if spec.smooth_v else None
-        values = quantize.quantize_value(
-            v, spec.pv, mean=None if stats is None else stats.mean, fast=fast, stats=stats
-        )
+    x = quantize_operands(q, k, v, spec, scale)
     out, lse = attend_quantized(
-        q_codes,
-        k_codes,
-        values,
+        x.q,
+        x.k,
+        x.v,
         mask=mask,
         is_causal=is_causal,
-        fp16_accumulator=fast,
+        fp16_accumulator=spec.pv_accumulator == "fp16",
         out_dtype=dtype,
         return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, q_codes.data.shape[-1]),
+        launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
     )
-    if lse is not None and k_mean is not None:
-        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    if lse is not None and x.k_mean is not None:
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
     return out, lse

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..formats import (
     FP4_GROUP,
     LOG2E,
-    MIN_MULTIPLIER,
     Q_BLOCK,
     TILE_N,
     Precision,
@@ -26,12 +25,12 @@ from ..formats import (
     QuantizedValue,
     padded_dim,
 )
-from ..quantize import triton as quantize
 from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
 from ..spec import AttentionSpec
 from . import tuning
 from .gluon_columns import as_columns, columns_length, key_bias
+from .operands import quantize_operands
 from .reference import MASK_FLOOR, smoothed_lse
 
 _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
@@ -446,55 +445,34 @@ def attention(
     tuned: tuning.Tuned | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.triton.attention` for FP4 Q and K in q's, k's and v's dtype."""
-    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
-    rows = q if sm_scale >= 0 else -q
-    rotation, clip = spec.rotate, spec.clip
+    x = quantize_operands(q, k, v, spec, scale, permuted=spec.pv is Precision.FP4)
+    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
     bias = None
-    if spec.smooth_q:
-        q_codes, q_mean = quantize.quantize_smoothed_rows(
-            rows, Precision.FP4, rotation=rotation, clip=clip, multiplier=multiplier
-        )
+    if x.q_mean is not None:
 
         def bias(first: int, count: int) -> Tensor:
             return key_bias(
                 q.shape[1],
                 k,
-                q_mean=q_mean,
-                k_mean=k_mean,
-                multiplier=multiplier,
+                q_mean=x.q_mean,
+                k_mean=x.k_mean,
+                multiplier=x.multiplier,
                 first_block=first,
                 blocks=count,
             )
-    else:
-        q_codes = quantize.quantize_rows(
-            rows, Precision.FP4, rotation=rotation, clip=clip, multiplier=multiplier
-        )
-    k_codes = quantize.quantize_rows(k, Precision.FP4, mean=k_mean, rotation=rotation, clip=clip)
-    stats = quantize.channel_stats(v) if spec.smooth_v else None
-    fast, fp4 = spec.pv_accumulator == "fp16", spec.pv is Precision.FP4
-    values = quantize.quantize_value(
-        v,
-        spec.pv,
-        mean=None if stats is None else stats.mean,
-        fast=fast,
-        clip=clip and fp4,
-        permuted=fp4,
-        stats=stats,
-    )
+
     out, lse = attend_quantized(
-        q_codes,
-        k_codes,
-        values,
+        x.q,
+        x.k,
+        x.v,
         bias=bias,
         mask=mask,
         is_causal=is_causal,
-        fp16_accumulator=fast,
+        fp16_accumulator=spec.pv_accumulator == "fp16",
         out_dtype=q.dtype,
         return_lse=return_lse,
         launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
     )
-    if lse is not None and k_mean is not None:
-        lse = lse + smoothed_lse(q, k_mean, sm_scale)
+    if lse is not None and x.k_mean is not None:
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
     return out, lse

@@ -1,0 +1,102 @@
+"""From Q, K, V and a spec to the quantized operands of an attention kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..formats import (
+    K_SCALE_BLOCK,
+    LOG2E,
+    MIN_MULTIPLIER,
+    Q_BLOCK,
+    Q_SCALE_BLOCK,
+    Precision,
+    QuantizedTensor,
+    QuantizedValue,
+)
+from ..quantize import triton as quantize
+from ..spec import AttentionSpec
+
+
+class Operands(NamedTuple):
+    """What an attention kernel reads.
+
+    Attributes:
+        q: its scales carry ``multiplier`` and are positive.
+        k: without its mean, if the spec smooths it.
+        v: as it came, where P V runs in the model's half type.
+        q_mean: ``[B, H, ceil(Lq / 128), D]`` float32, what smooth_q took out of Q, or None.
+        k_mean: ``[B, Hkv, D]`` float32, what smooth_k took out of K, or None.
+        sm_scale: the softmax scale.
+        multiplier: its magnitude times log2(e).
+    """
+
+    q: QuantizedTensor
+    k: QuantizedTensor
+    v: Tensor | QuantizedValue
+    q_mean: Tensor | None
+    k_mean: Tensor | None
+    sm_scale: float
+    multiplier: float
+
+
+def quantize_operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    scale: float | None = None,
+    *,
+    permuted: bool = False,
+) -> Operands:
+    """Smooth, rotate and quantize on the GPU, as :func:`.reference.attention` does in Torch.
+
+    Args:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype but float64.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+        permuted: V's tokens in the order of P's registers (:mod:`..quantize.permute`).
+    """
+    sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    rows = q if sm_scale >= 0 else -q  # the scales stay positive
+    by_block = spec.granularity == "block"
+    q_mean: Tensor | None
+    if spec.smooth_q and not by_block:
+        q_codes, q_mean = quantize.quantize_smoothed_rows(
+            rows, spec.qk, rotation=spec.rotate, clip=spec.clip, multiplier=multiplier
+        )
+    else:
+        q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
+        q_codes = quantize.quantize_rows(
+            rows,
+            spec.qk,
+            mean=q_mean,
+            rotation=spec.rotate,
+            clip=spec.clip,
+            block=Q_SCALE_BLOCK if by_block else 1,
+            multiplier=multiplier,
+        )
+    k_codes = quantize.quantize_rows(
+        k,
+        spec.qk,
+        mean=k_mean,
+        rotation=spec.rotate,
+        clip=spec.clip,
+        block=K_SCALE_BLOCK if by_block else 1,
+    )
+    values: Tensor | QuantizedValue = v
+    if spec.pv is not Precision.FP16:
+        stats = quantize.channel_stats(v) if spec.smooth_v else None
+        values = quantize.quantize_value(
+            v,
+            spec.pv,
+            mean=None if stats is None else stats.mean,
+            fast=spec.pv_accumulator == "fp16",
+            clip=spec.clip and spec.pv is Precision.FP4,
+            permuted=permuted,
+            stats=stats,
+        )
+    return Operands(q_codes, k_codes, values, q_mean, k_mean, sm_scale, multiplier)
