@@ -114,9 +114,15 @@ FREE_OF_SPILLS = 128
 
 #: Spills that are known at smaller head dims: by backend, spec, head dim and variant of the test.
 MAY_SPILL = {
-    **{("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS},  # not on the ladder
-    ("gluon", "fp4/fp8-fast", 128, "unaligned"): ("sm_120",),
-    ("gluon", "fp4/fp4", 128, "unaligned"): ("sm_120",),
+    # fp4/int8 is not on the ladder.
+    **{
+        ("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS if v not in ("plain", "causal")
+    },
+    **{
+        ("gluon", "int8/int8", 128, v): ("sm_80", "sm_86", "sm_89")
+        for v in ("bool", "additive", "unaligned")
+    },
+    ("gluon", "int4/int8", 128, "causal"): ("sm_86", "sm_89"),
     ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
     ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
     ("triton", "fp4/fp4", 128, "unaligned"): ("sm_100",),
