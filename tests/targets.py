@@ -120,7 +120,7 @@ MAY_SPILL = {
     },
     **{
         ("gluon", "int8/int8", 128, v): ("sm_80", "sm_86", "sm_89")
-        for v in ("bool", "additive", "unaligned")
+        for v in ("keys", "bool", "additive", "unaligned")
     },
     ("gluon", "int4/int8", 128, "causal"): ("sm_86", "sm_89"),
     ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
