@@ -22,6 +22,7 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    padded_length,
 )
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int
@@ -66,6 +67,7 @@ def _attend_range(
     start,  # first key, a multiple of 64
     stop,
     k_len,
+    mask_len,
     p_k,  # [DP, 64] at the first key
     p_k_scale,
     p_v,  # [64, DP] at the first key
@@ -101,10 +103,10 @@ def _attend_range(
                 visible = visible & (n + o_n[None, :] <= o_m[:, None])
             s = tl.where(visible, s, -float("inf"))
         if MASK == 1:
-            seen = _load_mask(p_mask, inside, EDGE)
+            seen = _load_mask(p_mask, n + o_n < mask_len, EDGE)
             s = tl.where(seen != 0, s, -float("inf"))
         if MASK == 2:
-            bias = _load_mask(p_mask, inside, EDGE).to(tl.float32)
+            bias = _load_mask(p_mask, n + o_n < mask_len, EDGE).to(tl.float32)
             clamped = tl.minimum(tl.maximum(bias * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
             s = s * q_scale[:, None] + tl.where(bias == -float("inf"), bias, clamped)
             tile_top = tl.max(s, 1)
@@ -184,6 +186,7 @@ def _attention_fwd_kernel(
     blocks,  # of BLOCK_M query rows
     q_len,
     k_len,
+    mask_len,  # columns of the mask: k_len, or more
     q_groups,
     k_groups,
     stride_vb,
@@ -245,6 +248,7 @@ def _attention_fwd_kernel(
             whole * EDGE,
             stop if EDGE else whole,
             k_len,
+            mask_len,
             p_k,
             p_k_scale,
             p_v,
@@ -283,6 +287,18 @@ def _attention_fwd_kernel(
     if p_lse is not None:
         lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
         tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)
+
+
+def _reads_elements(mask: Tensor, k_len: int) -> bool:
+    """Whether the kernel would read a mask element by element, which costs registers it hasn't.
+
+    Of a mask that differs from query to query it reads 16 elements at a time if all rows begin and
+    end at multiples of 16.  Others are worth a padded copy, without broadcast dims.
+    """
+    if mask.ndim < 2 or mask.shape[-2] == 1 or mask.shape[-1] != k_len:
+        return False
+    steps = (*mask.stride()[:-1], mask.storage_offset(), k_len)
+    return mask.stride(-1) != 1 or any(step % 16 for step in steps)
 
 
 def attend_quantized(
@@ -351,7 +367,7 @@ def attend_quantized(
         if pv != "fp8":
             raise ValueError(f"fp16_accumulator needs v in fp8, got {pv}")
         pv = "fp8-fast"
-    kind, strides = 0, [0, 0, 0, 0]
+    kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
@@ -359,9 +375,13 @@ def attend_quantized(
         # The kernel's offsets within a tile have 32 bits.
         if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
             mask = mask.contiguous()
-        mask = mask.expand(batch, heads, q_len, k_len)
+        if _reads_elements(mask, k_len):
+            mask_len = padded_length(k_len)
+            mask = torch.nn.functional.pad(mask, (0, mask_len - k_len))
+        mask = mask.expand(batch, heads, q_len, mask_len)
         strides = list(mask.stride())
-    config = tuning.launch(tuning.architecture(device), dim, strides[2] != 0, launch, pv)
+    reads = "" if mask is None else "rows" if strides[2] else "keys"
+    config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv)
     out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
     lse = None
     if return_lse:
@@ -384,6 +404,7 @@ def attend_quantized(
             blocks,
             q_len,
             k_len,
+            mask_len,
             q.scale.shape[2],
             k.scale.shape[2],
             *v_strides,

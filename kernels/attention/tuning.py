@@ -77,6 +77,10 @@ _EXCEPTIONS = {
 #: With FP4 Q and K.  Block-scaled ``tcgen05.mma`` has 128 rows; Triton emulates fewer in BF16.
 _FP4_LAUNCHES = {64: Launch(128, 8, 3), 128: Launch(128, 8, 3), 256: Launch(128, 8, 2)}
 
+#: With a mask that differs from query to query, by architecture and padded head dim, where eight
+#: warps would spill.
+_ROW_MASKS = {("sm_120", 128): Launch(64, 4, 2)}
+
 #: NVIDIA architectures with E4M3 tensor cores begin here.
 _FP8_CAPABILITY = (8, 9)
 
@@ -89,23 +93,25 @@ _MATRIX_HIP = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 
 @functools.lru_cache(maxsize=256)
 def launch(
-    arch: str, dim: int, row_mask: bool = False, measured: Launch | None = None, pv: str = "half"
+    arch: str, dim: int, mask: str = "", measured: Launch | None = None, pv: str = "half"
 ) -> Launch:
     """The configuration for an architecture ("sm_89", "gfx942") and padded head dim.
 
     Args:
-        row_mask: a mask that differs from query to query is read too; its tiles need registers and,
-            in every stage, shared memory.
+        mask: "keys" if one mask of the keys is read too, "rows" if it differs from query to query:
+            its tiles need registers and, in every stage, shared memory.
         measured: instead of the built-in one.
         pv: format of P and V, "fp8-fast" for FP8 with an FP16 accumulator.
     """
     found = measured or _EXCEPTIONS.get((arch, pv, dim))
     if found is None:
         found = next(table for prefix, table in _LAUNCHES.items() if arch.startswith(prefix))[dim]
-    if row_mask:
-        found = found._replace(
-            num_warps=max(found.num_warps, 8), num_stages=min(found.num_stages, 2)
-        )
+    if mask == "rows":
+        if measured is None:
+            found = _ROW_MASKS.get((arch, dim), found)
+        found = found._replace(num_stages=min(found.num_stages, 2))
+    if mask == "rows" or (mask == "keys" and arch.startswith("sm_")):
+        found = found._replace(num_warps=max(found.num_warps, found.block_m // 16))
     return found
 
 
