@@ -1,6 +1,8 @@
 """Kernels that don't compile: refused before, named after, replaced only where "auto" allows."""
 
 import ast
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -149,6 +151,36 @@ def test_triton_itself_is_named(qkv):
         knobs.runtime.jit_cache_hook = before
     error = compilation._failure("triton", call, caught.value)
     assert error.kernel == "triton: _stats_kernel"
+
+
+@pytest.mark.parametrize(
+    ("cc", "tiles", "kernel", "says"),
+    [
+        (89, 8, "attention_kernel", "out of resource: shared memory, Required: 131072"),
+        (86, 4, "_quantize_value_kernel", "fp8e4nv not supported in this architecture"),
+    ],
+)
+def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
+    """Really compiled: a ring of too many tiles, and a format that the card doesn't have."""
+    pytest.importorskip("triton", minversion="3.9")
+    from helpers import card
+
+    from sage_diffusion import compilation
+    from sage_diffusion.kernels.attention import gluon
+    from sage_diffusion.kernels.attention.gluon_support import GluonLaunch
+
+    attend = functools.partial(gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2))
+    record = Backend("gluon", "refuses nothing", lambda call: None, lambda: attend)
+    monkeypatch.setattr(backends, "BACKENDS", (record,))
+    backends.select.cache_clear()
+    q, k, v = torch.randn(3, 1, 1, 64, 128).half().unbind()
+    call = AttentionCall.of(q, k, AttentionSpec.parse("int8/fp8-fast"))
+    call = dataclasses.replace(call, capability=(cc // 10, cc % 10))
+    with card(cc), pytest.raises(KernelCompilationError) as caught:
+        compilation.run(call, "gluon", q, k, v, None, None)
+    backends.select.cache_clear()
+    assert (caught.value.kernel, caught.value.target) == (f"gluon: {kernel}", f"sm_{cc}")
+    assert says in caught.value.message
 
 
 @pytest.mark.parametrize(
