@@ -14,7 +14,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix test-comfy lint cost fidelity overhead clean
+.PHONY: help demo test matrix grid test-comfy lint cost fidelity overhead clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
 
 matrix: $(READY)  ## Machine code of every kernel, card, head dim and mask (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' -n $(JOBS) tests/kernels/test_compiled_matrix.py
+
+grid: $(READY)  ## Whole calls as compiled, every pair of parameter values (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' -n $(JOBS) tests/kernels/test_grid.py
 
 test-comfy:  ## The node pack inside real ComfyUI releases and in a browser (installs both)
 	tests/comfy/run.sh

@@ -216,6 +216,9 @@ class ArithmeticOps(Lanes):
     def op_neg(self, i):
         self._arith(i, lambda a: -a)
 
+    def op_copysign(self, i):
+        self._arith(i, lambda sign, x: np.copysign(x, sign))
+
     def op_abs(self, i):
         self._arith(i, np.abs)
 
