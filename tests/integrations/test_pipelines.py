@@ -25,8 +25,8 @@ def test_compare_pipeline_reports_calls_latents_and_pictures() -> None:
     plan = PrecisionPlan("int4/fp8-fast", (Rule("int8/fp8", "transformer_blocks.1.*"),))
     report = compare_pipeline(pipe, plan, seeds=(1, 2), **CALL)
     assert report.layers == ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
-    assert report.steps == (0, 1, 2) and len(report.rows) == 2 * 2 * 3
-    assert report.specs == {"int4/fp8-fast": 6, "int8/fp8": 6}
+    assert report.steps == (0, 1, 2) and len(report.rows) == 2 * 2 * 2 * 3
+    assert report.specs == {"int4/fp8-fast": 12, "int8/fp8": 12}  # each branch of guidance
     end = report.end_to_end
     assert end.labels == tuple(f"picture {i}, seed {s}" for s in (1, 2) for i in (0, 1))
     assert len(end.psnr) == 4 and all(20 < value < 120 for value in end.psnr)
