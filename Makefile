@@ -14,7 +14,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix grid test-comfy lint cost fidelity overhead clean
+.PHONY: help demo test matrix grid test-comfy lint cost fidelity adaptive overhead clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ cost: $(READY)  ## Predicted bounds of the kernels on every card, from their mac
 
 fidelity: $(READY)  ## What each spec does to the attention of a real language model
 	$(BIN)/python -m benchmarks.fidelity
+
+adaptive: $(READY)  ## Adaptive plans on three models, on held-out pictures (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.adaptive
 
 overhead: $(READY)  ## Host overhead of one attention() call
 	$(BIN)/python -m benchmarks.overhead

@@ -1,0 +1,26 @@
+"""``benchmarks.calibration`` on little."""
+
+import pytest
+from from_file import from_file
+
+calibration = from_file("benchmarks/calibration.py")
+
+
+def test_a_quarter_of_the_cells_is_measured_in_one_pass():
+    sampler = calibration.sampler_of(16)
+    calls = []
+    sample = sampler.sample
+    sampler.sample = lambda *args: calls.append(args) or sample(*args)
+    found = calibration.overhead(sampler)
+    assert len(calls) == 1 + 2 + 2  # warm-up, plain, calibrated: nothing was measured twice
+    assert found["overhead"] == pytest.approx(found["calibrated"] / found["plain"] - 1)
+    with pytest.raises(ValueError, match="square number, got 15"):
+        calibration.sampler_of(15)
+
+
+def test_plans_of_made_up_tables():
+    for share in (1.0, 0.25):
+        table = calibration.table_of(8, 12, share)
+        assert table.measured.mean() == share
+        found = calibration.planning(8, 12, share)
+        assert found["specs"] == 6 and found["gap"] < 1e-3 and found["seconds"] > 0
