@@ -23,6 +23,8 @@ _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 
 #: Query blocks of one program of the bias kernel: the m of a tensor-core product.
 _BLOCKS = 16
+#: Channels of K that it holds at a time: three parts of a float32 tile are in shared memory.
+_CHANNELS = tl.constexpr(64)
 
 
 def columns_length(k_len: int) -> int:
@@ -111,18 +113,20 @@ def _bias_kernel(
     i_bkv = i_b * (heads // group) + i_h // group
     position = tl.arange(0, _TILE_N)
     o_n = i_tile * _TILE_N + _column(position)
-    o_m, o_d = i_chunk * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, DP)
+    o_m = i_chunk * BLOCKS + tl.arange(0, BLOCKS)
     bias = tl.zeros([BLOCKS, _TILE_N], tl.float32)
     if p_q_mean is not None:
         p_k += i_b * stride_kb + (i_h // group) * stride_kh
-        k, inside = load_rows(p_k, o_n, o_d, k_len, stride_kl, stride_kd, D)
-        if p_k_mean is not None:
-            mean = tl.load(p_k_mean + i_bkv * D + o_d, mask=o_d < D, other=0.0)
-            k = tl.where(inside, k - mean[None, :], 0.0)
-        at = (i_bh * q_blocks + first_block + o_m[:, None]) * D + o_d[None, :]
-        in_q = (o_m[:, None] < blocks) & (o_d[None, :] < D)
-        q_mean = tl.load(p_q_mean + at, mask=in_q, other=0.0) * multiplier
-        bias = tl.dot(q_mean, tl.trans(k), input_precision="tf32x3")
+        for first in tl.static_range(0, DP, _CHANNELS):
+            o_d = first + tl.arange(0, _CHANNELS)
+            k, inside = load_rows(p_k, o_n, o_d, k_len, stride_kl, stride_kd, D)
+            if p_k_mean is not None:
+                mean = tl.load(p_k_mean + i_bkv * D + o_d, mask=o_d < D, other=0.0)
+                k = tl.where(inside, k - mean[None, :], 0.0)
+            at = (i_bh * q_blocks + first_block + o_m[:, None]) * D + o_d[None, :]
+            in_q = (o_m[:, None] < blocks) & (o_d[None, :] < D)
+            q_mean = tl.load(p_q_mean + at, mask=in_q, other=0.0) * multiplier
+            bias = tl.dot(q_mean, tl.trans(k), bias, input_precision="tf32x3")
     if MASK:
         p_mask += i_b * stride_mb + i_h * stride_mh
         seen = tl.load(p_mask + o_n.to(tl.int64) * stride_mn, mask=o_n < k_len, other=0)

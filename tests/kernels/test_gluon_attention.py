@@ -225,10 +225,11 @@ def test_whole_call(cc, name, q_len, scale, mask, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
 
 
-def test_delta_s_in_column_order():
+@pytest.mark.parametrize("head_dim", [40, 160])
+def test_delta_s_in_column_order(head_dim):
     """The bias kernel against the twin's delta-S: some blocks of several, plus a mask."""
-    q = fused_view(1, 2, 300, 40, 1).float()
-    k = fused_view(1, 1, 70, 40, 2, torch.bfloat16)
+    q = fused_view(1, 2, 300, head_dim, 1).float()
+    k = fused_view(1, 1, 70, head_dim, 2, torch.bfloat16)
     q_mean, k_mean = quantize.block_mean(q, 128), quantize.token_mean(k)
     mask = torch.where(torch.arange(70) < 65, 0.5, -torch.inf).expand(1, 2, 1, 70)
     with card(80):
