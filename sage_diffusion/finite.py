@@ -51,18 +51,27 @@ class DeferredValues:
         by_device: dict[torch.device, list[int]] = {}
         for i, value in enumerate(self._values):
             by_device.setdefault(value.device, []).append(i)
-        for device, indices in by_device.items():
+        for indices in by_device.values():
             keys = [self._keys[i] for i in indices]
             values = torch.stack([self._values[i].float() for i in indices])
-            event = None
-            if device.type == "cuda":
-                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-                host.copy_(values, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
-                values = host
-            self._pending.append((keys, values, event))
+            self._pending.append((keys, *copy_to_host(values)))
         self._keys, self._values = [], []
+
+
+def reads_at_once(x: Tensor) -> bool:
+    """Does reading a value of ``x`` wait for no queue of a device?"""
+    return x.device.type == "cpu"
+
+
+def copy_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Values on the host, and the event behind their copy where one is under way."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+    return host, event
 
 
 class FiniteWatch:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion import backends, compilation, ops
-from sage_diffusion.finite import FiniteWatch
+from sage_diffusion.finite import FiniteWatch, reads_at_once
 from sage_diffusion.guard import Guard, GuardState
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
@@ -246,6 +246,7 @@ class AttentionSession:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps = steps
+        self.guard.begin_run()
         self.begin_step(0)
 
     def begin_step(self, step: int, sigma: float | None = None) -> None:
@@ -299,9 +300,10 @@ class AttentionSession:
             if not steps:
                 fresh.append(name)
                 # Another rung may fail the same way: straight to the host's own attention.
-                self.guard.raise_layer(name, step, f"non-finite output at step {step}", rungs=3)
+                reason = f"non-finite output at step {step}"
+                self.guard.raise_layer(name, self.step, reason, rungs=3)
             steps.append(step)
-        for done in self.guard.poll():
+        for done in self.guard.poll(self.step):
             log.warning("%s", done)
         if fresh:
             message = f"non-finite attention output in {', '.join(fresh[:4])}"
@@ -446,7 +448,7 @@ class AttentionSession:
             return None
         finite = self.watch.look(layer.name, self.step, out)
         if not self.strict:
-            if out.device.type == "cpu":  # reading the flag waits for nothing here
+            if reads_at_once(finite):
                 if not finite:
                     layer.decline("the quantized output was not finite, run again natively")
                     return None
@@ -455,7 +457,7 @@ class AttentionSession:
                 # make no NaN of finite inputs and are spared it.
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
-        if self.guard.due(layer.index, self.step):
+        if self.guard.due(layer.name, layer.index, self.step):
             self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
         return out
 
