@@ -13,7 +13,9 @@ from sage_diffusion.summary import LayerSummary, SessionSummary
 def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
     """One summary of several devices' sessions, layers in the order in which they were met."""
     layers: dict[str, LayerSummary] = {}
+    failures: Counter[str] = Counter()
     for summary in summaries:
+        failures.update(summary.compilation_failures)
         for layer in summary.layers:
             before = layers.get(layer.name)
             if before is not None:
@@ -22,9 +24,11 @@ def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
                     dict(Counter(before.ran) + Counter(layer.ran)),
                     dict(Counter(before.declined) + Counter(layer.declined)),
                     tuple(sorted({*before.non_finite, *layer.non_finite})),
+                    before.stepped_up + layer.stepped_up,
+                    max((x for x in (before.drift, layer.drift) if x is not None), default=None),
                 )
             layers[layer.name] = layer
-    return SessionSummary(tuple(layers.values()))
+    return SessionSummary(tuple(layers.values()), dict(failures))
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class RunReport:
             shares = ", ".join(f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
             lines.append(f"{declined} declined" + (f"; share: {shares}" if shares else ""))
         lines.append(f"{self.model or 'model'}, plan {self.title}, {self.forwards} model calls")
+        raised = [layer for layer in summary.layers if layer.stepped_up]
+        lines += [f"{layer.name} stepped up: {'; '.join(layer.stepped_up)}" for layer in raised]
         lines += [f"declined {n} times: {reason}" for reason, n in summary.declined.items()]
         return "\n".join(lines)
 
