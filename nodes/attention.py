@@ -8,11 +8,15 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from sage_diffusion.backends import BACKEND_NAMES
+from sage_diffusion.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch
 from sage_diffusion.integrations.comfy_plans import PRESETS, custom, describe, preset
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import CATEGORY, Plan, load_plan, plan_names, show
 from sage_diffusion.plan import PlanError, PrecisionPlan
+
+#: Steps between two drift checks of a layer.
+_CHECK_EVERY = 10
 
 
 def _custom_inputs() -> list[io.Input]:
@@ -130,6 +134,14 @@ class SageAttention(io.ComfyNode):
                     tooltip="Stop with an error where a call can't be quantized or a plan does not "
                     "fit the model, instead of using the model's own attention.",
                 ),
+                io.Boolean.Input(
+                    "guard",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Compare a few rows of each layer with exact attention every tenth "
+                    "step; a layer that strays runs a more accurate spec from then on.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with quantized attention."),
@@ -140,7 +152,13 @@ class SageAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, preset: dict[str, Any], enabled: bool, backend: str, strict: bool
+        cls,
+        model: Any,
+        preset: dict[str, Any],
+        enabled: bool,
+        backend: str,
+        strict: bool,
+        guard: bool = False,
     ) -> io.NodeOutput:
         plan = plan_of(preset, str(model.load_device))
         node = cls.hidden.unique_id
@@ -152,6 +170,7 @@ class SageAttention(io.ComfyNode):
             plan,
             backend=backend,
             strict=strict,
+            guard=Guard(every=_CHECK_EVERY) if guard else None,
             keep_cross=bool(preset.get("keep_cross_attention", False)),
             reporters=[lambda report: show(node, str(report))],
             title=plan.name or preset["preset"],

@@ -27,6 +27,7 @@ _HOMES = {
     "Rule": "sage_diffusion.plan",
     "AttentionSession": "sage_diffusion.session",
     "BackendUnavailable": "sage_diffusion.backends",
+    "Guard": "sage_diffusion.guard",
     "attention": "sage_diffusion.dispatch",
     "AccuracyReport": "sage_diffusion.accuracy.report",
     "ScoreTable": "sage_diffusion.adapt.table",
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionSession",
     "AttentionSpec",
     "BackendUnavailable",
+    "Guard",
     "PlanError",
     "Precision",
     "PrecisionPlan",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.backends import BackendUnavailable
     from sage_diffusion.dispatch import attention
+    from sage_diffusion.guard import Guard
     from sage_diffusion.integrations.diffusers import SageAttnProcessor, enable
     from sage_diffusion.kernels.formats import Precision
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec

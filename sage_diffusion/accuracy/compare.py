@@ -17,6 +17,7 @@ from sage_diffusion.accuracy import metrics
 from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.accuracy.pictures import make_picture
 from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
+from sage_diffusion.guard import Guard
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
@@ -155,6 +156,7 @@ def compare(
     name: str | None = None,
     backend: str = "auto",
     strict: bool = False,
+    guard: Guard | None = None,
     rows: int | None = None,
 ) -> AccuracyReport:
     """Sample with a plan and report what it cost against FP16.
@@ -164,14 +166,17 @@ def compare(
         plan: a plan, a spec, a spec's name or a path of a plan.
         reference: result of :func:`reference_run`; made here if None.
         name: title of the report; the plan's own name or its spec if None.
-        backend, strict: of the session.
+        backend, strict, guard: of the session.
         rows: query rows compared per call, see :class:`LayerAccuracy`.
 
     Raises:
         ValueError: no attention call reached the session, or the two runs differ in shape.
     """
     exact = reference_run(run) if reference is None else reference
-    return compare_with(run, plan, exact, name=name, backend=backend, strict=strict, rows=rows)[0]
+    report, _ = compare_with(
+        run, plan, exact, name=name, backend=backend, strict=strict, guard=guard, rows=rows
+    )
+    return report
 
 
 def compare_with(
@@ -182,12 +187,15 @@ def compare_with(
     name: str | None = None,
     backend: str = "auto",
     strict: bool = False,
+    guard: Guard | None = None,
     rows: int | None = None,
 ) -> tuple[AccuracyReport, Generation]:
     """:func:`compare` with a finished FP16 run; what the plan made comes along."""
     parsed = PrecisionPlan.of(plan)
     observer = LayerAccuracy(rows)
-    session = AttentionSession(parsed, backend=backend, strict=strict, observers=(observer,))
+    session = AttentionSession(
+        parsed, backend=backend, strict=strict, observers=(observer,), guard=guard
+    )
     found = run(session)
     summary = session.summary()
     if not summary.calls:

@@ -42,6 +42,14 @@ def compare(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a call can't run as planned.")
     ] = False,
+    guard: Annotated[
+        int,
+        typer.Option(
+            help="Check every layer's drift every so many steps and step those up that stray; "
+            "0 is never.",
+            min=0,
+        ),
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("out"),
     as_json: AsJson = False,
 ) -> None:
@@ -53,9 +61,11 @@ def compare(
     from sage_diffusion.commands.side_by_side import (
         document,
         run_side_by_side,
+        stepped_up,
         variant_table,
         write_files,
     )
+    from sage_diffusion.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
     plans = [(name, PrecisionPlan.of(name)) for name in spec or ()]
@@ -77,9 +87,12 @@ def compare(
             labels=labels,
             backend=backend,
             strict=strict,
+            guard=Guard(every=guard),
             rows=rows or None,
         )
         files, notes = write_files(result, out)
+    for name, layers in stepped_up(result).items():
+        notes += [f"{name}: {layer} stepped up: {'; '.join(why)}" for layer, why in layers.items()]
     data = document(result, files, notes)
     emit(as_json, data, variant_table(result.reports), *notes, f"report: {out / 'report.html'}")
 

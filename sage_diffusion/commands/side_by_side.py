@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sage_diffusion.accuracy.compare import Generation
     from sage_diffusion.accuracy.report import AccuracyReport
+    from sage_diffusion.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
 
@@ -37,6 +38,7 @@ def run_side_by_side(
     labels: Sequence[str] = (),
     backend: str = "auto",
     strict: bool = False,
+    guard: Guard | None = None,
     rows: int | None = None,
 ) -> SideBySide:
     """Sample once in FP16 and once per (name, plan), on the same seeds."""
@@ -59,7 +61,14 @@ def run_side_by_side(
             with task(name) as advance:
                 run = PipelineRun(pipe, seeds, arguments, labels, advance)
                 report, images = compare_with(
-                    run, plan, exact, name=name, backend=backend, strict=strict, rows=rows
+                    run,
+                    plan,
+                    exact,
+                    name=name,
+                    backend=backend,
+                    strict=strict,
+                    guard=guard,
+                    rows=rows,
                 )
             reports.append(report)
             made.append(images)
@@ -133,6 +142,19 @@ def variant_table(reports: Sequence[AccuracyReport]) -> Table:
     return table
 
 
+def stepped_up(result: SideBySide) -> dict[str, dict[str, list[str]]]:
+    """plan -> layer -> why the guard gave it a more accurate spec."""
+    return {
+        report.name: {
+            layer["name"]: layer["stepped_up"]
+            for layer in report.summary["layers"]
+            if layer["stepped_up"]
+        }
+        for report in result.reports
+        if report.summary is not None
+    }
+
+
 def document(result: SideBySide, files: Sequence[Path], notes: Sequence[str]) -> dict[str, Any]:
     """The outcome as plain data for ``--json``."""
     from sage_diffusion.accuracy.report_json import variant_to_dict
@@ -144,6 +166,7 @@ def document(result: SideBySide, files: Sequence[Path], notes: Sequence[str]) ->
             for report in result.reports
             if report.summary is not None
         },
+        "stepped_up": stepped_up(result),
         "environment": dict(result.reports[-1].environment),
         "files": [str(path) for path in files],
         "notes": list(notes),

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sage_diffusion.guard import Guard
 from sage_diffusion.integrations.comfy_call import UnknownCall, native_of, parse_call
 from sage_diffusion.integrations.comfy_lane import Lane
 from sage_diffusion.integrations.comfy_report import RunReport, merged
@@ -50,6 +51,8 @@ class ModelAttention:
             which keeps counting and observing from run to run, instead of a fresh one per run.
         backend: as in :func:`sage_diffusion.attention`; of a session its own counts, as for strict.
         strict: raise where a call that the plan quantizes can't be, or where the plan does not fit.
+        guard: drift checks; a layer that strays from exact attention is stepped up.  Of a session
+            its own counts.
         keep_cross: leave calls alone whose keys are other tokens than the queries.
         observers: see :class:`sage_diffusion.session.Observer`.
         reporters: called with a :class:`RunReport` when a sampling run has ended.
@@ -62,6 +65,7 @@ class ModelAttention:
         *,
         backend: str = "auto",
         strict: bool = False,
+        guard: Guard | None = None,
         keep_cross: bool = False,
         observers: Sequence[Observer] = (),
         reporters: Sequence[Reporter] = (),
@@ -71,6 +75,7 @@ class ModelAttention:
         self.plan = plan.plan if isinstance(plan, AttentionSession) else PrecisionPlan.of(plan)
         self.backend = backend
         self.strict = strict if self.session is None else self.session.strict
+        self.guard = guard
         self.keep_cross = keep_cross
         self.observers = list(observers)
         self.reporters = list(reporters)
@@ -104,7 +109,11 @@ class ModelAttention:
         if self.session is not None:
             return self.session
         return AttentionSession(
-            self.plan, backend=self.backend, strict=self.strict, observers=self.observers
+            self.plan,
+            backend=self.backend,
+            strict=self.strict,
+            observers=self.observers,
+            guard=self.guard,
         )
 
     def _attend(

@@ -26,6 +26,7 @@ except ImportError as error:
         "pip install 'sage-diffusion[diffusers]'"
     ) from error
 
+from sage_diffusion.guard import Guard
 from sage_diffusion.integrations._processors import is_routed, layer_names, route, unroute
 from sage_diffusion.integrations._rebind import attention_sites
 from sage_diffusion.integrations._schedule import (
@@ -261,7 +262,12 @@ class PipeControl:
         return None if self.patch is None else self.patch.session
 
     def set_attn_processor(
-        self, source: Any, *, backend: str = "auto", strict: bool = False
+        self,
+        source: Any,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        guard: Guard | None = None,
     ) -> Patch | None:
         """Quantize the pipeline's attention.
 
@@ -270,6 +276,7 @@ class PipeControl:
                 :class:`SageAttnProcessor`, or None to restore the model.
             backend: as in :func:`sage_diffusion.attention`.
             strict: raise where a call can't be quantized as planned.
+            guard: drift checks; a layer that strays from exact attention is stepped up.
 
         Returns:
             The patch, which works as a context manager; None when restored.
@@ -277,7 +284,7 @@ class PipeControl:
         if source is None:
             self.unset_attn_processor()
             return None
-        patch = Patch(self.pipe, _session(source, backend, strict))
+        patch = Patch(self.pipe, _session(source, backend, strict, guard))
         self.unset_attn_processor()
         self.patch = patch.install()
         return patch
@@ -331,10 +338,18 @@ class SageAttnProcessor:
         plan: as in ``pipe.set_attn_processor``.
         backend: as in :func:`sage_diffusion.attention`.
         strict: raise where a call can't be quantized as planned.
+        guard: as in ``pipe.set_attn_processor``.
     """
 
-    def __init__(self, plan: Any, *, backend: str = "auto", strict: bool = False):
-        self.session = _session(plan, backend, strict)
+    def __init__(
+        self,
+        plan: Any,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        guard: Guard | None = None,
+    ):
+        self.session = _session(plan, backend, strict, guard)
         self._direct = 0
         _accept_markers()
 
@@ -399,14 +414,16 @@ def _marker_aware(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ---------------------------------------------------------------------- helpers
-def _session(source: Any, backend: str = "auto", strict: bool = False) -> AttentionSession:
+def _session(
+    source: Any, backend: str = "auto", strict: bool = False, guard: Guard | None = None
+) -> AttentionSession:
     if isinstance(source, SageAttnProcessor):
         source = source.session
     if isinstance(source, AttentionSession):
-        if backend != "auto" or strict:
-            raise ValueError("a session has its own backend and strict: set them there")
+        if backend != "auto" or strict or guard is not None:
+            raise ValueError("a session has its own backend, strict and guard: set them there")
         return source
-    return AttentionSession(source, backend=backend, strict=strict)
+    return AttentionSession(source, backend=backend, strict=strict, guard=guard)
 
 
 def _is_pipeline(target: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sage_diffusion.guard import Guard
 from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 from sage_diffusion.session import AttentionRefused
@@ -249,6 +250,17 @@ def test_a_fingerprint_of_another_model_warns(families):
     patched = patch(sd3.model, plan)
     sd3.sample(patched)
     assert "does not belong to this model" in str(attached(patched).last)
+
+
+def test_the_guard_steps_layers_up_and_the_report_says_so(families):
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int4/int8", guard=Guard(every=1, limit=1e-6))
+    sd3.sample(patched)
+    report = attached(patched).last
+    assert all(len(layer.stepped_up) == 3 for layer in report.summary.layers)  # last: too late
+    assert "double.00 stepped up: relative L1" in str(report)
+    ran = [list(layer.ran) for layer in report.summary.layers]
+    assert ran == [[(spec, "reference") for spec in ("int4/int8", "int8/int8", "int8/fp16")]] * 2
 
 
 def test_a_backend_that_cannot_is_told_and_stops_where_strict(families):
