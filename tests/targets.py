@@ -160,4 +160,10 @@ QUANTIZERS = {
     "permuted value fp4": ("sm_100", "sm_120"),
     "key scales": (*WITH_INT4, "sm_120"),
     "key bias": (*WITH_INT4, "sm_100", "sm_120"),
+    "rope mean": EVERY,
+    "rope rows int8": EVERY,
+    "rope rows int4": ("sm_80", "sm_89"),
+    "rope smoothed rows int4": ("sm_80", "sm_89"),
+    "rope rows fp4": ("sm_100", "sm_120"),
+    "rope key bias": ("sm_80", "sm_89", "sm_100", "sm_120"),
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, padded_dim, padded_length
 from ..quantize.permute import column_order
-from ..quantize.triton import load_rows
+from ..quantize.rope import load_rotated_rows, rope_arguments
+from ..rope import Rope
 from .reference import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
@@ -101,10 +102,17 @@ def _bias_kernel(
     stride_mb,
     stride_mh,
     stride_mn,
+    p_cos,  # tables of RoPE, or None
+    p_sin,
+    rope_b,
+    rope_l,
+    rope_d,
     D: tl.constexpr,
     DP: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 boolean, 2 additive
     BLOCKS: tl.constexpr,
+    ROPE: tl.constexpr,  # columns of the tables, 0 without
+    INTERLEAVED: tl.constexpr,
 ):
     i_tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     chunks = tl.cdiv(blocks, BLOCKS)
@@ -119,7 +127,24 @@ def _bias_kernel(
         p_k += i_b * stride_kb + (i_h // group) * stride_kh
         for first in tl.static_range(0, DP, _CHANNELS):
             o_d = first + tl.arange(0, _CHANNELS)
-            k, inside = load_rows(p_k, o_n, o_d, k_len, stride_kl, stride_kd, D)
+            k, inside = load_rotated_rows(
+                p_k,
+                o_n,
+                k_len,
+                stride_kl,
+                stride_kd,
+                i_b,
+                p_cos,
+                p_sin,
+                rope_b,
+                rope_l,
+                rope_d,
+                D,
+                first,
+                _CHANNELS,
+                ROPE,
+                INTERLEAVED,
+            )
             if p_k_mean is not None:
                 mean = tl.load(p_k_mean + i_bkv * D + o_d, mask=o_d < D, other=0.0)
                 k = tl.where(inside, k - mean[None, :], 0.0)
@@ -151,6 +176,7 @@ def key_bias(
     mask: Tensor | None = None,
     first_block: int = 0,
     blocks: int = 1,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Delta-S of smoothed Q plus a mask of the keys, for some blocks of 128 query rows.
 
@@ -162,6 +188,7 @@ def key_bias(
         multiplier: as of :func:`.reference.delta_s`.
         mask: ``[B, H, 1, Lk]`` boolean or float of any strides, or None.
         first_block, blocks: the blocks of Q, in units of 128 rows.
+        rope: rotates ``k``.
 
     Returns:
         ``[B, H, blocks, columns_length(Lk)]`` float32 in column order, log2 units.
@@ -192,6 +219,7 @@ def key_bias(
             blocks,
             *k.stride(),
             *strides,
+            **rope_arguments(rope, k),
             D=head_dim,
             DP=padded_dim(head_dim),
             MASK=kind,

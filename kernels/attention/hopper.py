@@ -12,6 +12,7 @@ from ..formats import (
     QuantizedValue,
     padded_length,
 )
+from ..rope import Rope
 from ..spec import AttentionSpec
 from .gluon_columns import key_bias, key_scales
 from .hopper_kernel import attention_kernel
@@ -126,11 +127,15 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     tuned: Tuned | None = None,
+    *,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attention` for what :func:`.hopper_support.unsupported` passes.
 
     Args:
         tuned: launches measured on this card, instead of the built-in ones.
+        rope_q, rope_k: rotate q and k as they are quantized.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
@@ -145,7 +150,7 @@ def attention(
     dtype = q.dtype
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
-    x = quantize_operands(q, k, v, spec, scale, permuted=True)
+    x = quantize_operands(q, k, v, spec, scale, permuted=True, rope_q=rope_q, rope_k=rope_k)
     assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
     bias = None
     if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
@@ -164,5 +169,5 @@ def attention(
         launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
     )
     if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
     return out, lse

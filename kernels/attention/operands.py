@@ -17,6 +17,7 @@ from ..formats import (
     QuantizedValue,
 )
 from ..quantize import triton as quantize
+from ..rope import Rope
 from ..spec import AttentionSpec
 
 
@@ -50,6 +51,8 @@ def quantize_operands(
     scale: float | None = None,
     *,
     permuted: bool = False,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> Operands:
     """Smooth, rotate and quantize on the GPU, as :func:`.reference.attention` does in Torch.
 
@@ -57,19 +60,25 @@ def quantize_operands(
         q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype but float64.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
         permuted: V's tokens in the order of P's registers (:mod:`..quantize.permute`).
+        rope_q, rope_k: rotate q and k as they are loaded, in float32.
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
     rows = q if sm_scale >= 0 else -q  # the scales stay positive
     by_block = spec.granularity == "block"
     q_mean: Tensor | None
     if spec.smooth_q and not by_block:
         q_codes, q_mean = quantize.quantize_smoothed_rows(
-            rows, spec.qk, rotation=spec.rotate, clip=spec.clip, multiplier=multiplier
+            rows,
+            spec.qk,
+            rotation=spec.rotate,
+            clip=spec.clip,
+            multiplier=multiplier,
+            rope=rope_q,
         )
     else:
-        q_mean = quantize.block_mean(rows, Q_BLOCK) if spec.smooth_q else None
+        q_mean = quantize.block_mean(rows, Q_BLOCK, rope_q) if spec.smooth_q else None
         q_codes = quantize.quantize_rows(
             rows,
             spec.qk,
@@ -78,6 +87,7 @@ def quantize_operands(
             clip=spec.clip,
             block=Q_SCALE_BLOCK if by_block else 1,
             multiplier=multiplier,
+            rope=rope_q,
         )
     k_codes = quantize.quantize_rows(
         k,
@@ -86,6 +96,7 @@ def quantize_operands(
         rotation=spec.rotate,
         clip=spec.clip,
         block=K_SCALE_BLOCK if by_block else 1,
+        rope=rope_k,
     )
     values: Tensor | QuantizedValue = v
     if spec.pv is not Precision.FP16:

@@ -26,6 +26,7 @@ from ..formats import (
 )
 from ..quantize import reference as quantize
 from ..quantize.permute import group_tokens, ungroup_tokens
+from ..rope import Rope, apply_rope
 from ..spec import AttentionSpec
 
 #: An additive mask is clamped to this, so that a row of ``finfo.min`` stays finite in base 2.
@@ -41,6 +42,8 @@ def attention(
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Smooth, rotate, quantize and attend.
 
@@ -50,15 +53,19 @@ def attention(
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Lq, Lk]``.
         is_causal: query i sees keys 0 .. i, combined with ``mask``.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
+        rope_q, rope_k: rotate q and k first, in float32.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
         of the scaled scores (-inf for a fully masked row, whose output is 0).
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
+    q = q if rope_q is None else apply_rope(quantize.finite(q), rope_q)
+    k = k if rope_k is None else apply_rope(quantize.finite(k), rope_k)
     if not spec.quantized:
         out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
-        return out.to(q.dtype), lse
+        return out.to(dtype), lse
     q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     by_block = spec.granularity == "block"
@@ -91,7 +98,7 @@ def attention(
     )
     if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
         lse = lse + smoothed_lse(q, k_mean, sm_scale)
-    return out.to(q.dtype), lse
+    return out.to(dtype), lse
 
 
 def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float) -> Tensor:
@@ -107,11 +114,11 @@ def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float)
     return (q_mean * multiplier) @ rows.repeat_interleave(group, 1).transpose(2, 3)
 
 
-def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float) -> Tensor:
+def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float, rope_q: Rope | None = None) -> Tensor:
     """The part of the log-sum-exp that smooth_k removed, ``[B, H, Lq]`` float32."""
     group = q.shape[1] // k_mean.shape[1]
     means = k_mean.repeat_interleave(group, 1)[..., None]
-    return (quantize.finite(q) @ means)[..., 0] * sm_scale
+    return (apply_rope(quantize.finite(q), rope_q) @ means)[..., 0] * sm_scale
 
 
 def attend_quantized(

@@ -24,6 +24,7 @@ from ..formats import (
     QuantizedValue,
     padded_length,
 )
+from ..rope import Rope
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int
 from . import triton_fp4, tuning
@@ -438,11 +439,15 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     tuned: tuning.Tuned | None = None,
+    *,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.reference.attention` for the specs that :func:`.tuning.unsupported` lets pass.
 
     Args:
         tuned: launches measured on this card, instead of the built-in ones.
+        rope_q, rope_k: rotate q and k as they are quantized.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
@@ -459,10 +464,20 @@ def attention(
         q, k, v = q.float(), k.float(), v.float()
     if spec.qk is Precision.FP4:
         out, lse = triton_fp4.attention(
-            q, k, v, spec, mask, is_causal, scale, return_lse, tuned=tuned
+            q,
+            k,
+            v,
+            spec,
+            mask,
+            is_causal,
+            scale,
+            return_lse,
+            tuned=tuned,
+            rope_q=rope_q,
+            rope_k=rope_k,
         )
         return out.to(dtype), lse
-    x = quantize_operands(q, k, v, spec, scale)
+    x = quantize_operands(q, k, v, spec, scale, rope_q=rope_q, rope_k=rope_k)
     out, lse = attend_quantized(
         x.q,
         x.k,
@@ -475,5 +490,5 @@ def attention(
         launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
     )
     if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
     return out, lse

@@ -27,6 +27,7 @@ from ..formats import (
 )
 from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
+from ..rope import Rope
 from ..spec import AttentionSpec
 from . import tuning
 from .gluon_columns import as_columns, columns_length, key_bias
@@ -443,9 +444,14 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     tuned: tuning.Tuned | None = None,
+    *,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`.triton.attention` for FP4 Q and K in q's, k's and v's dtype."""
-    x = quantize_operands(q, k, v, spec, scale, permuted=spec.pv is Precision.FP4)
+    x = quantize_operands(
+        q, k, v, spec, scale, permuted=spec.pv is Precision.FP4, rope_q=rope_q, rope_k=rope_k
+    )
     assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
     bias = None
     if x.q_mean is not None:
@@ -457,6 +463,7 @@ def attention(
                 q_mean=x.q_mean,
                 k_mean=x.k_mean,
                 multiplier=x.multiplier,
+                rope=rope_k,
                 first_block=first,
                 blocks=count,
             )
@@ -474,5 +481,5 @@ def attention(
         launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
     )
     if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale)
+        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
     return out, lse

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import MAX_VALUE, padded_dim
+from ..formats import padded_dim
+from ..rope import Rope
+from .rope import load_rotated_rows, rope_arguments
 
 #: Tokens whose statistics one program sums up; the few partial sums are added by Torch.
 STATS_CHUNK = 512
-
-_MAX_VALUE = tl.constexpr(MAX_VALUE)
 
 
 class ChannelStats(NamedTuple):
@@ -23,17 +23,6 @@ class ChannelStats(NamedTuple):
     mean: Tensor
     low: Tensor
     high: Tensor
-
-
-@triton.jit
-def load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D: tl.constexpr):
-    """Rows as float32 [BLOCK, BLOCK_D], 0 outside, and which elements are inside."""
-    inside = (o_l[:, None] < length) & (o_d[None, :] < D)
-    offsets = o_l[:, None].to(tl.int64) * stride_l + o_d[None, :].to(tl.int64) * stride_d
-    x = tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
-    if p_x.dtype.element_ty != tl.float16:
-        x = tl.minimum(tl.maximum(x, -_MAX_VALUE), _MAX_VALUE)
-    return x, inside
 
 
 @triton.jit
@@ -48,11 +37,18 @@ def _stats_kernel(
     stride_h,
     stride_l,
     stride_d,
+    p_cos,  # tables of RoPE, or None
+    p_sin,
+    rope_b,
+    rope_l,
+    rope_d,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     AVERAGE: tl.constexpr,  # divide by the chunk's tokens
+    ROPE: tl.constexpr,  # columns of the tables, 0 without
+    INTERLEAVED: tl.constexpr,
 ):
     chunks = tl.cdiv(length, CHUNK)
     i_c = tl.program_id(0) % chunks
@@ -65,7 +61,24 @@ def _stats_kernel(
     stop = tl.minimum(length, (i_c + 1) * CHUNK)
     for start in range(i_c * CHUNK, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
-        x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+        x, inside = load_rotated_rows(
+            p_x,
+            o_l,
+            length,
+            stride_l,
+            stride_d,
+            i_bh // heads,
+            p_cos,
+            p_sin,
+            rope_b,
+            rope_l,
+            rope_d,
+            D,
+            0,
+            BLOCK_D,
+            ROPE,
+            INTERLEAVED,
+        )
         if p_sum is not None:
             total += tl.sum(x, 0)
         if p_low is not None:
@@ -81,21 +94,26 @@ def _stats_kernel(
         tl.store(p_high + at, high, mask=o_d < D)
 
 
-def token_mean(x: Tensor) -> Tensor:
-    """Mean over the tokens of ``[B, H, L, D]`` -> ``[B, H, D]`` float32."""
-    (sums,) = partial_stats(x, extremes=False)
+def token_mean(x: Tensor, rope: Rope | None = None) -> Tensor:
+    """Mean over the tokens of ``[B, H, L, D]``, rotated by ``rope`` -> ``[B, H, D]`` float32."""
+    (sums,) = partial_stats(x, extremes=False, rope=rope)
     return sums.sum(2) * (1.0 / x.shape[2])
 
 
-def block_mean(x: Tensor, block: int) -> Tensor:
+def block_mean(x: Tensor, block: int, rope: Rope | None = None) -> Tensor:
     """Means of ``block`` tokens of ``[B, H, L, D]`` -> ``[B, H, ceil(L / block), D]`` float32.
+
+    Args:
+        x: any float dtype and strides.
+        block: tokens, a multiple of 64.
+        rope: rotates ``x`` first.
 
     Raises:
         ValueError: ``block`` is no multiple of 64.
     """
     if block % 64:
         raise ValueError(f"block must be a multiple of 64, got {block}")
-    (sums,) = partial_stats(x, extremes=False, chunk=block, average=True)
+    (sums,) = partial_stats(x, extremes=False, chunk=block, average=True, rope=rope)
     return sums
 
 
@@ -112,10 +130,12 @@ def partial_stats(
     extremes: bool = True,
     chunk: int = STATS_CHUNK,
     average: bool = False,
+    rope: Rope | None = None,
 ) -> list[Tensor]:
     """Sums, minima and maxima of every ``chunk`` tokens, those that are asked for.
 
-    Each is ``[B, H, chunks, D]`` float32; ``average`` turns sums into means.
+    Each is ``[B, H, chunks, D]`` float32; ``average`` turns sums into means,
+    ``rope`` rotates ``x`` first.
     """
     batch, heads, length, head_dim = x.shape
     chunks = triton.cdiv(length, chunk)
@@ -131,10 +151,11 @@ def partial_stats(
             length,
             heads,
             *x.stride(),
+            **rope_arguments(rope, x),
             D=head_dim,
             BLOCK_D=padded_dim(head_dim),
             CHUNK=chunk,
-            BLOCK=64,
+            BLOCK=64 if rope is None else 32,  # room for the tables
             AVERAGE=average,
             num_warps=4 if head_dim <= 128 else 8,
             enable_fp_fusion=False,

@@ -18,12 +18,14 @@ from ..formats import (
     QuantizedTensor,
     padded_dim,
 )
+from ..rope import Rope
 from ..tiles import round_even, round_to_int
 from .reference import (
     CLIP_LIMIT,
     CLIP_RESOLUTION,
 )
-from .stats import ChannelStats, block_mean, channel_stats, load_rows, token_mean
+from .rope import load_rotated_rows, rope_arguments
+from .stats import ChannelStats, block_mean, channel_stats, token_mean
 from .triton_fp4 import fp4_groups, pack_codes
 from .triton_value import STORAGE, code_top, quantize_value, scale_of, shares
 
@@ -31,7 +33,6 @@ __all__ = [
     "ChannelStats",
     "block_mean",
     "channel_stats",
-    "load_rows",
     "quantize_rows",
     "quantize_smoothed_rows",
     "quantize_value",
@@ -153,6 +154,11 @@ def _quantize_rows_kernel(
     stride_l,
     stride_d,
     multiplier,
+    p_cos,  # tables of RoPE, or None
+    p_sin,
+    rope_b,
+    rope_l,
+    rope_d,
     D: tl.constexpr,
     DP: tl.constexpr,
     LOG2_DP: tl.constexpr,
@@ -163,13 +169,32 @@ def _quantize_rows_kernel(
     MEAN_BLOCK: tl.constexpr,  # rows that share a mean; 0: all
     ROTATE: tl.constexpr,
     SHARES: tl.constexpr,  # candidates of clipping, empty without
+    ROPE: tl.constexpr,  # columns of the tables, 0 without
+    INTERLEAVED: tl.constexpr,
 ):
     blocks = tl.cdiv(length, BLOCK)
     i_l = tl.program_id(0) % blocks
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+    x, inside = load_rotated_rows(
+        p_x,
+        o_l,
+        length,
+        stride_l,
+        stride_d,
+        i_bh // heads,
+        p_cos,
+        p_sin,
+        rope_b,
+        rope_l,
+        rope_d,
+        D,
+        0,
+        DP,
+        ROPE,
+        INTERLEAVED,
+    )
     if p_mean is not None:
         i_mean = i_bh * means
         if MEAN_BLOCK:
@@ -211,6 +236,11 @@ def _quantize_smoothed_rows_kernel(
     stride_l,
     stride_d,
     multiplier,
+    p_cos,  # tables of RoPE, or None
+    p_sin,
+    rope_b,
+    rope_l,
+    rope_d,
     D: tl.constexpr,
     DP: tl.constexpr,
     LOG2_DP: tl.constexpr,
@@ -220,6 +250,8 @@ def _quantize_smoothed_rows_kernel(
     MEAN_BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
     SHARES: tl.constexpr,
+    ROPE: tl.constexpr,  # columns of the tables, 0 without
+    INTERLEAVED: tl.constexpr,
 ):
     """The rows of one mean per program: it finds the mean, then meets them again in its cache.
 
@@ -235,13 +267,47 @@ def _quantize_smoothed_rows_kernel(
     total = tl.zeros([DP], tl.float32)
     for start in range(first, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
-        x, _ = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+        x, _ = load_rotated_rows(
+            p_x,
+            o_l,
+            length,
+            stride_l,
+            stride_d,
+            i_bh // heads,
+            p_cos,
+            p_sin,
+            rope_b,
+            rope_l,
+            rope_d,
+            D,
+            0,
+            DP,
+            ROPE,
+            INTERLEAVED,
+        )
         total += tl.sum(x, 0)
     mean = tl.div_rn(total, (stop - first).to(tl.float32))
     tl.store(p_mean + (i_bh * groups + i_group) * D + o_d, mean, mask=o_d < D)
     for start in range(first, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
-        x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
+        x, inside = load_rotated_rows(
+            p_x,
+            o_l,
+            length,
+            stride_l,
+            stride_d,
+            i_bh // heads,
+            p_cos,
+            p_sin,
+            rope_b,
+            rope_l,
+            rope_d,
+            D,
+            0,
+            DP,
+            ROPE,
+            INTERLEAVED,
+        )
         x = tl.where(inside, x - mean[None, :], 0.0)
         _quantize_tile(
             x,
@@ -273,8 +339,13 @@ def quantize_rows(
     clip: bool = False,
     block: int = 1,
     multiplier: float = 1.0,
+    rope: Rope | None = None,
 ) -> QuantizedTensor:
     """As :func:`.reference.quantize_rows`, for INT8, INT4, FP8 and FP4.
+
+    Args:
+        rope: rotates ``x`` as it is loaded; then the twin's ``x`` is
+            :func:`..rope.apply_rope` of it, and ``mean`` the mean of that.
 
     Raises:
         ValueError: another precision, or ``block`` is not 1, 32, 64 or 128, or not 1 for FP4.
@@ -303,6 +374,7 @@ def quantize_rows(
             mean.shape[2] if mean is not None and mean.ndim == 4 else 1,
             *x.stride(),
             multiplier,
+            **rope_arguments(rope, x),
             D=head_dim,
             DP=dim,
             LOG2_DP=dim.bit_length() - 1,
@@ -326,8 +398,11 @@ def quantize_smoothed_rows(
     rotation: bool = False,
     clip: bool = False,
     multiplier: float = 1.0,
+    rope: Rope | None = None,
 ) -> tuple[QuantizedTensor, Tensor]:
     """:func:`quantize_rows` minus the mean of every 128 rows, reading ``x`` once.
+
+    ``rope`` rotates ``x`` first.
 
     Returns:
         The codes with one scale per row, and the means ``[B, H, ceil(L / 128), D]`` float32, as of
@@ -353,6 +428,7 @@ def quantize_smoothed_rows(
             heads,
             *x.stride(),
             multiplier,
+            **rope_arguments(rope, x),
             D=head_dim,
             DP=dim,
             LOG2_DP=dim.bit_length() - 1,
@@ -362,7 +438,7 @@ def quantize_smoothed_rows(
             MEAN_BLOCK=Q_BLOCK,
             ROTATE=rotation,
             SHARES=shares(precision, clip),
-            num_warps=4,
+            num_warps=4 if rope is None else 8,  # room for the tables
             enable_fp_fusion=False,
         )
     return QuantizedTensor(codes, scale, precision, 1, micro), mean

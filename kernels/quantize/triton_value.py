@@ -23,7 +23,8 @@ from ..formats import (
 )
 from ..tiles import round_to_int, stored_token
 from .reference import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
-from .stats import ChannelStats, load_rows, partial_stats
+from .rope import load_rows
+from .stats import ChannelStats, partial_stats
 from .triton_fp4 import fp4_groups, fp4_token, pack_codes
 
 STORAGE = {

@@ -26,6 +26,7 @@ from sage_diffusion.cost_compile import BATCH, HEADS, LENGTH, Kernel, compile_ba
 from sage_diffusion.kernels.attention import gluon_columns
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import triton as quantize
+from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
 #: Every instruction of a matrix unit: SASS and AMD's assembly.
@@ -124,22 +125,27 @@ def _x() -> torch.Tensor:
     return torch.zeros(BATCH, LENGTH, 3, HEADS, 128, dtype=torch.float16)[:, :, 1].transpose(1, 2)
 
 
-def prepare(name: str) -> None:
+def prepare(name: str, interleaved: bool = True) -> None:
     """Launch one kernel of :data:`targets.QUANTIZERS`, which must be the last that is launched."""
     x = _x()
+    rope = None
+    if name.startswith("rope "):
+        rope, name = Rope(*torch.zeros(2, LENGTH, 64), interleaved), name.removeprefix("rope ")
     kind, _, precision = name.rpartition(" ")
     smooth = torch.zeros(BATCH, HEADS, 128)
     if name == "statistics":
         quantize.channel_stats(x)
     elif name == "mean":
-        quantize.token_mean(x)
+        quantize.token_mean(x, rope)
     elif kind == "rows":
         four_bit = precision in ("int4", "fp4")
         quantize.quantize_rows(
-            x, Precision(precision), mean=smooth, rotation=four_bit, clip=four_bit
+            x, Precision(precision), mean=smooth, rotation=four_bit, clip=four_bit, rope=rope
         )
     elif kind == "smoothed rows":
-        quantize.quantize_smoothed_rows(x, Precision(precision), rotation=True, clip=True)
+        quantize.quantize_smoothed_rows(
+            x, Precision(precision), rotation=True, clip=True, rope=rope
+        )
     elif kind in ("value", "permuted value"):
         quantize.quantize_value(
             x,
@@ -158,6 +164,7 @@ def prepare(name: str) -> None:
             q_mean=torch.zeros(BATCH, HEADS, LENGTH // 128, 128),
             k_mean=smooth,
             blocks=LENGTH // 128,
+            rope=rope,
         )
 
 
@@ -165,11 +172,12 @@ def prepare(name: str) -> None:
     "name,target", [(n, t) for n, native in targets.QUANTIZERS.items() for t in native]
 )
 def test_quantizers(name, target):
-    with compiling_for(target) as driver:
-        prepare(name)
-    code = read(driver.kernels[-1], target)
-    assert code.spills == 0
-    assert code.shared <= targets.SHARED_MEMORY[target]
+    for interleaved in (True, False) if name.startswith("rope") else (True,):
+        with compiling_for(target) as driver:
+            prepare(name, interleaved)
+        code = read(driver.kernels[-1], target)
+        assert code.spills == 0
+        assert code.shared <= targets.SHARED_MEMORY[target]
 
 
 def call_of(spec: str, target: str, dim: int = 128) -> AttentionCall:
