@@ -202,6 +202,7 @@ class AttentionSession:
         self.steps = 0
         self.progress = 0.0
         self.sigma: float | None = None
+        self.schedule: tuple[float, ...] = ()
         self.branch: str | None = None
         self.chunks: tuple[str, ...] = ()
         self.watch = FiniteWatch()
@@ -241,11 +242,21 @@ class AttentionSession:
             layer.index = self._adopt(layer)
 
     # ------------------------------------------------------------------ where sampling stands
-    def start(self, steps: int) -> None:
-        """A new sampling run of ``steps`` steps begins; counters go on."""
+    def start(self, steps: int, schedule: Sequence[float] = ()) -> None:
+        """A new sampling run begins; counters go on.
+
+        Args:
+            steps: of the run.
+            schedule: sigma of every step, where the host knows them beforehand.
+
+        Raises:
+            ValueError: no steps, or a schedule of another length.
+        """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.steps = steps
+        if schedule and len(schedule) != steps:
+            raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
+        self.steps, self.schedule = steps, tuple(schedule)
         self.guard.begin_run()
         self.begin_step(0)
 

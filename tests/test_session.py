@@ -191,4 +191,6 @@ def test_bad_arguments():
     session = AttentionSession("fp16")
     with pytest.raises(ValueError, match="steps must be at least 1"):
         session.start(0)
+    with pytest.raises(ValueError, match=r"one sigma a step \(3\), got 2"):
+        session.start(3, (1.0, 0.5))
     assert "no attention call was intercepted" in str(session.summary())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,8 +167,10 @@ class Calibrator:
             numbers = torch.stack([v for _, v in self._found]).double().cpu().numpy()
             for (cell, _), row in zip(self._found, numbers, strict=True):
                 table.add(*cell, row[:-3].reshape(len(self.specs), -1), row[-3:])
-        if len(self._sigmas) == self.steps:
-            table.schedule = [self._sigmas[step] for step in range(self.steps)]
+        # A step cache may skip whole steps: their sigmas are known only if the host told them all.
+        sigmas = self.session.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
+        if len(sigmas) == self.steps and all(b < a for a, b in itertools.pairwise(sigmas)):
+            table.schedule = list(sigmas)  # progress can't be looked up in any other
         self.begin()
 
 

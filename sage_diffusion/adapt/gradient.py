@@ -137,7 +137,7 @@ def measure_gradient(
         levels.append(total.max())
         if progress is not None:
             progress("sensitivity", done + 1, len(pairs))
-    effect = np.nanmean(votes, 0)
+    effect = _known_mean(np.array(votes))
     effect *= np.mean(levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
     return {
         "method": "gradient",
@@ -181,6 +181,12 @@ def smooth_steps(effect: np.ndarray) -> np.ndarray:
     total = np.einsum("st,ltbk->lsbk", kernel, np.where(known, effect, 0))
     weight = np.einsum("st,ltbk->lsbk", kernel, known.astype(float))
     return np.where(known, total / np.maximum(weight, 1e-300), np.nan)
+
+
+def _known_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is not NaN; NaN where nothing is known."""
+    counts = np.isfinite(values).sum(0)
+    return np.where(counts, np.nansum(values, 0) / np.maximum(counts, 1), np.nan)
 
 
 def _effects(

@@ -143,7 +143,7 @@ class ScheduleDriver:
         self.on_start()
         self._read()
         if self.values:
-            self.session.start(len(self.values))
+            self.session.start(len(self.values), self.values)
             begin = getattr(self.scheduler, "begin_index", None)
             self._go_to(begin if isinstance(begin, int) else 0)
 

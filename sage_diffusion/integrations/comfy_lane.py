@@ -72,7 +72,7 @@ class Lane:
             values = [float(x) for x in schedule.tolist()]
             if values != self._values and len(values) > 1:
                 self._values = values
-                self.session.start(len(values) - 1)
+                self.session.start(len(values) - 1, values[:-1])
             self._schedule = schedule
         # Both chunks of a guided step share the tensor, so a step is one wait.
         if self._values and sigmas is not None and sigmas is not self._sigmas:

@@ -8,7 +8,7 @@ import torch
 from sage_diffusion.guard import Guard
 from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused
+from sage_diffusion.session import AttentionRefused, AttentionSession
 
 LAYERS = {
     "sd3": ["double.00", "double.01"],
@@ -337,12 +337,16 @@ def test_easycache_beside_it(families):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     flux = families("flux")
-    patched = patch(flux.model, "int8/fp16")
+    calls = Calls()
+    session = AttentionSession("int8/fp16", observers=[calls])
+    patched = patch(flux.model, session)
     cached = EasyCacheNode.execute(patched, 10.0, 0.15, 0.95, False).args[0]
     flux.sample(cached, steps=6)
     summary = attached(cached).last.summary
     assert 0 < summary.calls < 6 * len(LAYERS["flux"])  # skipped steps call nothing
     assert summary.quantized == summary.calls
+    assert len({step for _, step, _, _ in calls.seen}) == len(calls.seen) / len(LAYERS["flux"])
+    assert len(session.schedule) == 6
 
 
 def test_compiled_models_run_and_are_counted(families):
