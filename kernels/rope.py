@@ -39,6 +39,8 @@ def check_rope(rope: Rope, x: Tensor, name: str) -> None:
     """Raise unless the tables fit ``x`` ``[B, H, L, D]``, the call's ``name``."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope_{name} must be a Rope or None, got {type(rope).__name__}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have shape [B, H, L, D], got {tuple(x.shape)}")
     batch, _, length, dim = x.shape
     if dim % 2:
         raise ValueError(f"head_dim must be even to be rotated by rope_{name}, got {dim}")

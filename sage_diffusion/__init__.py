@@ -21,6 +21,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "__init__.py").
 _HOMES = {
     "AttentionSpec": "sage_diffusion.kernels.spec",
     "LADDER": "sage_diffusion.kernels.spec",
+    "Rope": "sage_diffusion.kernels.rope",
     "Precision": "sage_diffusion.kernels.formats",
     "PrecisionPlan": "sage_diffusion.plan",
     "PlanError": "sage_diffusion.plan",
@@ -47,6 +48,7 @@ __all__ = [
     "PlanError",
     "Precision",
     "PrecisionPlan",
+    "Rope",
     "Rule",
     "SageAttnProcessor",
     "ScoreTable",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from sage_diffusion.guard import Guard
     from sage_diffusion.integrations.diffusers import SageAttnProcessor, enable
     from sage_diffusion.kernels.formats import Precision
+    from sage_diffusion.kernels.rope import Rope
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
     from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
     from sage_diffusion.session import AttentionSession

@@ -14,9 +14,11 @@ from importlib import metadata, util
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 
-#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None.
+#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
+#: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -33,6 +35,7 @@ class AttentionCall:
         mask: None, "bool" or "additive".
         is_causal, return_lse: as in :func:`sage_diffusion.attention`.
         spec: what must be computed.
+        rope: q or k is still to be rotated.
     """
 
     q_shape: tuple[int, ...]
@@ -45,6 +48,7 @@ class AttentionCall:
     is_causal: bool
     return_lse: bool
     spec: AttentionSpec
+    rope: bool = False
 
     @classmethod
     def of(
@@ -55,6 +59,7 @@ class AttentionCall:
         mask: Tensor | None = None,
         is_causal: bool = False,
         return_lse: bool = False,
+        rope: bool = False,
     ) -> AttentionCall:
         """Describe a call."""
         capability, hip_arch = device_arch(q.device)
@@ -70,6 +75,7 @@ class AttentionCall:
             is_causal,
             return_lse,
             spec,
+            rope,
         )
 
 
@@ -82,6 +88,7 @@ class Backend:
         describes: one line for ``doctor``.
         refuse: None if it can run the call, else the reason in words.
         load: imports the implementation on first use.
+        folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
         automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
     """
 
@@ -90,6 +97,7 @@ class Backend:
     refuse: Callable[[AttentionCall], str | None]
     load: Callable[[], Run]
     automatic: Callable[[AttentionCall], bool] = lambda call: True
+    folds_rope: bool = False
 
 
 class BackendUnavailable(RuntimeError):
@@ -257,8 +265,20 @@ def _load_reference() -> Run:
         is_causal: bool,
         scale: float | None,
         return_lse: bool,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        return reference.attention(q, k, v, spec, mask=mask, is_causal=is_causal, scale=scale)
+        return reference.attention(
+            q,
+            k,
+            v,
+            spec,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
 
     return run
 
@@ -277,14 +297,16 @@ def _backends() -> tuple[Backend, ...]:
             "this package's kernels whose P stays in registers: INT4, FP4, 8 bit on NVIDIA cards",
             _refuse_gluon,
             _load_gluon,
+            folds_rope=True,
         ),
         Backend(
             "hopper",
             "this package's kernel on wgmma whose P stays in registers: INT8 or FP8 with FP8",
             _refuse_hopper,
             _load_hopper,
+            folds_rope=True,
         ),
-        Backend("triton", "this package's kernels", _refuse_triton, _load_triton),
+        Backend("triton", "this package's kernels", _refuse_triton, _load_triton, folds_rope=True),
         Backend(
             "sageattention",
             "the sageattention package, where its numerics equal the spec",
@@ -304,6 +326,7 @@ def _backends() -> tuple[Backend, ...]:
             lambda call: None,
             _load_reference,
             _twin_is_automatic,
+            folds_rope=True,
         ),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sage_diffusion import backends
 from sage_diffusion.backends import AttentionCall, Backend
+from sage_diffusion.kernels.rope import Rope, rotated
 
 log = logging.getLogger("sage_diffusion")
 
@@ -82,6 +83,9 @@ def run(
     mask: Tensor | None,
     scale: float | None,
     failures: Failures | None = None,
+    *,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Backend, Tensor, Tensor | None]:
     """Run a call on the backend that :func:`~sage_diffusion.backends.select` picks.
 
@@ -89,6 +93,7 @@ def run(
         call: describes the tensors, already checked.
         backend: "auto" or a name.
         q, k, v, mask, scale: as in :func:`sage_diffusion.attention`, the mask with four dims.
+        rope_q, rope_k: rotate q and k first: in the backend where it folds them, else in Torch.
         failures: what failed to compile earlier and, in the end, now; forgotten if None.
 
     Returns:
@@ -103,8 +108,14 @@ def run(
         while True:
             chosen = backends.select(call, backend, failures.of(call))
             compute = backends.load(chosen)
+            arguments = (call.spec, mask, call.is_causal, scale, call.return_lse)
             try:
-                out, lse = compute(q, k, v, call.spec, mask, call.is_causal, scale, call.return_lse)
+                if not call.rope:
+                    out, lse = compute(q, k, v, *arguments)
+                elif chosen.folds_rope:
+                    out, lse = compute(q, k, v, *arguments, rope_q=rope_q, rope_k=rope_k)
+                else:
+                    out, lse = compute(rotated(q, rope_q), rotated(k, rope_k), v, *arguments)
             except compiler_errors() as error:
                 failure = _failure(chosen.name, call, error)
                 if failure is None:
@@ -129,6 +140,7 @@ def _variant(call: AttentionCall) -> tuple[object, ...]:
         call.is_causal,
         call.return_lse,
         call.spec,
+        call.rope,
     )
 
 

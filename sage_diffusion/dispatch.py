@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sage_diffusion import backends, compilation, ops
+from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.validation import check_call, four_dims
+from sage_diffusion.validation import check_call, check_ropes, four_dims
 
 DEFAULT_SPEC = AttentionSpec()
 
@@ -21,6 +22,8 @@ def attention(
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -33,6 +36,9 @@ def attention(
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Lq, Lk]``.
         is_causal: query i sees keys 0 .. i (PyTorch's alignment), also together with a mask.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
+        rope_q, rope_k: rotate q and k first; for self-attention hand the same tables over twice.
+            This package's kernels and their twin rotate in float32 as they quantize.  For the other
+            backends PyTorch rotates first, and rounds to q's dtype.
         backend: ``"auto"``, or a name of :data:`sage_diffusion.backends.BACKENDS`;
             ``"reference"`` is the Torch twin of the kernels, on any device.
         return_lse: return the natural log-sum-exp ``[B, H, Lq]`` float32 too.
@@ -54,11 +60,24 @@ def attention(
     parsed = AttentionSpec.parse(spec)
     if torch.compiler.is_compiling():
         check_call(q, k, v, mask)
+        check_ropes(q, k, rope_q, rope_k)
         out, lse = ops.attention(
-            q, k, v, mask, None, str(parsed), is_causal, scale, backend, return_lse
+            q,
+            k,
+            v,
+            mask,
+            None,
+            str(parsed),
+            is_causal,
+            scale,
+            backend,
+            return_lse,
+            *ops.tables(rope_q, rope_k),
         )
         return (out, lse) if return_lse else out
-    out, maybe_lse = compute(q, k, v, parsed, mask, is_causal, scale, backend, return_lse)
+    out, maybe_lse = compute(
+        q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
+    )
     if return_lse:
         assert maybe_lse is not None  # a backend that has none refuses `return_lse`
         return out, maybe_lse
@@ -75,9 +94,15 @@ def compute(
     scale: float | None,
     backend: str,
     return_lse: bool,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`attention` without the conveniences: positional, a parsed spec, always a pair."""
     check_call(q, k, v, mask)
-    call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse)
-    _, out, lse = compilation.run(call, backend, q, k, v, four_dims(mask), scale)
+    check_ropes(q, k, rope_q, rope_k)
+    rope = rope_q is not None or rope_k is not None
+    call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse, rope)
+    _, out, lse = compilation.run(
+        call, backend, q, k, v, four_dims(mask), scale, rope_q=rope_q, rope_k=rope_k
+    )
     return out, lse

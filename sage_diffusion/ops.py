@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.rope import Rope
+
 if TYPE_CHECKING:
     from sage_diffusion.session import Layer
 
@@ -41,6 +43,20 @@ def _find(handle: Tensor) -> Layer:
     return found
 
 
+def tables(
+    rope_q: Rope | None, rope_k: Rope | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, bool]:
+    """The last arguments of :func:`attention`: an operator takes tensors and constants only."""
+    return (
+        None if rope_q is None else rope_q.cos,
+        None if rope_q is None else rope_q.sin,
+        None if rope_k is None else rope_k.cos,
+        None if rope_k is None else rope_k.sin,
+        rope_q is None or rope_q.interleaved,
+        rope_k is None or rope_k.interleaved,
+    )
+
+
 @torch.library.custom_op("sage_diffusion::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -53,21 +69,40 @@ def attention(
     scale: float | None,
     backend: str,
     return_lse: bool,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention by spec, or, where ``layer`` is given, as its session decides.
 
     Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
-    empty.
+    empty.  The tables of both rotations come as :func:`tables` takes them apart.
     """
     from sage_diffusion.dispatch import compute
     from sage_diffusion.kernels.spec import AttentionSpec
 
     lse: Tensor | None = None
+    rope_q = None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved)
+    rope_k = None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved)
     if layer is not None:
-        out = _find(layer).attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+        out = _find(layer).attend(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
     else:
         parsed = AttentionSpec.parse(spec)
-        out, lse = compute(q, k, v, parsed, mask, is_causal, scale, backend, return_lse)
+        out, lse = compute(
+            q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
+        )
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous()
@@ -85,6 +120,12 @@ def _(
     scale: float | None,
     backend: str,
     return_lse: bool,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)

@@ -12,30 +12,25 @@ import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sage_diffusion import backends, compilation, ops
+from sage_diffusion.calls import AttentionEvent, Call, Native, Observer, torch_native
 from sage_diffusion.finite import FiniteWatch, reads_at_once
 from sage_diffusion.guard import Guard, GuardState
+from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
 from sage_diffusion.summary import LayerSummary, SessionSummary
-from sage_diffusion.validation import check_call, four_dims
+from sage_diffusion.validation import check_call, check_ropes, four_dims
 
 log = logging.getLogger("sage_diffusion")
 
 FP16 = AttentionSpec.parse("fp16")
-
-#: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
-Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
-
-#: What a :data:`Native` takes.
-_Call = tuple[Tensor, Tensor, Tensor, Any, bool, "float | None"]
 
 
 class AttentionRefused(RuntimeError):
@@ -44,42 +39,6 @@ class AttentionRefused(RuntimeError):
 
 class NonFiniteOutput(RuntimeError):
     """A strict session found NaN or infinity in a layer's output."""
-
-
-@dataclass(frozen=True)
-class AttentionEvent:
-    """One call as an observer sees it, right after it ran.  Read the tensors, don't keep them.
-
-    Attributes:
-        layer: name of the layer.
-        step: index of the sampling step, -1 outside sampling.
-        progress: position in the schedule, 0 .. 1.
-        branch: "cond", "uncond" or None where the host doesn't say; a batch that holds both is
-            shown in parts.
-        spec: what ran; ``fp16`` also where the plan's spec was declined.
-        q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``.
-        out: ``[B, H, Lq, D]``.
-    """
-
-    layer: str
-    step: int
-    progress: float
-    branch: str | None
-    spec: AttentionSpec
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float | None
-    out: Tensor
-
-
-class Observer(Protocol):
-    """Watches the calls of a session."""
-
-    def observe(self, event: AttentionEvent) -> None:
-        """Called after every call that the session served, fp16 ones included."""
 
 
 class Layer:
@@ -116,11 +75,26 @@ class Layer:
         mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        *,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
     ) -> Tensor:
         """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
         if torch.compiler.is_compiling():
-            return ops.attention(q, k, v, mask, self.handle, "", is_causal, scale, "auto", False)[0]
-        return self.session.attend(self, q, k, v, mask=mask, is_causal=is_causal, scale=scale)
+            tables = ops.tables(rope_q, rope_k)
+            return ops.attention(
+                q, k, v, mask, self.handle, "", is_causal, scale, "auto", False, *tables
+            )[0]
+        return self.attend(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
 
     def attend(
         self,
@@ -132,10 +106,21 @@ class Layer:
         is_causal: bool = False,
         scale: float | None = None,
         native: Native | None = None,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
     ) -> Tensor:
         """:meth:`AttentionSession.attend` of this layer."""
         return self.session.attend(
-            self, q, k, v, mask=mask, is_causal=is_causal, scale=scale, native=native
+            self,
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            native=native,
+            rope_q=rope_q,
+            rope_k=rope_k,
         )
 
     def bypass(self, tokens: int, reason: str) -> None:
@@ -350,13 +335,17 @@ class AttentionSession:
         is_causal: bool = False,
         scale: float | None = None,
         native: Native | None = None,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
     ) -> Tensor:
         """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
 
         ``native`` stands for the layer's own in this call, where the host's attention takes more
-        than a layer can know.
+        than a layer can know.  ``rope_q`` and ``rope_k`` rotate q and k as in
+        :func:`sage_diffusion.attention`; observers and the host's own attention get them rotated.
 
         Raises:
+            ValueError, TypeError: the tables of a rotation do not fit.
             AttentionRefused: strict, and the plan's spec can't be served.
             KernelCompilationError: the session's backend is named and its kernel doesn't compile.
         """
@@ -364,7 +353,8 @@ class AttentionSession:
         if layer.index < 0:
             self._enlist(layer)
         native = native or layer.native
-        call = (q, k, v, mask, is_causal, scale)
+        check_ropes(q, k, rope_q, rope_k)
+        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
         if self.chunks and self.branch is None and not q.shape[0] % len(self.chunks):
             return self._attend_chunks(layer, call, native)
         spec = self.spec_for(layer.name, k.shape[2])
@@ -372,20 +362,27 @@ class AttentionSession:
         self._show(layer, self.branch, ran, call, out)
         return out
 
-    def _attend_chunks(self, layer: Layer, call: _Call, native: Native) -> Tensor:
+    def _attend_chunks(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """A batch that holds both branches: together where they agree, else each in its spec."""
-        q, k, v, mask, is_causal, scale = call
-        size = q.shape[0] // len(self.chunks)
+        size = call.q.shape[0] // len(self.chunks)
 
         def rows(x: Tensor, i: int) -> Tensor:
             return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
 
-        def part(i: int) -> _Call:
-            part_mask = mask if mask is None or mask.ndim < 4 else rows(mask, i)
-            return rows(q, i), rows(k, i), rows(v, i), part_mask, is_causal, scale
+        def part(i: int) -> Call:
+            mask, ropes = call.mask, (call.rope_q, call.rope_k)
+            own = [r if r is None else r.rows(i * size, (i + 1) * size) for r in ropes]
+            return call._replace(
+                q=rows(call.q, i),
+                k=rows(call.k, i),
+                v=rows(call.v, i),
+                mask=mask if mask is None or mask.ndim < 4 else rows(mask, i),
+                rope_q=own[0],
+                rope_k=own[1],
+            )
 
         count = len(self.chunks)
-        specs = [self.spec_for(layer.name, k.shape[2], branch) for branch in self.chunks]
+        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in self.chunks]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
@@ -395,7 +392,7 @@ class AttentionSession:
                 out = torch.cat([found for found, _ in served])
         else:
             # The host's own attention knows its batch as a whole only.
-            whole = functools.cache(lambda: native(*call))
+            whole = functools.cache(lambda: native(*call.plain()))
 
             def part_of_whole(i: int) -> Native:
                 return lambda *_: rows(whole(), i)
@@ -409,50 +406,53 @@ class AttentionSession:
         return out
 
     def _serve(
-        self, layer: Layer, spec: AttentionSpec, call: _Call, native: Native
+        self, layer: Layer, spec: AttentionSpec, call: Call, native: Native
     ) -> tuple[Tensor, AttentionSpec]:
         """The output, and what ran: fp16 also where the plan's spec was declined."""
         if spec.quantized:
-            out = self._quantized(layer, spec, *call)
+            out = self._quantized(layer, spec, call)
             if out is not None:
                 return out, spec
         else:
             layer.ran["fp16", "native"] += 1
-        return native(*call), FP16
+        return native(*call.plain()), FP16
 
     def _show(
-        self, layer: Layer, branch: str | None, spec: AttentionSpec, call: _Call, out: Tensor
+        self, layer: Layer, branch: str | None, spec: AttentionSpec, call: Call, out: Tensor
     ) -> None:
         if self.observers:
-            event = AttentionEvent(layer.name, self.step, self.progress, branch, spec, *call, out)
+            event = AttentionEvent(
+                layer.name, self.step, self.progress, branch, spec, *call.plain(), out
+            )
             with torch.no_grad():
                 for observer in self.observers:
                     observer.observe(event)
 
-    def _quantized(
-        self,
-        layer: Layer,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor | None:
+    def _quantized(self, layer: Layer, spec: AttentionSpec, call: Call) -> Tensor | None:
         """The output, or None after the call was declined with a reason."""
+        q, k, v, mask, is_causal, scale, rope_q, rope_k = call
+        rope = rope_q is not None or rope_k is not None
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             layer.decline("gradients are asked for, quantized attention is forward only")
             return None
         try:
             check_call(q, k, v, mask)
-            call = backends.AttentionCall.of(q, k, spec, mask, is_causal)
+            asked = backends.AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
         except (ValueError, TypeError) as error:
             layer.decline(str(error))
             return None
         try:
             chosen, out, _ = compilation.run(
-                call, self.backend, q, k, v, four_dims(mask), scale, self.compilations
+                asked,
+                self.backend,
+                q,
+                k,
+                v,
+                four_dims(mask),
+                scale,
+                self.compilations,
+                rope_q=rope_q,
+                rope_k=rope_k,
             )
         except backends.BackendUnavailable as error:
             layer.decline(str(error))
@@ -469,6 +469,7 @@ class AttentionSession:
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
         if self.guard.due(layer.name, layer.index, self.step):
+            q, k = call.plain()[:2]
             self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
         return out
 
@@ -518,18 +519,3 @@ def _restore_session(
     plan: PrecisionPlan, backend: str, strict: bool, guard: Guard
 ) -> AttentionSession:
     return AttentionSession(plan, backend=backend, strict=strict, guard=guard)
-
-
-def torch_native(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None
-) -> Tensor:
-    """PyTorch's attention on ``[B, H, L, D]``: what a layer runs where its host names nothing."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )

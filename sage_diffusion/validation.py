@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.rope import Rope, check_rope
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -47,6 +49,13 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         )
     if mask is not None:
         check_mask(mask, q, k_len)
+
+
+def check_ropes(q: Tensor, k: Tensor, rope_q: Rope | None, rope_k: Rope | None) -> None:
+    """Raise ValueError or TypeError unless the tables are None or fit ``[B, H, L, D]``."""
+    for name, x, rope in (("q", q, rope_q), ("k", k, rope_k)):
+        if rope is not None:
+            check_rope(rope, x, name)
 
 
 def check_mask(mask: Tensor, q: Tensor, k_len: int) -> None:

@@ -16,10 +16,11 @@ from sage_diffusion.adapt.frechet import frechet_distance, picture_features
 from sage_diffusion.adapt.globs import step_range
 from sage_diffusion.adapt.planner import predicted_time
 from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule, step_progress
-from sage_diffusion.session import AttentionEvent, AttentionSession
+from sage_diffusion.session import AttentionSession
 
 #: Uniform specs that a plan is compared with.
 UNIFORM = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "int4/int8")
@@ -109,7 +110,7 @@ class WorkWatch:
         self._head_dims: dict[str, int] = {}
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.session.Observer`."""
+        """See :class:`sage_diffusion.calls.Observer`."""
         if event.step >= 0:
             batch, heads, q_len, dim = event.q.shape
             work = float(batch * heads * q_len * event.k.shape[2] * dim)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.session import AttentionEvent
 from sage_diffusion.validation import four_dims
 
 #: Backward passes per run.
@@ -58,7 +58,7 @@ class _Errors:
         self.errors: list[list[Tensor]] = []
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.session.Observer`."""
+        """See :class:`sage_diffusion.calls.Observer`."""
         if event.step < 0:
             return
         if not event.out.requires_grad:
