@@ -319,10 +319,14 @@ class AttentionSession:
             self._specs[key] = spec
         return spec
 
-    def quantizes(self, layer: str, tokens: int) -> bool:
-        """Does the plan quantize a call with this many keys, or a part of its batch?"""
+    def quantizes(self, layer: str, tokens: int, *, whole: bool = False) -> bool:
+        """Does the plan quantize a call with this many keys, or a part of its batch?
+
+        With ``whole`` every part must be.
+        """
         branches = self.chunks if self.branch is None else ()
-        return any(self.spec_for(layer, tokens, b).quantized for b in branches or (None,))
+        parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
+        return all(parts) if whole else any(parts)
 
     def attend(
         self,

@@ -25,6 +25,15 @@ from sage_diffusion.integrations._rebind import (
     dispatches,
     rebound_class,
 )
+from sage_diffusion.integrations._rotary import (
+    ROTARY,
+    as_rotated,
+    pair_tables,
+    put_off,
+    rotate_pairs,
+    taken_apart,
+)
+from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.session import AttentionSession, Layer
 
 try:
@@ -64,7 +73,7 @@ def routed_class(cls: type) -> type:
 
 @functools.cache
 def _routed_class(cls: Any) -> type:
-    core = rebound_class(cls, Routers(_sdpa, _dispatch))
+    core = rebound_class(cls, Routers(_sdpa, _dispatch, _rotary, _rotate_pairs))
     namespace = {
         "__module__": cls.__module__,
         "__call__": _publishing(core.__call__),
@@ -279,8 +288,9 @@ def _sdpa(
     more = {"enable_gqa": True} if enable_gqa else {}
 
     def original(*_: Any) -> Tensor:
+        q, k = as_rotated(query), as_rotated(key)
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more
+            q, k, value, attn_mask, dropout_p, is_causal, scale=scale, **more
         )
 
     if layer is None:
@@ -289,7 +299,8 @@ def _sdpa(
     if reason is not None:
         _bypass(layer, key.shape[-2], reason)
         return original()
-    return _attend(layer, query, key, value, attn_mask, is_causal, scale, original)
+    (q, rope_q), (k, rope_k) = taken_apart(query, 1), taken_apart(key, 1)
+    return _attend(layer, q, k, value, attn_mask, is_causal, scale, original, rope_q, rope_k)
 
 
 def _dispatch(
@@ -313,8 +324,8 @@ def _dispatch(
 
     def original() -> Any:
         return DISPATCH(
-            query,
-            key,
+            as_rotated(query),
+            as_rotated(key),
             value,
             attn_mask=attn_mask,
             dropout_p=dropout_p,
@@ -344,9 +355,56 @@ def _dispatch(
     mask = attn_mask
     if mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
         mask = mask[:, None, None, :]  # key padding, as diffusers' native backend reads it
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out = _attend(layer, q, k, v, mask, is_causal, scale, lambda *_: original().transpose(1, 2))
+    (query_, rope_q), (key_, rope_k) = taken_apart(query, 2), taken_apart(key, 2)
+    q, k, v = query_.transpose(1, 2), key_.transpose(1, 2), value.transpose(1, 2)
+
+    def native(*_: Any) -> Tensor:
+        return original().transpose(1, 2)
+
+    out = _attend(layer, q, k, v, mask, is_causal, scale, native, rope_q, rope_k)
     return out.transpose(1, 2)
+
+
+def _rotary(
+    x: Tensor,
+    freqs_cis: Any,
+    use_real: bool = True,
+    use_real_unbind_dim: int = -1,
+    sequence_dim: int = 2,
+) -> Tensor:
+    """Stands for ``apply_rotary_emb``."""
+
+    def original() -> Tensor:
+        return ROTARY(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
+
+    if not use_real or use_real_unbind_dim not in (-1, -2) or not _folds(x, sequence_dim):
+        return original()
+    cos, sin = freqs_cis
+    put = put_off(x, Rope(cos, sin, use_real_unbind_dim == -1), 3 - sequence_dim, original)
+    return original() if put is None else put
+
+
+def _rotate_pairs(x: Tensor, freqs_cos: Tensor, freqs_sin: Tensor) -> Tensor:
+    """Stands for the inner function of the Wan family: ``[B, L, H, D]``."""
+
+    def original() -> Tensor:
+        return rotate_pairs(x, freqs_cos, freqs_sin)
+
+    rope = pair_tables(freqs_cos, freqs_sin) if _folds(x, 1) else None
+    put = None if rope is None else put_off(x, rope, 2, original)
+    return original() if put is None else put
+
+
+def _folds(x: Tensor, sequence_dim: int) -> bool:
+    """Will the attention call that comes next be quantized, so that it may rotate Q and K too?"""
+    if torch.compiler.is_compiling() or x.ndim != 4 or sequence_dim not in (1, 2):
+        return False  # one graph serves every precision: it rotates
+    frame = _running.frame
+    if frame is None or frame.slot is None or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    slot = frame.slot
+    layer, tokens = slot.layer(frame.calls), x.shape[sequence_dim]
+    return slot.session.quantizes(layer.name, tokens, whole=True)
 
 
 def _next_layer() -> Layer | None:
@@ -394,7 +452,19 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     native: Callable[..., Tensor],
+    rope_q: Rope | None,
+    rope_k: Rope | None,
 ) -> Tensor:
     if torch.compiler.is_compiling():
         return ops.attention(q, k, v, mask, layer.handle, "", is_causal, scale, "auto", False)[0]
-    return layer.attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale, native=native)
+    return layer.attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        native=native,
+        rope_q=rope_q,
+        rope_k=rope_k,
+    )

@@ -1,8 +1,9 @@
 """Subclasses of attention processors that run the same code with other attention functions.
 
 Each function that calls attention is rebuilt from its own code object with private globals, where
-``F.scaled_dot_product_attention`` and diffusers' ``dispatch_attention_fn`` are replaced.  Nothing
-global is patched, and no processor is written a second time.
+``F.scaled_dot_product_attention`` and diffusers' ``dispatch_attention_fn`` are replaced, and so are
+the functions that rotate Q and K (``_rotary``).  Nothing global is patched, and no processor is
+written a second time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from sage_diffusion.integrations._rotary import PAIRS, ROTARY, with_pairs_routed
+
 SDPA = nn.functional.scaled_dot_product_attention
 DISPATCH = dispatch_attention_fn
 _NAMES = (SDPA.__name__, DISPATCH.__name__)
@@ -29,6 +32,8 @@ class Routers(NamedTuple):
 
     sdpa: Callable[..., Any]
     dispatch: Callable[..., Any]
+    rotary: Callable[..., Any]
+    rotate_pairs: Callable[..., Any]
 
 
 # ---------------------------------------------------------------------- which code calls attention
@@ -146,6 +151,9 @@ def _private_globals(cls: type, function: types.FunctionType, routers: Routers) 
             own[key] = routers.sdpa
         elif value is DISPATCH:
             own[key] = routers.dispatch
+        elif value is ROTARY:
+            own[key] = routers.rotary
+    own[PAIRS] = routers.rotate_pairs
     reached = (function, *_helpers(function))
     if any(name == "functional" for each in reached for name, _ in _loads(each)):
         # Spelled torch.nn.functional.scaled_dot_product_attention.
@@ -165,8 +173,9 @@ def _private_globals(cls: type, function: types.FunctionType, routers: Routers) 
 
 
 def _with_globals(function: types.FunctionType, own: dict[str, Any]) -> types.FunctionType:
+    code = with_pairs_routed(function.__code__)
     new = types.FunctionType(
-        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+        code, own, function.__name__, function.__defaults__, function.__closure__
     )
     new.__kwdefaults__ = function.__kwdefaults__
     new.__qualname__ = function.__qualname__
