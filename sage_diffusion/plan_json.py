@@ -26,6 +26,13 @@ class _Rule(_Strict):
     min_tokens: Annotated[int, Field(ge=0, strict=True)] = 0
 
 
+class _Fingerprint(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    layers: list[str] | None = None
+    model: str | None = None
+    head_dims: dict[str, int] | None = None
+
+
 class _Plan(_Strict):
     version: Annotated[int, Field(strict=True)]
     default: SpecText
@@ -33,7 +40,7 @@ class _Plan(_Strict):
     name: str | None = None
     model: str | None = None
     schedule: list[float] | None = None
-    fingerprint: dict[str, Any] | None = None
+    fingerprint: _Fingerprint | None = None
     calibration: dict[str, Any] | None = None
 
 
@@ -79,7 +86,7 @@ def parse_plan(text: str) -> PrecisionPlan:
         model=parsed.model,
         name=parsed.name,
         schedule=None if parsed.schedule is None else tuple(parsed.schedule),
-        fingerprint=parsed.fingerprint,
+        fingerprint=data.get("fingerprint"),
         calibration=parsed.calibration,
     )
 

@@ -68,6 +68,8 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ('{"version": 2, "new": 1}', "reads up to 1: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
         (plan_json(colour="red"), "colour: unknown key"),
+        (plan_json(fingerprint={"layers": 3}), "fingerprint.layers: "),
+        (plan_json(fingerprint={"head_dims": {"a": "x"}}), "fingerprint.head_dims.a: "),
         (plan_json(default="int5/fp8"), "default: 'int5/fp8' is not an attention spec"),
         (plan_json(rules=[{"spec": "fp16"}, {"spec": {"qk": "int5"}}]), r"rules\[1\].spec.qk: "),
         (plan_json(rules=[{"spec": {"qkk": "int8"}}]), r"rules\[0\].spec: unknown field 'qkk'"),

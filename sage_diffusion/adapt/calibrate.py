@@ -193,8 +193,8 @@ def calibrate(
     """Measure what each spec does to each layer and step of a model, on live sampling.
 
     Every (prompt, seed) is sampled once with the model's own attention while an observer measures
-    some cells; the table is saved after each run, so an interrupted calibration goes on where it
-    stopped when called again with the same arguments.
+    some cells; the table is saved after each run (of the end-to-end stage too), so an interrupted
+    calibration goes on where it stopped when called again with the same arguments.
 
     Args:
         sampler: see :class:`Sampler`.
@@ -248,6 +248,7 @@ def calibrate(
         job.passes("remeasure", pairs, job.table.extra_runs)
     if sensitivity and job.table.sensitivity is None:
         job.table.sensitivity = _end_to_end(job, pairs, sensitivity, method)
+        job.table.unfinished = None
         job.save()
     return job.table
 
@@ -255,14 +256,32 @@ def calibrate(
 def _end_to_end(
     job: _Job, pairs: Sequence[tuple[Any, int]], count: int, method: str
 ) -> dict[str, Any]:
-    sampler = job.sampler
+    sampler, table = job.sampler, job.table
+
+    def keep(state: dict[str, Any]) -> None:
+        table.unfinished = state
+        job.save()
+
     if method == "groups" or (method == "auto" and not isinstance(sampler, Tracer)):
-        return measure_sensitivity(sampler, job.table, pairs[:count], progress=job.tell)
+        return measure_sensitivity(
+            sampler,
+            table,
+            pairs[:count],
+            progress=job.tell,
+            unfinished=table.unfinished,
+            keep=keep,
+        )
     assert isinstance(sampler, Tracer)
     pictures = [picture for pair in pairs for picture in sampler.pictures(*pair)]
     spread = np.linspace(0, len(pictures), min(count, len(pictures)), endpoint=False)
-    chosen = [pictures[int(i)] for i in spread]
-    return measure_gradient(sampler, job.table, chosen, progress=job.tell)
+    return measure_gradient(
+        sampler,
+        table,
+        [pictures[int(i)] for i in spread],
+        progress=job.tell,
+        unfinished=table.unfinished,
+        keep=keep,
+    )
 
 
 class _Job:

@@ -13,14 +13,14 @@ another mode.  The graph of a whole run must fit into memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.table import BOTH, ScoreTable, TableError
 from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -89,6 +89,8 @@ def measure_gradient(
     probes: int = PROBES,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    unfinished: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Rate every cell and spec of a table by its effect on the final latents.
 
@@ -99,6 +101,8 @@ def measure_gradient(
         probes: backward passes per picture.
         seed: of the probes.
         progress: called as ``progress("sensitivity", done, total)``.
+        unfinished: what ``keep`` was given last when the stage was broken off; it goes on there.
+        keep: called with plain data after each picture.
 
     Returns:
         Plain data for ``ScoreTable.sensitivity``: ``method`` "gradient"; ``layers``, ``branches``;
@@ -108,45 +112,98 @@ def measure_gradient(
 
     Raises:
         NoGradient: the host's sampling can't be differentiated.
+        TableError: ``unfinished`` is broken.
     """
     from sage_diffusion.adapt.calibrate import planned
 
     specs = [AttentionSpec.parse(name) for name in table.specs]
-    votes, levels = [], []
-    together, apart = np.zeros(len(specs)), np.zeros(len(specs))
-    peak = 0.0
+    job: dict[str, Any] = {"method": "gradient", "probes": probes, "seed": seed}
+    job["pairs"] = [[str(prompt), number] for prompt, number in pairs]
+    tally = _Tally((*table.shape, len(specs)))
+    if unfinished is not None and all(unfinished.get(key) == value for key, value in job.items()):
+        tally.load(unfinished)
     generator = torch.Generator().manual_seed(seed)
+    for shape in tally.shapes:  # the pictures that are done drew theirs
+        for _ in range(probes):
+            _signs(shape, generator)
     for done, (prompt, number) in enumerate(pairs):
-        watcher = _Errors(specs)
-        sampler.session.observers.append(watcher)
-        try:
-            with planned(sampler.session, "fp16"):
-                final = sampler.trace(prompt, number)
-        finally:
-            sampler.session.observers.remove(watcher)
-        effects = _effects(final, watcher, table, probes, generator)  # [P, L, S, B, K]
-        peak = max(peak, float((final.max() - final.min()).detach()))
-        squares = np.square(effects).mean(0) / final.numel()
-        total = np.nansum(squares, (0, 1, 2))
-        together += np.square(np.nansum(effects, (1, 2, 3))).mean(0) / final.numel()
-        apart += total
-        # Chaotic pictures err by orders of magnitude more than the others. With equal votes they
-        # would be given up, with their squared errors they would decide alone: the square root
-        # costs the mean over pictures little and is worth 1.5 dB of the pooled PSNR.
-        votes.append(squares / max(total.max(), 1e-300) ** 0.5)
-        levels.append(total.max())
+        if done >= len(tally.shapes):
+            watcher = _Errors(specs)
+            sampler.session.observers.append(watcher)
+            try:
+                with planned(sampler.session, "fp16"):
+                    final = sampler.trace(prompt, number)
+            finally:
+                sampler.session.observers.remove(watcher)
+            tally.add(final.detach(), _effects(final, watcher, table, probes, generator))
+            if keep is not None:
+                keep(job | tally.to_dict())
         if progress is not None:
             progress("sensitivity", done + 1, len(pairs))
-    effect = _known_mean(np.array(votes))
-    effect *= np.mean(levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
+    effect = tally.votes / np.where(tally.seen, tally.seen, np.nan)
+    effect *= np.mean(tally.levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
+    factor = tally.together / np.maximum(tally.apart, 1e-300)
     return {
         "method": "gradient",
         "layers": list(table.layers),
         "branches": list(table.branches),
         "effect": _plain(smooth_steps(effect)),
-        "factor": [float(f"{x:.6g}") for x in together / np.maximum(apart, 1e-300)],
-        "peak": peak,
+        "factor": [float(f"{x:.6g}") for x in factor],
+        "peak": tally.peak,
     }
+
+
+class _Tally:
+    """What the pictures say together; plain data while the stage is unfinished.
+
+    Args:
+        shape: layers, steps, branches, specs.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.votes = np.zeros(shape)
+        self.seen = np.zeros(shape)  # pictures that called the cell
+        self.together, self.apart = np.zeros(shape[-1]), np.zeros(shape[-1])
+        self.levels: list[float] = []
+        self.shapes: list[tuple[int, ...]] = []  # of the final latents
+        self.peak = 0.0
+
+    def add(self, final: Tensor, effects: np.ndarray) -> None:
+        """One picture's ``v^T J e``, ``[P, L, S, B, K]``."""
+        squares = np.square(effects).mean(0) / final.numel()
+        total = np.nansum(squares, (0, 1, 2))
+        # Chaotic pictures err by orders of magnitude more than the others. With equal votes they
+        # would be given up, with their squared errors they would decide alone: the square root
+        # costs the mean over pictures little and is worth 1.5 dB of the pooled PSNR.
+        self.votes += np.nan_to_num(squares / max(total.max(), 1e-300) ** 0.5)
+        self.seen += np.isfinite(squares)
+        self.together += np.square(np.nansum(effects, (1, 2, 3))).mean(0) / final.numel()
+        self.apart += total
+        self.levels.append(float(total.max()))
+        self.shapes.append(tuple(final.shape))
+        self.peak = max(self.peak, float(final.max() - final.min()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All digits, so that going on is the same as never having stopped."""
+        arrays = ("votes", "seen", "together", "apart")
+        return {name: getattr(self, name).tolist() for name in arrays} | {
+            "levels": list(self.levels),
+            "shapes": [list(shape) for shape in self.shapes],
+            "peak": self.peak,
+        }
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        """Go on from :meth:`to_dict`."""
+        try:
+            for name in ("votes", "seen", "together", "apart"):
+                getattr(self, name)[...] = np.array(data[name], dtype=np.float64)
+            self.levels = [float(x) for x in data["levels"]]
+            self.shapes = [tuple(map(int, shape)) for shape in data["shapes"]]
+            self.peak = float(data["peak"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TableError(
+                f"the unfinished end-to-end stage of the score table can't be read: {error!r}"
+            ) from None
 
 
 def cell_effects(table: ScoreTable, error: np.ndarray) -> np.ndarray:
@@ -183,10 +240,8 @@ def smooth_steps(effect: np.ndarray) -> np.ndarray:
     return np.where(known, total / np.maximum(weight, 1e-300), np.nan)
 
 
-def _known_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is not NaN; NaN where nothing is known."""
-    counts = np.isfinite(values).sum(0)
-    return np.where(counts, np.nansum(values, 0) / np.maximum(counts, 1), np.nan)
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1
 
 
 def _effects(
@@ -195,7 +250,7 @@ def _effects(
     """``v^T J e`` of every probe, cell and spec; NaN where no call was seen."""
     found = np.full((probes, *table.shape, len(watcher.specs)), np.nan)
     for p in range(probes):
-        signs = torch.randint(0, 2, final.shape, generator=generator) * 2 - 1
+        signs = _signs(final.shape, generator)
         grads = torch.autograd.grad(
             final,
             watcher.outs,

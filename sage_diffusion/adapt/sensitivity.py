@@ -12,7 +12,7 @@ least squares.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.gradient import cell_effects
-from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 
@@ -39,6 +39,8 @@ def measure_sensitivity(
     layer_groups: int = 6,
     step_groups: int = 5,
     progress: Callable[[str, int, int], None] | None = None,
+    unfinished: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run groups of cells in the least accurate spec and fit what they do to the result.
 
@@ -48,6 +50,8 @@ def measure_sensitivity(
         pairs: (prompt, seed) to average over.
         layer_groups, step_groups: how many groups the layers and the steps are split into.
         progress: called as ``progress("sensitivity", done, total)``.
+        unfinished: what ``keep`` was given last when the stage was broken off; it goes on there.
+        keep: called with plain data after each run.
 
     Returns:
         Plain data for ``ScoreTable.sensitivity``: ``spec``; ``layers`` (names per group); ``steps``
@@ -56,6 +60,9 @@ def measure_sensitivity(
         ``factor [K]`` (measured over predicted error of each spec used everywhere: what kind of
         error a spec makes, and by how much chaotic samples raise the mean); ``peak`` (largest minus
         smallest reference latent); ``checks`` (predicted and measured error of the mixed runs).
+
+    Raises:
+        TableError: ``unfinished`` is broken.
     """
     from sage_diffusion.adapt.calibrate import planned
 
@@ -79,20 +86,28 @@ def measure_sensitivity(
         masks.append(mask.reshape(grid))
     plans = [group_plan(table.specs[low], mask, layers, steps, table) for mask in masks]
     plans += [PrecisionPlan.of(name) for name in table.specs]
-    errors: list[list[float]] = [[] for _ in plans]  # of every sample
+    job: dict[str, Any] = {"method": "groups", "plans": [plan.to_dict() for plan in plans]}
+    job["pairs"] = [[str(prompt), seed] for prompt, seed in pairs]
+    runs: list[list[float]] = []  # errors of the samples of each run, pair by pair
     peak = 0.0
-    done, total = 0, len(pairs) * len(plans)
-    for prompt, seed in pairs:
+    if unfinished is not None and all(unfinished.get(key) == value for key, value in job.items()):
+        runs, peak = _loaded(unfinished)
+    total = len(pairs) * len(plans)
+    for number, (prompt, seed) in enumerate(pairs):
+        if len(runs) >= (number + 1) * len(plans):
+            continue
         with planned(sampler.session, "fp16"):
             reference = sampler.sample(prompt, seed).float()
         peak = max(peak, float(reference.max() - reference.min()))
-        for i, plan in enumerate(plans):
+        for plan in plans[len(runs) - number * len(plans) :]:
             with planned(sampler.session, plan):
                 out = sampler.sample(prompt, seed).float()
-            errors[i] += (out - reference).square().flatten(1).mean(1).tolist()
-            done += 1
+            runs.append((out - reference).square().flatten(1).mean(1).tolist())
+            if keep is not None:
+                keep(job | {"runs": runs, "peak": peak})
             if progress is not None:
-                progress("sensitivity", done, total)
+                progress("sensitivity", len(runs), total)
+    errors = [list(itertools.chain(*runs[i :: len(plans)])) for i in range(len(plans))]
     # A few chaotic samples err by orders of magnitude more than the others and would decide alone
     # in a mean of squares, yet they do decide the PSNR: what matters is judged by the squared mean
     # of the amplitudes, the level by the mean of the squares.
@@ -122,6 +137,16 @@ def measure_sensitivity(
             for i in range(single, len(masks))
         ],
     }
+
+
+def _loaded(unfinished: Mapping[str, Any]) -> tuple[list[list[float]], float]:
+    try:
+        runs = [[float(x) for x in run] for run in unfinished["runs"]]
+        return runs, float(unfinished["peak"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TableError(
+            f"the unfinished end-to-end stage of the score table can't be read: {error!r}"
+        ) from None
 
 
 def cell_damage(table: ScoreTable, error: np.ndarray) -> np.ndarray:

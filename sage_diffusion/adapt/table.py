@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class ScoreTable:
         calls: calls per run of every cell, ``[L, S, B]``.
         outliers: max over runs of the outlier factor of Q, K and V, ``[L, S, B, 3]``.
         sensitivity: effect on the final latent, see :mod:`sage_diffusion.adapt.sensitivity`.
+        unfinished: what that stage has found so far while it is under way.
     """
 
     specs: tuple[str, ...]
@@ -60,6 +61,7 @@ class ScoreTable:
     extra: list[tuple[str, int, str]] = field(default_factory=list)
     extra_runs: list[tuple[str, int]] = field(default_factory=list)
     sensitivity: dict[str, Any] | None = None
+    unfinished: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), self.steps, len(self.branches))
@@ -191,6 +193,7 @@ class ScoreTable:
             "calls": self.calls.tolist(),
             "outliers": _plain(self.outliers),
             "sensitivity": self.sensitivity,
+            "unfinished": self.unfinished,
         }
 
     def save(self, path: str | Path) -> None:
@@ -217,40 +220,10 @@ class ScoreTable:
 
     @classmethod
     def from_dict(cls, data: Any) -> ScoreTable:
-        """The table of :meth:`to_dict`."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("version"), int):
-            raise TableError("is not a score table: version is missing")
-        if data["version"] != VERSION:
-            raise TableError(
-                f"score table of version {data['version']}, this program reads {VERSION}"
-            )
-        try:
-            if tuple(data["metrics"]) != METRICS:
-                raise TableError(f"metrics must be {', '.join(METRICS)}, got {data['metrics']}")
-            table = cls(
-                tuple(data["specs"]),
-                int(data["steps"]),
-                dict(data["fingerprint"]),
-                dict(data["settings"]),
-                list(data["layers"]),
-                list(data["branches"]),
-                data["schedule"],
-                [(str(prompt), int(seed)) for prompt, seed in data["runs"]],
-                [(str(layer), int(step), str(b)) for layer, step, b in data["extra"]],
-                [(str(prompt), int(seed)) for prompt, seed in data["extra_runs"]],
-                data["sensitivity"],
-            )
-            for key in ("count", "mean", "m2", "work", "calls", "outliers"):
-                target = getattr(table, key)
-                array = np.array(data[key], dtype=np.float64).reshape(target.shape)
-                setattr(table, key, array.astype(target.dtype))
-        except KeyError as error:
-            raise TableError(f"is not a score table: {error.args[0]} is missing") from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, TableError):
-                raise
-            raise TableError(f"is not a score table: {error}") from None
-        return table
+        """The table of :meth:`to_dict`; raises as :func:`.table_json.parse_table`."""
+        from sage_diffusion.adapt.table_json import parse_table
+
+        return parse_table(data)
 
     def check_same(self, other: ScoreTable) -> None:
         """May this table be continued by a calibration that would have made ``other``?

@@ -60,6 +60,23 @@ def test_a_cells_effect_is_what_running_it_in_that_spec_does():
             assert abs(10 * np.log10(predicted[i, step, 0] / measured)) < 2.5
 
 
+def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "scores.json"
+
+    def stop(progress):
+        if (progress.stage, progress.done) == ("sensitivity", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(TracingSampler(), sensitivity=3, path=path, progress=stop)
+    assert len(ScoreTable.load(path).unfinished["levels"]) == 1
+    again = TracingSampler()
+    resumed = calibrated(again, sensitivity=3, path=path)
+    assert again.runs == 2  # the pictures that were left
+    assert resumed.unfinished is None
+    assert resumed.sensitivity == calibrated(TracingSampler(), sensitivity=3).sensitivity
+
+
 def test_calibration_takes_gradients_where_there_are_some():
     table = calibrated(TracingSampler(), sensitivity=2)
     found = table.sensitivity

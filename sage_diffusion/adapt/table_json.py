@@ -1,0 +1,197 @@
+"""Reading score tables: every error names the JSON path, what must hold and what came."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sage_diffusion.adapt.measure import METRICS
+from sage_diffusion.adapt.table import VERSION, ScoreTable, TableError
+from sage_diffusion.kernels.spec import AttentionSpec
+
+#: Parts of a cell's arrays beyond ``[L, S, B]``: specs, metrics, tensors.
+_ARRAYS = {
+    "count": "",
+    "mean": "km",
+    "m2": "km",
+    "work": "",
+    "calls": "",
+    "outliers": "t",
+}
+
+
+def parse_table(data: Any) -> ScoreTable:
+    """The table of :meth:`ScoreTable.to_dict`.
+
+    Raises:
+        TableError: no table, another version, or a wrong value.
+    """
+    if not isinstance(data, Mapping) or not _whole(data.get("version")):
+        raise TableError("is not a score table: version is missing")
+    if data["version"] != VERSION:
+        raise TableError(f"score table of version {data['version']}, this program reads {VERSION}")
+    try:
+        return _parse(data)
+    except KeyError as error:
+        raise TableError(f"is not a score table: {error.args[0]} is missing") from None
+
+
+def _parse(data: Mapping[str, Any]) -> ScoreTable:
+    _need(data["metrics"] == list(METRICS), "metrics", ", ".join(METRICS), data["metrics"])
+    specs = _names(data["specs"], "specs")
+    for i, name in enumerate(specs):
+        try:
+            AttentionSpec.parse(name)
+        except ValueError as error:
+            raise TableError(f"specs[{i}]: {error}") from None
+    layers, branches = _names(data["layers"], "layers"), _names(data["branches"], "branches")
+    steps = data["steps"]
+    _need(_whole(steps) and steps >= 0, "steps", "a whole number", steps)
+    sizes = {"k": len(specs), "m": len(METRICS), "t": 3}
+    cells = (len(layers), steps, len(branches))
+    arrays = {
+        key: _numbers(data[key], (*cells, *(sizes[axis] for axis in more)), key)
+        for key, more in _ARRAYS.items()
+    }
+    for key in ("count", "calls"):
+        _need(not np.isnan(arrays[key]).any(), key, "numbers", "null")
+    settings = data["settings"]
+    _need(isinstance(settings, Mapping), "settings", "an object", settings)
+    table = ScoreTable(
+        tuple(specs),
+        steps,
+        _fingerprint(data["fingerprint"]),
+        dict(settings),
+        layers,
+        branches,
+        _schedule(data["schedule"], steps),
+        _runs(data["runs"], "runs"),
+        _cells(data["extra"], "extra"),
+        _runs(data["extra_runs"], "extra_runs"),
+    )
+    for key, array in arrays.items():
+        setattr(table, key, array.astype(getattr(table, key).dtype))
+    table.sensitivity = _sensitivity(data["sensitivity"], table)
+    table.unfinished = data.get("unfinished")
+    _need(
+        table.unfinished is None or isinstance(table.unfinished, Mapping),
+        "unfinished",
+        "an object or null",
+        table.unfinished,
+    )
+    return table
+
+
+def _sensitivity(data: Any, table: ScoreTable) -> dict[str, Any] | None:
+    """What :mod:`.gradient` or :mod:`.sensitivity` found."""
+    if data is None:
+        return None
+    at = "sensitivity"
+    _need(isinstance(data, Mapping), at, "an object or null", data)
+    found = dict(data)
+    _need(_real(found["peak"]) and found["peak"] > 0, f"{at}.peak", "positive", found["peak"])
+    kinds = len(table.specs)
+    factor = _numbers(found["factor"], (kinds,), f"{at}.factor")
+    _need(not np.isnan(factor).any(), f"{at}.factor", "numbers", "null")
+    if found.get("method") == "gradient":
+        layers = _names(found["layers"], f"{at}.layers")
+        branches = _names(found["branches"], f"{at}.branches")
+        shape = (len(layers), table.steps, len(branches), kinds)
+        _numbers(found["effect"], shape, f"{at}.effect")
+        return found
+    groups, steps = found["layers"], found["steps"]
+    _need(isinstance(groups, list), f"{at}.layers", "a list of groups", groups)
+    for i, group in enumerate(groups):
+        for name in _names(group, f"{at}.layers[{i}]"):
+            _need(name in table.layers, f"{at}.layers[{i}]", "layers of the table", name)
+    _need(isinstance(steps, list), f"{at}.steps", "a list of [first, stop]", steps)
+    for i, pair in enumerate(steps):
+        fine = isinstance(pair, list) and len(pair) == 2 and all(map(_whole, pair))
+        fine = fine and 0 <= pair[0] < pair[1] <= table.steps
+        _need(fine, f"{at}.steps[{i}]", f"[first, stop] within {table.steps} steps", pair)
+    weight = _numbers(found["weight"], (len(groups), len(steps)), f"{at}.weight")
+    _need(not np.isnan(weight).any(), f"{at}.weight", "numbers", "null")
+    return found
+
+
+def _fingerprint(data: Any) -> dict[str, Any]:
+    _need(isinstance(data, Mapping), "fingerprint", "an object", data)
+    if data.get("layers") is not None:
+        _names(data["layers"], "fingerprint.layers")
+    model, dims = data.get("model"), data.get("head_dims") or {}
+    _need(model is None or isinstance(model, str), "fingerprint.model", "a name", model)
+    _need(isinstance(dims, Mapping), "fingerprint.head_dims", "an object", dims)
+    for name, dim in dims.items():
+        _need(_whole(dim) and dim > 0, f"fingerprint.head_dims.{name}", "a whole number", dim)
+    return dict(data)
+
+
+def _schedule(data: Any, steps: int) -> list[float] | None:
+    if data is None:
+        return None
+    fine = isinstance(data, list) and len(data) == steps and all(map(_real, data))
+    fine = fine and all(b < a for a, b in itertools.pairwise(data))
+    _need(fine, "schedule", f"{steps} strictly descending numbers or null", data)
+    return [float(x) for x in data]
+
+
+def _runs(data: Any, path: str) -> list[tuple[str, int]]:
+    _need(isinstance(data, list), path, "a list of [prompt, seed]", data)
+    for i, run in enumerate(data):
+        fine = isinstance(run, list) and len(run) == 2
+        fine = fine and isinstance(run[0], str) and _whole(run[1])
+        _need(fine, f"{path}[{i}]", "[prompt, seed]", run)
+    return [(prompt, seed) for prompt, seed in data]
+
+
+def _cells(data: Any, path: str) -> list[tuple[str, int, str]]:
+    _need(isinstance(data, list), path, "a list of [layer, step, branch]", data)
+    for i, cell in enumerate(data):
+        fine = isinstance(cell, list) and len(cell) == 3 and _whole(cell[1])
+        fine = fine and isinstance(cell[0], str) and isinstance(cell[2], str)
+        _need(fine, f"{path}[{i}]", "[layer, step, branch]", cell)
+    return [(layer, step, branch) for layer, step, branch in data]
+
+
+def _names(data: Any, path: str) -> list[str]:
+    fine = isinstance(data, list) and all(isinstance(name, str) for name in data)
+    _need(fine and len(set(data)) == len(data), path, "a list of different names", data)
+    return list(data)
+
+
+def _numbers(data: Any, shape: tuple[int, ...], path: str) -> np.ndarray:
+    """A float64 array of this shape, null as NaN; only a cosine may be negative, none infinite."""
+    try:
+        array = np.array(data, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise TableError(f"{path} must be numbers in lists of {_text(shape)}") from None
+    if not array.size and 0 in shape:
+        return np.zeros(shape)
+    _need(array.shape == shape, path, f"numbers in lists of {_text(shape)}", _text(array.shape))
+    low = np.where(np.array(METRICS) == "cosine", -1.0, 0.0) if path == "mean" else 0.0
+    wrong = array[(array < low) | np.isinf(array)]
+    _need(not wrong.size, path, "not negative and finite", wrong[:1].tolist())
+    return array
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "no list at all"
+
+
+def _need(condition: bool, path: str, must: str, got: Any) -> None:
+    if not condition:
+        text = repr(got)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        raise TableError(f"{path} must be {must}, got {shown}")
