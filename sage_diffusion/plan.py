@@ -177,16 +177,23 @@ class PrecisionPlan:
             if not any(fnmatchcase(name, rule.layers) for name in names)
         ]
 
-    def check(self, layers: Sequence[str], *, strict: bool = False) -> list[str]:
+    def check(
+        self, layers: Sequence[str], *, model: str | None = None, strict: bool = False
+    ) -> list[str]:
         """Does the plan fit a model with these layers?
 
+        Args:
+            layers: names.
+            model: class name, where the host knows it.
+            strict: every warning is an error.
+
         Returns:
-            Warnings: one per rule that matches nothing, and one if the layers differ from those of
-            the plan's fingerprint.
+            Warnings: one per rule that matches nothing, and one if there are layers that the plan's
+            fingerprint does not know (an adapter's, say).
 
         Raises:
-            PlanError: no rule with a glob of its own matches a layer (a plan for another model),
-                or, with ``strict``, any rule that matches nothing.
+            PlanError: a plan for another model: no rule with a glob of its own matches a layer, or
+                the fingerprint's class or one of its layers is not here.
         """
         missed = self.unmatched(layers)
         named = [i for i, rule in enumerate(self.rules) if rule.layers.strip("*")]
@@ -204,9 +211,15 @@ class PrecisionPlan:
         if self.fingerprint is not None:
             from sage_diffusion.adapt.travel import mismatch
 
-            reason = mismatch(self.fingerprint, {"layers": layers})
+            here = {"layers": list(layers), "model": model}
+            reason = mismatch(self.fingerprint, here)
             if reason is not None:
-                warnings.append(f"the plan was calibrated on another model: {reason}")
+                reason = f"the plan was calibrated on another model: {reason}"
+                known = set(self.fingerprint.get("layers") or layers)
+                here["layers"] = [name for name in layers if name in known]
+                if mismatch(self.fingerprint, here) is not None:
+                    raise PlanError(f"{reason}; without its fingerprint it is not checked")
+                warnings.append(reason)
         if strict and warnings:
             raise PlanError(warnings[0])
         return warnings

@@ -44,7 +44,9 @@ class CalibrationError(ValueError):
 class Sampler(Protocol):
     """A host that samples with a session attached.
 
-    ``model`` is the class name of the network that the session's layers belong to.
+    ``model`` is the class name of the network that the session's layers belong to.  A sampler may
+    also have ``settings``, plain data that decides what is sampled (steps, guidance): a table that
+    was made with others is not continued.
     """
 
     session: AttentionSession
@@ -300,7 +302,8 @@ class _Job:
         self.sampler, self.path, self.progress = sampler, path, progress
         self.began = time.monotonic()
         self.watcher = Calibrator(specs, sampler.session, share=share, rows=rows, seed=seed)
-        settings = {"share": share, "rows": rows, "seed": seed}
+        settings: dict[str, Any] = {"share": share, "rows": rows, "seed": seed}
+        settings["sampling"] = dict(getattr(sampler, "settings", {}))
         self.table = ScoreTable(tuple(map(str, specs)), 0, self._fingerprint(), settings)
         if path is not None and Path(path).exists():
             stored = ScoreTable.load(path)

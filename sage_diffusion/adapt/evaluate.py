@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from sage_diffusion.accuracy.compare import Generation, end_to_end
-from sage_diffusion.adapt.costs import load_costs
+from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
 from sage_diffusion.adapt.frechet import frechet_distance, picture_features
 from sage_diffusion.adapt.globs import step_range
 from sage_diffusion.adapt.planner import predicted_time
 from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.travel import check_fingerprint
 from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -143,27 +144,32 @@ def evaluate(
         generate: samples one (prompt, seed) with a session attached.
         pairs: held-out (prompt, seed).
         plans: name -> adaptive plan.
-        uniform: specs to compare with; those that the card lacks are left out.
+        uniform: specs to compare with; those without a cost are left out.
         costs: a card's name, a mapping, or a JSON file.
         progress: called as ``progress(name, done, total)`` after each plan.
 
     Raises:
-        ValueError: no pairs, no plans, or no attention call reached the session.
+        ValueError: no pairs, no plans, an unknown spec, or no attention call reached the session.
+        PlanError: a plan was calibrated on another model.
+        CostTableError: the card can't run one of the plans' specs.
     """
+    parsed = {name: PrecisionPlan.of(plan) for name, plan in plans.items()}
     if not pairs or not plans:
         raise ValueError(f"need held-out runs and plans, got {len(pairs)} and {len(plans)}")
     prices = load_costs(costs)
+    known = [str(AttentionSpec.parse(spec)) for spec in uniform if has_cost(spec, prices)]
     watch = WorkWatch()
     session = AttentionSession("fp16", observers=(watch,))
     exact = [generate(session, prompt, seed) for prompt, seed in pairs[:1]]
     table = watch.finish(session.steps)
     if not table.layers:
         raise ValueError("no attention call reached the session: there is nothing to evaluate")
+    for plan in parsed.values():  # before anything else is run
+        check_fingerprint(plan, table.fingerprint | {"layers": list(session.layers)})
+        predicted_time(table, plan, prices)
     exact += [generate(AttentionSession("fp16"), prompt, seed) for prompt, seed in pairs[1:]]
 
-    parsed = {name: PrecisionPlan.of(plan) for name, plan in plans.items()}
     todo = [(name, "adaptive", plan) for name, plan in parsed.items()]
-    known = [spec for spec in uniform if spec in prices]
     todo += [(spec, "uniform", PrecisionPlan.of(spec)) for spec in known]
     time = predicted_time(table, next(iter(parsed.values())), prices)
     todo += [
@@ -182,6 +188,15 @@ def evaluate(
     return Evaluation(tuple(scored), label, len(pairs))
 
 
+def has_cost(spec: str, prices: Mapping[str, float]) -> bool:
+    """Can a card with these costs run the spec?"""
+    try:
+        relative_cost(spec, prices)
+    except CostTableError:
+        return False
+    return True
+
+
 def first_last_rules(
     table: ScoreTable, specs: Sequence[str], prices: Mapping[str, float], time: float
 ) -> dict[str, PrecisionPlan]:
@@ -190,7 +205,7 @@ def first_last_rules(
     high = [s for s in specs if s.startswith("int8")]
     if not low or not high:
         return {}
-    cheap, dear = min(low, key=lambda s: prices[s]), min(high, key=lambda s: prices[s])
+    cheap, dear = (min(some, key=lambda s: relative_cost(s, prices)) for some in (low, high))
     plans = {}
     count = 0
     for n in range(1, table.steps):

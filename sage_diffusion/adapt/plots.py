@@ -51,6 +51,36 @@ def pareto(evaluation: Evaluation, path: str | Path) -> None:
     _save(figure, path)
 
 
+def latent_cosines(evaluation: Evaluation, path: str | Path) -> None:
+    """How far every plan's latents are from FP16's after each step, as 1 - cosine."""
+    figure, axes = _axes(7, 4.5)
+    for s in evaluation.scored:
+        away = [max(1 - cosine, 1e-9) for cosine in s.latent_cosine]
+        if away:
+            axes.plot(range(len(away)), away, label=s.name, lw=2 if s.kind == "adaptive" else 1)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("1 - cosine of the latents to FP16's, mean of the runs")
+    if axes.lines:
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def calibration_plots(table: ScoreTable, plan: PrecisionPlan, folder: str | Path) -> list[Path]:
+    """A heat map of each spec, the layers' bars and the three panels of :func:`why`.
+
+    Returns:
+        The files.
+    """
+    heats = {name: Path(folder, f"heat-{name.replace('/', '-')}.png") for name in table.specs}
+    for name, path in heats.items():
+        heat_map(table, name, path)
+    bars, panels = Path(folder, "layers.png"), Path(folder, "why.png")
+    layer_bars(table, bars)
+    why(table, plan, panels)
+    return [*heats.values(), bars, panels]
+
+
 def heat_map(table: ScoreTable, spec: str, path: str | Path) -> None:
     """Error of a spec per layer and step, measured cells dotted."""
     completed = complete(table)

@@ -87,8 +87,12 @@ def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
     progress of the merged rules is counted in one schedule only.
 
     Raises:
-        PlanError: both plans store schedules, and different ones.
+        PlanError: both plans store schedules, and different ones, or fingerprints of different
+            models.
     """
+    reason = mismatch(first.fingerprint, second.fingerprint or {})
+    if reason is not None:
+        raise PlanError(f"plans of different models can't be merged: the first one, {reason}")
     if first.schedule and second.schedule and first.schedule != second.schedule:
         raise PlanError(
             "plans with different schedules can't be merged: their rules count progress "
@@ -118,8 +122,8 @@ def remap_plan(plan: PrecisionPlan, sigmas: Sequence[float]) -> PrecisionPlan:
         sigmas: the other schedule, strictly descending, one value per step.
 
     Raises:
-        PlanError: the plan stores no schedule, or a rule covers no step of the new one and nothing
-            would be left.
+        PlanError: the plan stores no schedule, or ``sigmas`` are no schedule.  A rule that covers
+            none of their steps is dropped.
     """
     if plan.schedule is None:
         raise PlanError("the plan stores no schedule, so it can't be moved to another one")

@@ -78,6 +78,7 @@ def calibrate(
     from sage_diffusion.adapt.calibrate import SPECS
     from sage_diffusion.adapt.calibrate import calibrate as run
     from sage_diffusion.adapt.costs import load_costs
+    from sage_diffusion.adapt.evaluate import has_cost
     from sage_diffusion.adapt.planner import make_plan, predicted_time
     from sage_diffusion.commands.compare import check_names, parse_option
 
@@ -85,6 +86,9 @@ def calibrate(
         raise CommandError("give --floor or --budget, not both")
     costs = load_costs(card)
     candidates = tuple(spec or (name for name in SPECS if name in costs))
+    if not any(has_cost(name, costs) for name in candidates):
+        asked = ", ".join(candidates) or "the default candidates"
+        raise CommandError(f"{card} has no cost of {asked}; it has {', '.join(costs)}")
     extra = dict(parse_option(text) for text in option or ())
     if sensitivity is None:
         sensitivity = _PICTURES if model == "bundled" else 0
@@ -111,18 +115,17 @@ def calibrate(
             ),
         )
     if floor is None and budget is None:
-        times = [predicted_time(found, name, costs) for name in found.specs if name in costs]
+        times = [
+            predicted_time(found, name, costs) for name in found.specs if has_cost(name, costs)
+        ]
         budget = round(1.1 * min(times), 4)
     made = make_plan(found, floor=floor, budget=budget, costs=card, name=out.stem)
     made.plan.save(out)
     files = [str(table), str(out)]
     if plots is not None:
-        from sage_diffusion.adapt.plots import heat_map, layer_bars
+        from sage_diffusion.adapt.plots import calibration_plots
 
-        for name in found.specs:
-            heat_map(found, name, plots / f"heat-{name.replace('/', '-')}.png")
-        layer_bars(found, plots / "layers.png")
-        files.append(str(plots))
+        files += map(str, calibration_plots(found, made.plan, plots))
     data = summary_of(made, files)
     emit(as_json, data, text_of(data))
 

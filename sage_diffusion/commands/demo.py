@@ -63,9 +63,10 @@ def demo(
 
     Open OUT/report.html in a browser; OUT/grid.png shows the pictures and their differences,
     OUT/pareto.png quality against predicted speed, OUT/why.png why the plan differs by layer and
-    step.  OUT/scores.json holds the calibration: a second run begins with it.
+    step, OUT/layers.png the layers' scores and OUT/latents.png how the latents drift apart.
+    OUT/scores.json holds the calibration: a second run begins with it.
     """
-    from sage_diffusion.adapt.plots import pareto, why
+    from sage_diffusion.adapt.plots import latent_cosines, layer_bars, pareto, why
     from sage_diffusion.commands.side_by_side import (
         document,
         run_side_by_side,
@@ -96,6 +97,8 @@ def demo(
         found = _evaluate(sampler, labels, seed, plans)
     drawn = {"pareto.png": lambda path: pareto(found, path)}
     drawn["why.png"] = lambda path: why(table, adaptive, path)
+    drawn["layers.png"] = lambda path: layer_bars(table, path)
+    drawn["latents.png"] = lambda path: latent_cosines(found, path)
     try:
         for name, draw in drawn.items():
             draw(out / name)

@@ -44,7 +44,17 @@ def evaluate(
     card: Annotated[
         str, typer.Option(help="Card whose costs count, or a JSON file of spec: cost.")
     ] = "rtx4090",
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the Pareto plot.")] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder for plots: quality against speed, latents after each step."),
+    ] = None,
+    table: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Score table of the first plan: --out also gets heat maps, bars per layer, and "
+            "why the plan differs by layer and step."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """PSNR, SSIM, latent cosine and Frechet distance of plans, uniform specs and simple rules.
@@ -53,20 +63,32 @@ def evaluate(
     """
     from rich.table import Table
 
+    from sage_diffusion.adapt.costs import load_costs, relative_cost
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
     from sage_diffusion.adapt.shelf import bundled_plan
+    from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.commands.calibrate import prompts_of
     from sage_diffusion.commands.compare import check_names, parse_option
     from sage_diffusion.plan import PrecisionPlan
 
     if bundled and model != "bundled":
         raise CommandError(f"--bundled names the model already, got --model {model}")
-    plans = {path.stem: PrecisionPlan.load(path) for path in plan or ()}
+    if table is not None and out is None:
+        raise CommandError("--table is for plots: give --out as well")
+    paths = list(plan or ())
+    stems = [path.stem for path in paths]
+    plans = {
+        path.stem if stems.count(path.stem) == 1 else str(path): PrecisionPlan.load(path)
+        for path in paths
+    }
     if not plans:
         if model != "bundled":
             raise CommandError("name at least one plan to evaluate")
         plans = {"bundled": bundled_plan()}
+    for name in spec or ():
+        relative_cost(name, load_costs(card))  # one that the user names is not left out
+    scores = None if table is None else ScoreTable.load(table)
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout(), progress() as bar:
         from sage_diffusion.integrations.adaptive import PipelineSampler
@@ -88,10 +110,14 @@ def evaluate(
         )
     notes = []
     if out is not None:
-        from sage_diffusion.adapt.plots import pareto
+        from sage_diffusion.adapt.plots import calibration_plots, latent_cosines, pareto
 
-        pareto(found, out / "pareto.png")
-        notes.append(f"wrote {out / 'pareto.png'}")
+        drawn = [out / "pareto.png", out / "latents.png"]
+        pareto(found, drawn[0])
+        latent_cosines(found, drawn[1])
+        if scores is not None:
+            drawn += calibration_plots(scores, next(iter(plans.values())), out)
+        notes.append(f"wrote {', '.join(map(str, drawn))}")
     view = Table(title=f"{found.runs} held-out runs", title_justify="left")
     for heading in (
         "plan",
@@ -101,6 +127,7 @@ def evaluate(
         "worst",
         "SSIM",
         "last cosine",
+        "Frechet",
         "4-bit work",
     ):
         view.add_column(heading)
@@ -113,6 +140,7 @@ def evaluate(
             f"{min(s.pictures, default=s.psnr):.1f}",
             "-" if s.ssim is None else f"{s.ssim:.4f}",
             f"{s.latent_cosine[-1]:.6f}" if s.latent_cosine else "-",
+            "-" if s.frechet is None else f"{s.frechet:.2e}",
             f"{s.below_8_bit:.0%}",
         )
     emit(as_json, found.to_dict(), view, *notes)

@@ -1,15 +1,20 @@
-"""``sage-diffusion plan``: look at plans and check them."""
+"""``sage-diffusion plan``: look at plans, check, merge and move them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from sage_diffusion.commands.common import AsJson, emit, quiet_stdout
+from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_stdout
 
-app = typer.Typer(help="Show a precision plan, or check one.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from sage_diffusion.plan import PrecisionPlan
+
+app = typer.Typer(help="Show, check, merge and move precision plans.", no_args_is_help=True)
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PATH", help="A plan, a JSON file.")]
 
@@ -40,7 +45,7 @@ def show(path: PlanPath, as_json: AsJson = False) -> None:
 def validate(
     path: PlanPath,
     model: Annotated[
-        Optional[str],  # noqa: UP045 (typer reads it on Python 3.10)
+        Optional[str],
         typer.Option(help='A pipeline to check the layers of: folder, hub name or "bundled".'),
     ] = None,
     strict: Annotated[
@@ -56,19 +61,94 @@ def validate(
     text = f"{path}: valid, {len(plan.rules)} rules"
     if model is not None:
         with quiet_stdout():
-            layers = layer_names(model)
-        document["warnings"] = plan.check(layers, strict=strict)
+            layers, kind = layer_names(model)
+        document["warnings"] = plan.check(layers, model=kind, strict=strict)
         document["layers"] = len(layers)
         text += f", fits {model} ({len(layers)} layers)"
     emit(as_json, document, text, *(f"warning: {warning}" for warning in document["warnings"]))
 
 
-def layer_names(model: str) -> list[str]:
-    """Names of the attention layers of a pipeline."""
-    from sage_diffusion.integrations.diffusers import apply
+@app.command("merge")
+def merge(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="A plan; its rules win.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="SECOND", help="Counts where the first has no rule.")
+    ],
+    out: Annotated[Path, typer.Option(help="The merged plan.")] = Path("merged.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Two plans of one model as one: the first's rules on top, the second's default."""
+    from sage_diffusion.adapt.travel import merge_plans
+    from sage_diffusion.plan import PrecisionPlan
+
+    plans = PrecisionPlan.load(first), PrecisionPlan.load(second)
+    _write(merge_plans(*plans), sum(len(plan.rules) for plan in plans), out, as_json)
+
+
+@app.command("remap")
+def remap(
+    path: PlanPath,
+    sigmas: Annotated[
+        Optional[str],
+        typer.Option(help="The other schedule, one sigma a step, descending: 1,0.9,0.75,0.5"),
+    ] = None,
+    like: Annotated[
+        Optional[Path],
+        typer.Option(help="Take the schedule of this plan or score table."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The moved plan.")] = Path("remapped.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Move a plan to another number of steps or another schedule.
+
+    Every rule covers the same sigmas as before.  Sampling does so by itself wherever a plan stores
+    its schedule; this is for reading and editing the result.
+    """
+    from sage_diffusion.adapt.travel import remap_plan
+    from sage_diffusion.plan import PrecisionPlan
+
+    if (sigmas is None) == (like is None):
+        raise CommandError("say which schedule: give --sigmas or --like")
+    plan = PrecisionPlan.load(path)
+    target = _numbers(sigmas) if sigmas is not None else _schedule_of(like or Path())
+    _write(remap_plan(plan, target), len(plan.rules), out, as_json)
+
+
+def _write(plan: PrecisionPlan, before: int, out: Path, as_json: bool) -> None:
+    plan.save(out)
+    count = len(plan.rules)
+    document = {"rules": count, "dropped": before - count, "files": [str(out)]}
+    lost = f", {before - count} that never apply were dropped" if before > count else ""
+    emit(as_json, document, f"{count} rules{lost}", f"wrote {out}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CommandError(f"--sigmas must be numbers with commas between, got {text!r}") from None
+
+
+def _schedule_of(path: Path) -> list[float]:
+    """The schedule that a plan or a score table stores."""
+    from sage_diffusion.adapt.table import ScoreTable, TableError
+    from sage_diffusion.plan import PrecisionPlan
+
+    try:
+        found = ScoreTable.load(path).schedule
+    except TableError:
+        found = list(PrecisionPlan.load(path).schedule or ())
+    if not found:
+        raise CommandError(f"{path} stores no schedule")
+    return found
+
+
+def layer_names(model: str) -> tuple[list[str], str]:
+    """Names of the attention layers of a pipeline, and the class of its denoiser."""
+    from sage_diffusion.integrations.diffusers import apply, model_name
     from sage_diffusion.integrations.pipelines import load_pipeline
     from sage_diffusion.session import AttentionSession
 
-    session = AttentionSession("fp16")
-    with apply(load_pipeline(model, device="cpu"), session):
-        return list(session.layers)
+    session, pipe = AttentionSession("fp16"), load_pipeline(model, device="cpu")
+    with apply(pipe, session):
+        return list(session.layers), model_name(pipe)

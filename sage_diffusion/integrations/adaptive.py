@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sage_diffusion.accuracy.compare import Generation
-from sage_diffusion.integrations.diffusers import _denoisers, apply
+from sage_diffusion.integrations.diffusers import _denoisers, apply, model_name
 from sage_diffusion.integrations.pipelines import PipelineRun
 from sage_diffusion.session import AttentionSession
+
+#: Arguments of these types are kept with a score table.
+_PLAIN = (bool, int, float, str)
 
 
 class PipelineSampler:
@@ -25,7 +28,8 @@ class PipelineSampler:
         argument: the call's argument that takes a prompt; ``prompt`` or ``class_labels`` if None.
 
     Raises:
-        ValueError: the pipeline's call takes neither.
+        ValueError: the pipeline's call takes neither, or the pipeline has no attention that can be
+            routed.
     """
 
     def __init__(
@@ -35,9 +39,12 @@ class PipelineSampler:
         self.arguments = dict(arguments or {})
         self.argument = argument or prompt_argument(pipe)
         self.session = AttentionSession("fp16")
-        self.model: str | None = " + ".join(
-            type(module).__name__ for module in _denoisers(pipe).values()
-        )
+        self.model: str | None = model_name(pipe)
+        with apply(pipe, self.session):
+            pass  # from now on the session knows the layers: a table of others is refused at once
+        self.settings = {
+            name: value for name, value in self.arguments.items() if isinstance(value, _PLAIN)
+        }
 
     def generate(self, session: AttentionSession, prompt: Any, seed: int) -> Generation:
         """One call of the pipeline with a session attached."""

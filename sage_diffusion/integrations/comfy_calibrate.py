@@ -51,6 +51,14 @@ class ComfySampler:
         self.patched = attach(without(model), attention)
         self.model: str | None = attention.model_name
         self.sampling, self.heartbeat = sampling, heartbeat
+        self.settings = {
+            "steps": sampling.steps,
+            "cfg": sampling.cfg,
+            "sampler": sampling.sampler_name,
+            "scheduler": sampling.scheduler,
+            "denoise": sampling.denoise,
+            "latent": list(sampling.latent["samples"].shape),
+        }
 
     def sample(self, prompt: Prompt, seed: int) -> Tensor:
         """The whole sampling loop; returns the final latents."""

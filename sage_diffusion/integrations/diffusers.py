@@ -114,7 +114,8 @@ class Patch:
                 f"({', '.join(_denoisers(self.target)) or 'it has none'}) has a processor that "
                 "calls scaled_dot_product_attention or diffusers' dispatcher"
             )
-        for warning in self.session.plan.check(names, strict=self.session.strict):
+        plan, model = self.session.plan, model_name(self.target)
+        for warning in plan.check(names, model=model, strict=self.session.strict):
             log.warning("%s", warning)
 
     def _attention_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -449,6 +450,11 @@ def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
         if name in known or any(attention_sites(_class_of(_processor(m))) for m in model.modules()):
             found[name] = model
     return found
+
+
+def model_name(target: Any) -> str:
+    """What plans call a pipeline's or model's denoisers: their classes."""
+    return " + ".join(type(module).__name__ for module in _denoisers(target).values())
 
 
 def _unwrapped(model: Any) -> Any:

@@ -8,13 +8,14 @@ from tiny_emoji import tiny_emoji
 
 from sage_diffusion.accuracy.compare import Generation
 from sage_diffusion.adapt.calibrate import calibrate
+from sage_diffusion.adapt.costs import CostTableError
 from sage_diffusion.adapt.evaluate import evaluate, first_last_rules
 from sage_diffusion.adapt.planner import make_plan
-from sage_diffusion.adapt.plots import heat_map, layer_bars, pareto, why
+from sage_diffusion.adapt.plots import calibration_plots, latent_cosines, pareto
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.cli import main
 from sage_diffusion.integrations.adaptive import PipelineSampler, class_batches
-from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.plan import PlanError, PrecisionPlan
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 
@@ -52,11 +53,17 @@ def test_an_adaptive_plan_beats_first_and_last_steps(calibrated, tmp_path):
         assert adaptive["psnr"] > rule["psnr"] + 3
     assert abs(adaptive["psnr"] - made.quality) < 6
     pareto(found, tmp_path / "pareto.png")
-    heat_map(table, "int4/fp8-fast", tmp_path / "heat.png")
-    layer_bars(table, tmp_path / "bars.png")
-    why(table, made.plan, tmp_path / "why.png")
-    for name in ("pareto", "heat", "bars", "why"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    latent_cosines(found, tmp_path / "latents.png")
+    calibration_plots(table, made.plan, tmp_path)
+    heats = [f"heat-{name.replace('/', '-')}" for name in SPECS]
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "pareto",
+        "latents",
+        "layers",
+        "why",
+        *heats,
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
 def test_fp16_is_exact_and_takes_the_whole_time(calibrated):
@@ -84,6 +91,21 @@ def test_nothing_to_evaluate(calibrated):
         evaluate(host.generate, [], {"a": "fp16"})
     with pytest.raises(ValueError, match="no attention call reached"):
         evaluate(Host(layers=0).generate, [("a", 0)], {"a": "fp16"})
+    with pytest.raises(ValueError, match="'int9/fp8' is not an attention spec"):
+        evaluate(host.generate, [("a", 0)], {"a": "fp16"}, uniform=("int9/fp8",))
+
+
+def test_plans_of_other_models_and_without_costs_are_refused_at_once(calibrated):
+    _, table = calibrated
+    plan = make_plan(table, budget=0.3).plan
+    other = Host(layers=3)
+    with pytest.raises(PlanError, match="does not belong to this model: 2 of its layers are not"):
+        evaluate(other.generate, [("a", 0), ("b", 0)], {"mine": plan})
+    assert other.runs == 1
+    host = Host(layers=5)
+    with pytest.raises(CostTableError, match="no cost of int8/fp8 is known for this card"):
+        evaluate(host.generate, [("a", 0), ("b", 0)], {"x": "int8/fp8"}, costs="a100")
+    assert host.runs == 1
 
 
 def test_a_pipeline_is_sampled_and_left_alone():
@@ -127,11 +149,14 @@ def test_the_commands_from_calibration_to_proof(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "plots").iterdir())[0] == "heat-int4-fp8-fast.png"
 
     prove = ["evaluate", "plan.json", "--steps", "4", "--spec", "int4/fp8-fast", "--json"]
-    assert main([*prove, "--out", "proof"]) == 0
+    assert main([*prove, "--out", "proof", "--table", "scores.json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["adaptive"]["predicted_time"] <= 0.2149
     assert data["runs"] == 3
-    assert (tmp_path / "proof" / "pareto.png").exists()
+    drawn = {"pareto.png", "latents.png", "layers.png", "why.png", "heat-int4-fp8-fast.png"}
+    assert drawn <= {p.name for p in (tmp_path / "proof").iterdir()}
+    assert len(data["adaptive"]["latent_cosine"]) == 4
+    assert data["adaptive"]["frechet"] >= 0
 
     assert main(["calibrate", "bundled", "--floor", "30", "--budget", "1", "--json"]) == 1
     assert "not both" in json.loads(capsys.readouterr().out)["error"]

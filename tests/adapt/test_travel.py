@@ -39,7 +39,13 @@ def test_checking_a_plan_compares_the_layers_that_it_was_calibrated_on():
     (warning,) = plan.check(["a.0", "a.1", "a.2"])
     assert "calibrated on another model: 1 layers here are unknown to it (a.2 ..)" in warning
     with pytest.raises(PlanError, match="another model"):
-        plan.check(["a.0", "b.1"], strict=True)
+        plan.check(["a.0", "a.1", "a.2"], strict=True)
+    with pytest.raises(PlanError, match=r"another model: 1 of its layers are not here \(a\.1"):
+        plan.check(["a.0", "b.1"])
+    known = PrecisionPlan("int8/fp8", fingerprint=fingerprint(["a.0"], model="DiT"))
+    assert known.check(["a.0"], model="DiT") == []
+    with pytest.raises(PlanError, match=r"made for DiT, this is Flux; without its fingerprint"):
+        known.check(["a.0", "a.1"], model="Flux")
 
 
 def test_moving_to_another_schedule_keeps_the_sigmas():
@@ -65,6 +71,12 @@ def test_merging_puts_the_first_plan_first():
         merge_plans(
             PrecisionPlan("fp16", schedule=(1, 0)), PrecisionPlan("fp16", schedule=(1, 0.5))
         )
+    one, other = (
+        PrecisionPlan("fp16", fingerprint=fingerprint(["a"], model=name)) for name in ("A", "B")
+    )
+    assert merge_plans(one, one) == one
+    with pytest.raises(PlanError, match=r"different models can't be merged: .* made for A"):
+        merge_plans(one, other)
 
 
 @pytest.mark.parametrize("name", shipped())
