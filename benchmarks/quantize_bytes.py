@@ -125,6 +125,17 @@ def moved(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     return total
 
 
+def statistics(spec: AttentionSpec, length: int, head_dim: int) -> dict[str, int]:
+    """Bytes of the passes for K's mean and for V's extremes, which :func:`moved` includes."""
+    kinds = {"k": int(spec.smooth_k), "v": 0}
+    if spec.pv is not Precision.FP16:
+        kinds["v"] = 2 + spec.smooth_v
+    return {
+        name: (stats(length, head_dim, n) + joined(length, head_dim, n)).bytes if n else 0
+        for name, n in kinds.items()
+    }
+
+
 def least(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     """Every quantized input read once, its codes and scales written once."""
     codes = code_bytes(length * padded_dim(head_dim), spec.qk) + length * FLOAT
@@ -165,6 +176,7 @@ def measure(length: int = 4096) -> list[dict[str, object]]:
                     "written": got.written,
                     "least": want.bytes,
                     "ratio": round(got.bytes / want.bytes, 3),
+                    "statistics": statistics(spec, length, head_dim),
                     "delta_s": beside(spec, length, head_dim).bytes,
                 }
             )
@@ -181,11 +193,16 @@ def main() -> None:
         print(json.dumps({"rows": result}))
         return
     print("bytes of one head, fp16 inputs; least: read once, written once")
-    print(f"{'spec':14} {'D':>4} {'read':>10} {'written':>10} {'least':>10} ratio {'delta-S':>10}")
+    print(
+        f"{'spec':14} {'D':>4} {'read':>10} {'written':>10} {'least':>10} ratio {'delta-S':>10} "
+        f"{'K mean':>8} {'V range':>8}"
+    )
     for row in result:
+        passes = row["statistics"]
         print(
             f"{row['spec']:14} {row['head_dim']:4} {row['read']:10} {row['written']:10} "
-            f"{row['least']:10} {row['ratio']:.2f}  {row['delta_s']:10}"
+            f"{row['least']:10} {row['ratio']:.2f}  {row['delta_s']:10} "
+            f"{passes['k']:8} {passes['v']:8}"
         )
 
 

@@ -37,6 +37,14 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
     assert all(1 < row["ratio"] <= 1.6 for row in found)
 
 
+def test_each_pass_for_statistics_is_a_sixth_of_the_traffic(quantize_bytes):
+    rows = {(row["spec"], row["head_dim"]): row for row in quantize_bytes.measure(4096)}
+    row = rows["int4/fp8-fast", 128]
+    shares = {n: x / (row["read"] + row["written"]) for n, x in row["statistics"].items()}
+    assert shares == pytest.approx({"k": 0.161, "v": 0.162}, abs=1e-3)
+    assert rows["int8/fp16", 128]["statistics"]["v"] == 0
+
+
 @pytest.fixture
 def traffic(monkeypatch):
     """Bytes by kernel, "read" or "written": addresses of global memory that a program touches."""
