@@ -2,13 +2,13 @@
 
     python -m benchmarks.streaming [--steps 20] [--batches 3] [--json]
 
-K is smoothed by its mean over the tokens, and V is scaled by its extremes per channel; both take a
-pass over the tensor before it is quantized (``benchmarks.quantize_bytes`` counts their bytes).
+K is smoothed by its mean over the tokens, and V is scaled by its extremes per channel; both take
+a pass over the tensor before it is quantized (``benchmarks.quantize_bytes`` counts their bytes).
 Neighbouring steps resemble each other, so the pass could be saved by a streaming estimate.  This
-prints what that does to the bundled model's held-out pictures: PSNR against FP16 with statistics of
-the call itself, of the step before, averaged over the steps so far, of the first step only, and with
-none.  K's mean may be any vector (the softmax does not see it); V's values beyond old extremes
-saturate.
+prints what that does to the bundled model's held-out pictures: PSNR against FP16 with statistics
+of the call itself, of the step before, averaged over the steps so far, of the first step only,
+and with none.  K's mean may be any vector (the softmax does not see it); V's values beyond old
+extremes saturate.
 """
 
 from __future__ import annotations
