@@ -17,6 +17,7 @@ from sage_diffusion.accuracy import metrics
 from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.accuracy.pictures import make_picture
 from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
+from sage_diffusion.adapt.measure import row_mask
 from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.guard import Guard
 from sage_diffusion.kernels.attention import reference
@@ -82,17 +83,7 @@ def exact_attention(
     keys, values = k.float(), v.float()
     parts = []
     for some in rows.split(max(1, _MAX_SCORES // (batch * heads * k_len))):
-        part_mask = mask
-        if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
-            part_mask = mask.index_select(-2, some)
-        if is_causal:
-            visible = torch.arange(k_len, device=q.device) <= some[:, None]
-            if part_mask is None:
-                part_mask = visible
-            elif part_mask.dtype == torch.bool:
-                part_mask = part_mask & visible
-            else:
-                part_mask = torch.where(visible, part_mask, -torch.inf)
+        part_mask = row_mask(mask, is_causal, some, k_len)
         out, _ = reference.attention(
             q[:, :, some].float(), keys, values, FP16, mask=part_mask, scale=scale
         )

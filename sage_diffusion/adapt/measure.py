@@ -57,7 +57,7 @@ class RowCall:
     ):
         self.q, self.k, self.v, self.index = q, k, v, index
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.mask = _row_mask(mask, is_causal, index, k.shape[2])
+        self.mask = row_mask(mask, is_causal, index, k.shape[2])
         self._made: dict[tuple[Any, ...], Any] = {}
 
     def exact(self) -> Tensor:
@@ -154,8 +154,18 @@ class RowCall:
         return self._made[key]
 
 
-def _row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) -> Tensor | None:
-    """The mask of the chosen rows, the causal triangle folded in."""
+def row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) -> Tensor | None:
+    """The mask of the chosen rows, the causal triangle folded in.
+
+    Args:
+        mask: None, boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i.
+        index: ``[R]`` int64.
+        k_len: Lk.
+
+    Returns:
+        None, boolean or additive, broadcastable to ``[B, H, R, Lk]``.
+    """
     if mask is not None and mask.ndim < 4:
         mask = mask[(None,) * (4 - mask.ndim)]
     if mask is not None and mask.shape[2] != 1:
