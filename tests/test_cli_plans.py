@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from tiny_emoji import tiny_emoji
@@ -133,13 +134,42 @@ def test_a_finished_table_is_read_and_not_measured_again(run, calibrated, monkey
     assert (calibrated / "scores.json").read_bytes() == written
 
 
+def test_an_interrupted_calibration_goes_on(run, models, monkeypatch):
+    calls = []
+
+    def interrupted(name, device=None):
+        pipe = tiny_emoji()
+
+        def hook(*_):
+            calls.append(1)
+            if len(calls) == 5:  # the second step of the second run
+                raise KeyboardInterrupt
+
+        pipe.transformer.register_forward_pre_hook(hook)
+        return pipe
+
+    command = ("calibrate", "tiny", *QUICK, *PROMPTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines, "load_pipeline", interrupted)
+        assert main([*map(str, command), "--json"]) == 130
+    assert sorted(path.name for path in models.iterdir()) == ["scores.json"]
+    assert len(ScoreTable.load("scores.json").runs) == 1
+    assert run(*command)[0] == 0
+    resumed = ScoreTable.load("scores.json")
+    assert run(*command, "--table", "straight.json")[0] == 0
+    straight = ScoreTable.load("straight.json")
+    assert resumed.runs == straight.runs
+    assert (resumed.count == straight.count).all()
+    assert np.allclose(resumed.mean, straight.mean, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
         ("tiny", ("--prompt", "cat"), "calibration needs at least 2 prompts, got 1"),
         ("plain", PROMPTS, "PlainPipeline has no attention to quantize"),
         ("deeper", PROMPTS, "the score table belongs to another model: 1 layers here are unknown"),
-        ("tiny", (*PROMPTS, "--steps", "4"), "the score table was made with other settings"),
+        ("tiny", (*PROMPTS, "--steps", "4"), "other settings: num_inference_steps 3, now 4"),
         ("tiny", (*PROMPTS, "--floor", "500", "--card", "x.json"), "no cost of int8/fp8-fast"),
         ("tiny", (*PROMPTS, "--budget", "0.01"), "no plan takes 0.010 of FP16's time, the fastest"),
         ("tiny", (*PROMPTS, "--card", "y.json"), "'int9/fp8' is not an attention spec"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,13 +234,32 @@ class ScoreTable:
         reason = mismatch(self.fingerprint, other.fingerprint)
         if reason is not None:
             raise TableError(f"the score table belongs to another model: {reason}")
-        for name in ("specs", "settings"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise TableError(
-                    f"the score table was made with other {name}: {_short(mine)}, now they are "
-                    f"{_short(theirs)}; delete the file or calibrate into another one"
-                )
+        differences = _differences(
+            {"specs": list(self.specs), **_flat(self.settings)},
+            {"specs": list(other.specs), **_flat(other.settings)},
+        )
+        if differences:
+            kind = "specs" if self.specs != other.specs else "settings"
+            raise TableError(
+                f"the score table was made with other {kind}: {'; '.join(differences)}; delete the "
+                "file or calibrate into another one"
+            )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and those of the sampling, side by side."""
+    inner = settings.get("sampling")
+    own = {key: value for key, value in settings.items() if key != "sampling"}
+    return own | (dict(inner) if isinstance(inner, Mapping) else {})
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = dict.fromkeys((*before, *now))
+    return [
+        f"{key} {_short(before.get(key))}, now {_short(now.get(key))}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _plain(array: np.ndarray) -> Any:

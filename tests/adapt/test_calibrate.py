@@ -165,10 +165,14 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
     other.attach()
     with pytest.raises(TableError, match=r"another model: 1 layers here.*blocks\.4\.attn"):
         run(other, path=path)
-    with pytest.raises(TableError, match="other specs"):
+    with pytest.raises(TableError, match=r"other specs: specs \['int8/fp8-fast', .*, now \['int8"):
         run(TinySampler(), path=path, specs=("int8/int8",))
-    with pytest.raises(TableError, match="other settings"):
+    with pytest.raises(TableError, match="other settings: rows 16, now 8; delete"):
         run(TinySampler(), path=path, rows=8)
+    guided = TinySampler()
+    guided.settings = {"guidance": 3.0}
+    with pytest.raises(TableError, match=r"other settings: guidance None, now 3\.0; delete"):
+        run(guided, path=path)
     with pytest.raises(CalibrationError, match="had 9 steps, the table is of 8"):
         run(TinySampler(steps=9), path=path, prompts=["a", "bb", "ccc"])
     named = TinySampler()
