@@ -32,6 +32,9 @@ METRICS = ("cosine", "rel_l1", "error")
 
 _EXACT = AttentionSpec.parse("fp16")
 
+#: Values of K, and as many of V, that are held in float32 at once: 256 MiB each.
+_MAX_VALUES = 1 << 26
+
 
 class RowCall:
     """One attention call cut down to some of its query rows; K and V codes are made once per form.
@@ -62,10 +65,26 @@ class RowCall:
 
     def exact(self) -> Tensor:
         """The rows of exact attention in float32, ``[B, H, R, D]``."""
-        rows = self.q[:, :, self.index].float()
-        return reference.attention(
-            rows, self.k.float(), self.v.float(), _EXACT, mask=self.mask, scale=self.scale
-        )[0]
+        batch, kv_heads, k_len, dim = self.k.shape
+        group = self.q.shape[1] // kv_heads
+        # K and V of a long video would double their memory in float32: some heads at a time.
+        some = max(1, _MAX_VALUES // (batch * k_len * dim))
+        parts = []
+        for first in range(0, kv_heads, some):
+            kv, heads = slice(first, first + some), slice(first * group, (first + some) * group)
+            mask = self.mask
+            if mask is not None and mask.shape[1] != 1:
+                mask = mask[:, heads]
+            out, _ = reference.attention(
+                self.q[:, heads, self.index].float(),
+                self.k[:, kv].float(),
+                self.v[:, kv].float(),
+                _EXACT,
+                mask=mask,
+                scale=self.scale,
+            )
+            parts.append(out)
+        return torch.cat(parts, 1)
 
     def run(self, spec: AttentionSpec) -> Tensor:
         """The rows as ``spec`` computes them, ``[B, H, R, D]`` float32."""

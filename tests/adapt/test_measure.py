@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sage_diffusion.adapt import measure as measure_module
 from sage_diffusion.adapt.measure import (
     RowCall,
     compare_rows,
@@ -39,6 +40,26 @@ def test_rows_equal_the_whole_call(call, name, mask, is_causal):
     difference = (found - whole[:, :, rows]).abs()
     assert difference.mean() < 2e-4
     assert difference.max() < 0.05
+
+
+@pytest.mark.parametrize("heads", [None, 1, 4])
+def test_exact_rows_come_some_heads_at_a_time(call, monkeypatch, heads):
+    q, k, v = call
+    mask = None
+    if heads is not None:
+        generator = torch.Generator().manual_seed(2)
+        mask = torch.rand(2, heads, 300, 200, generator=generator) > 0.3
+    rows = sample_rows(300, 20, 1)
+    whole = RowCall(q, k, v, rows, mask=mask, is_causal=True).exact()
+    monkeypatch.setattr(measure_module, "_MAX_VALUES", 2 * 200 * 32)  # one head of two
+    parts = RowCall(q, k, v, rows, mask=mask, is_causal=True).exact()
+    assert torch.allclose(parts, whole, atol=1e-6)
+    seen = torch.ones(300, 200, dtype=torch.bool).tril()
+    seen = seen if mask is None else mask & seen
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True, attn_mask=seen
+    )
+    assert torch.allclose(parts, expected[:, :, rows].nan_to_num(), atol=1e-5)
 
 
 def test_rows_are_spread_distinct_and_seeded():
