@@ -55,7 +55,7 @@ def test_demo_writes_every_file_and_prints_a_table(run, model, tmp_path) -> None
         assert name in text
     names = {path.name for path in out.iterdir()}
     assert names >= {"grid.png", "heatmap.png", "plan.json", "report.json", "report.md"}
-    assert names >= {"scores.json", "pareto.png", "why.png"}
+    assert names >= {"scores.json", "pareto.png", "why.png", "layers.png", "latents.png"}
     assert {"report.html", "report-int8-fp8.html", "report-int4-fp8-fast.json"} <= names
     report = AccuracyReport.from_json((out / "report.json").read_text())
     assert report.name == "adaptive" and report.plan == PrecisionPlan.load(out / "plan.json")

@@ -166,7 +166,7 @@ def test_an_interrupted_calibration_goes_on(run, models, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("tiny", ("--prompt", "cat"), "calibration needs at least 2 prompts, got 1"),
+        ("tiny", ("--prompt", "cat"), "calibration needs at least 2 different prompts, got 1"),
         ("plain", PROMPTS, "PlainPipeline has no attention to quantize"),
         ("deeper", PROMPTS, "the score table belongs to another model: 1 layers here are unknown"),
         ("tiny", (*PROMPTS, "--steps", "4"), "other settings: num_inference_steps 3, now 4"),

@@ -200,7 +200,8 @@ def calibrate(
 
     Args:
         sampler: see :class:`Sampler`.
-        prompts: what ``sampler.sample`` takes, at least two; they are known by their ``str()``.
+        prompts: what ``sampler.sample`` takes, at least two different ones; they are known by their
+            ``str()``.
         seeds: every prompt is sampled once with each.
         specs: candidates.
         share: of the cells that are measured; the others are completed from them.
@@ -226,9 +227,10 @@ def calibrate(
     """
     candidates = _candidates(specs)
     pairs = [(prompt, int(s)) for prompt in prompts for s in seeds]
-    if len(prompts) < MIN_PROMPTS:
+    different = len({str(prompt) for prompt in prompts})
+    if different < MIN_PROMPTS:
         raise CalibrationError(
-            f"calibration needs at least {MIN_PROMPTS} prompts, got {len(prompts)}"
+            f"calibration needs at least {MIN_PROMPTS} different prompts, got {different}"
         )
     if not pairs:
         raise CalibrationError("calibration needs at least one seed")

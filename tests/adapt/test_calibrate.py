@@ -183,8 +183,9 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(CalibrationError, match="at least 2 prompts, got 1"):
-        run(TinySampler(), prompts=["a"])
+    for prompts in (["a"], ["a", "a"]):
+        with pytest.raises(CalibrationError, match="at least 2 different prompts, got 1"):
+            run(TinySampler(), prompts=prompts)
     with pytest.raises(CalibrationError, match="no attention call was seen"):
         run(TinySampler(layers=0))
     with pytest.raises(CalibrationError, match="nothing to calibrate"):
