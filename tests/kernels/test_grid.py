@@ -28,6 +28,7 @@ from sage_diffusion.kernels.formats import LOG2E, QuantizedValue
 from sage_diffusion.kernels.quantize import permute
 from sage_diffusion.kernels.quantize import reference as twin
 from sage_diffusion.kernels.quantize import triton as quantize
+from sage_diffusion.kernels.rope import apply_rope
 from sage_diffusion.kernels.spec import AttentionSpec
 
 
@@ -101,6 +102,9 @@ def recorded(module: Any, *names: str) -> Iterator[list[tuple[str, tuple, dict, 
 def check_quantizer(name: str, args: tuple, options: dict, got: Any) -> None:
     """The twin on the same input and means, bit for bit."""
     options = dict(options)
+    rope = options.pop("rope", None)
+    if rope is not None:
+        args = (apply_rope(args[0], rope), *args[1:])
     if name == "quantize_smoothed_rows":
         got, mean = got
         torch.testing.assert_close(mean, twin.block_mean(args[0], 128), rtol=0, atol=1e-5)
