@@ -174,9 +174,10 @@ def attend_quantized(
             s = torch.where(key <= query, s, -math.inf)
         tile_top = s.amax(-1, keepdim=True)
         new_top = torch.maximum(top, tile_top)
-        alpha = torch.exp2(top - _finite(new_top))  # exp2(-inf) = 0 before the first visible key
-        tile_top = torch.where(torch.isneginf(tile_top), _finite(new_top), tile_top)
-        p, product = values.product(s, _finite(new_top), tile_top, start, stop)
+        safe_top = _finite(new_top)
+        alpha = torch.exp2(top - safe_top)  # exp2(-inf) = 0 before the first visible key
+        tile_top = torch.where(torch.isneginf(tile_top), safe_top, tile_top)
+        p, product = values.product(s, safe_top, tile_top, start, stop)
         total = total * alpha + p.sum(-1, keepdim=True)
         out = out * alpha + product
         top = new_top

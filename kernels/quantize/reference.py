@@ -249,11 +249,14 @@ def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
     """INT4 scale of every row that minimizes its squared error; the first of equals wins."""
     best = torch.full_like(scale, math.inf)
     chosen = scale
+    error, code = torch.empty_like(rows), torch.empty_like(rows)  # calibration waits for this loop
     for share in CLIP_CANDIDATES:
         step = scale * share
-        scaled = (rows * (1.0 / step)[..., None]).clamp(-CLIP_LIMIT, CLIP_LIMIT)
-        error = scaled - scaled.round().clamp(-7, 7)
-        total = (error * error * CLIP_RESOLUTION).round().to(torch.int32).sum(-1, dtype=torch.int32)
+        torch.mul(rows, (1.0 / step)[..., None], out=error).clamp_(-CLIP_LIMIT, CLIP_LIMIT)
+        error -= torch.round(error, out=code).clamp_(-7, 7)
+        error *= error
+        error.mul_(CLIP_RESOLUTION).round_()
+        total = error.to(torch.int32).sum(-1, dtype=torch.int32)
         cost = total.float() * (share * share)
         better = cost < best
         best, chosen = torch.where(better, cost, best), torch.where(better, step, chosen)
