@@ -108,7 +108,9 @@ def measure_gradient(
         Plain data for ``ScoreTable.sensitivity``: ``method`` "gradient"; ``layers``, ``branches``;
         ``effect [L][S][B][K]``, the mean squared error of the final latents that each cell adds,
         null where it was never called; ``factor [K]``, by how much the errors of one spec add up
-        beyond independence when it is used everywhere; ``peak``, largest minus smallest latent.
+        beyond independence when it is used everywhere; ``correlation [K][B][B][S]``, of what a
+        layer does to the result in one branch and, that many steps later, in another (averaged over
+        layers and steps); ``peak``, largest minus smallest latent.
 
     Raises:
         NoGradient: the host's sampling can't be differentiated.
@@ -149,6 +151,7 @@ def measure_gradient(
         "branches": list(table.branches),
         "effect": _plain(smooth_steps(effect)),
         "factor": [float(f"{x:.6g}") for x in factor],
+        "correlation": np.round(tally.correlation(), 4).tolist(),
         "peak": tally.peak,
     }
 
@@ -160,10 +163,14 @@ class _Tally:
         shape: layers, steps, branches, specs.
     """
 
+    _ARRAYS = ("votes", "seen", "together", "apart", "agree", "compared")
+
     def __init__(self, shape: tuple[int, ...]):
         self.votes = np.zeros(shape)
         self.seen = np.zeros(shape)  # pictures that called the cell
         self.together, self.apart = np.zeros(shape[-1]), np.zeros(shape[-1])
+        _, steps, branches, specs = shape
+        self.agree, self.compared = np.zeros((2, specs, branches, branches, steps))
         self.levels: list[float] = []
         self.shapes: list[tuple[int, ...]] = []  # of the final latents
         self.peak = 0.0
@@ -179,14 +186,28 @@ class _Tally:
         self.seen += np.isfinite(squares)
         self.together += np.square(np.nansum(effects, (1, 2, 3))).mean(0) / final.numel()
         self.apart += total
+        self._compare_signs(np.sign(np.nan_to_num(effects)))
         self.levels.append(float(total.max()))
         self.shapes.append(tuple(final.shape))
         self.peak = max(self.peak, float(final.max() - final.min()))
 
+    def _compare_signs(self, signs: np.ndarray) -> None:
+        """How often cells of one layer move the result the same way; chaotic pictures count as the
+        others do."""
+        steps = signs.shape[2]
+        for lag in range(steps):
+            a, b = signs[:, :, : steps - lag], signs[:, :, lag:]
+            self.agree[..., lag] += np.einsum("plsbk,plsck->kbc", a, b)
+            self.compared[..., lag] += np.einsum("plsbk,plsck->kbc", np.abs(a), np.abs(b))
+
+    def correlation(self) -> np.ndarray:
+        """``[K, B, B, S]``; of two normal variables it is the sine of pi / 2 times what the signs
+        agree more often than not (Sheppard, 1899)."""
+        return np.sin(np.pi / 2 * self.agree / np.maximum(self.compared, 1.0))
+
     def to_dict(self) -> dict[str, Any]:
         """All digits, so that going on is the same as never having stopped."""
-        arrays = ("votes", "seen", "together", "apart")
-        return {name: getattr(self, name).tolist() for name in arrays} | {
+        return {name: getattr(self, name).tolist() for name in self._ARRAYS} | {
             "levels": list(self.levels),
             "shapes": [list(shape) for shape in self.shapes],
             "peak": self.peak,
@@ -195,7 +216,7 @@ class _Tally:
     def load(self, data: Mapping[str, Any]) -> None:
         """Go on from :meth:`to_dict`."""
         try:
-            for name in ("votes", "seen", "together", "apart"):
+            for name in self._ARRAYS:
                 getattr(self, name)[...] = np.array(data[name], dtype=np.float64)
             self.levels = [float(x) for x in data["levels"]]
             self.shapes = [tuple(map(int, shape)) for shape in data["shapes"]]

@@ -11,13 +11,27 @@ from typing import Any
 import numpy as np
 
 from sage_diffusion.adapt.complete import complete
-from sage_diffusion.adapt.compress import compress
+from sage_diffusion.adapt.compress import Packed, compress, rules_of
 from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
+from sage_diffusion.adapt.coupling import (
+    Coupling,
+    correlation_matrix,
+    exchange,
+    groups_of,
+    lower_bound,
+)
 from sage_diffusion.adapt.sensitivity import cell_damage
 from sage_diffusion.adapt.solve import Infeasible, solve
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan, step_progress
+
+#: Prices of one change of spec along the steps that are tried, where errors add up: relative to a
+#: cell's share of the final error.
+_PRICES = (0.25, 0.75, 2.5)
+
+#: Halvings of the range of budgets, when a floor is given and errors add up.
+_BUDGETS = 10
 
 
 class Unreachable(PlanError):
@@ -35,6 +49,7 @@ class Problem:
         peak: range of the reference latents, None if only local errors are known.
         table: where the numbers come from.
         bar_db: how certain completed cells are.
+        coupling: how cells' errors add up, None if they are taken as independent.
     """
 
     specs: tuple[str, ...]
@@ -43,6 +58,7 @@ class Problem:
     peak: float | None
     table: ScoreTable
     bar_db: float
+    coupling: Coupling | None = None
 
     @property
     def exists(self) -> np.ndarray:
@@ -61,8 +77,11 @@ class Problem:
     def totals(self, index: np.ndarray) -> tuple[float, float]:
         """Predicted time and damage of a choice ``[L, S, B]`` of options."""
         pick = np.take_along_axis(self.time, index[..., None], -1)[..., 0]
+        spent = float(pick[self.exists].sum())
+        if self.coupling is not None:
+            return spent, self.coupling.total(index.reshape(len(index), -1))
         hurt = np.take_along_axis(self.damage, index[..., None], -1)[..., 0]
-        return float(pick[self.exists].sum()), float(hurt[self.exists].sum())
+        return spent, float(hurt[self.exists].sum())
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,8 @@ class Planned:
         time: relative to FP16 attention.
         quality: predicted, dB (see :meth:`Problem.quality`).
         ideal_time, ideal_quality: before the plan was compressed into few rules.
-        gap: of the solver, relative to its objective; 0 is proven best.
+        gap: how far the ideal may be from the best, relative to its objective; 0 is proven best.
+            Where errors add up, of its final error against that of mixed options.
     """
 
     plan: PrecisionPlan
@@ -151,7 +171,26 @@ def problem(
         None if table.sensitivity is None else float(table.sensitivity["peak"]),
         table,
         completed.bar_db,
+        _coupling(table, ("fp16", *chosen) if exact else chosen, damage),
     )
+
+
+def _coupling(table: ScoreTable, specs: Sequence[str], damage: np.ndarray) -> Coupling | None:
+    """How errors add up, if a gradient stage measured it; one spec everywhere adds up to the same
+    total as its ``damage``."""
+    found = table.sensitivity or {}
+    if found.get("correlation") is None or list(found["branches"]) != list(table.branches):
+        return None
+    formats, member = groups_of(specs)
+    measured, known = groups_of(table.specs)
+    lags = np.einsum("kbcs,kg->gbcs", np.array(found["correlation"], dtype=np.float64), known)
+    lags /= known.sum(0)[:, None, None, None]
+    matrix = np.stack([correlation_matrix(lags[measured.index(name)]) for name in formats])
+    flat = damage.reshape(len(damage), -1, damage.shape[-1])
+    raw = Coupling(np.sqrt(flat), member, matrix)
+    together = [raw.total(np.full(flat.shape[:2], k)) for k in range(len(specs))]
+    scale = flat.sum((0, 1)) / np.maximum(together, 1e-300)
+    return Coupling(np.sqrt(flat * scale), member, matrix)
 
 
 def make_plan(
@@ -182,15 +221,9 @@ def make_plan(
     if (floor is None) == (budget is None):
         raise ValueError(f"give either floor or budget, got floor={floor}, budget={budget}")
     task = problem(table, costs, specs)
-    cells = task.exists
-    damage, time = task.damage[cells], task.time[cells]
+    find = _independent if task.coupling is None else _together
     try:
-        if floor is not None:
-            allowed = task.allowed_damage(floor)
-            choice = solve(time, damage, allowed)
-        else:
-            assert budget is not None
-            choice = solve(damage, time, budget)
+        index, packed, gap = find(task, floor, budget, 10 ** (max_loss_db / 10))
     except Infeasible as error:
         if floor is not None:
             best = task.quality(error.best)
@@ -200,21 +233,7 @@ def make_plan(
                 f"no plan takes {budget:.3f} of FP16's time, the fastest takes {error.best:.3f}"
             )
         raise Unreachable(message) from None
-    index = np.zeros(cells.shape, dtype=np.int64)
-    index[cells] = choice.index
     ideal_time, ideal_damage = task.totals(index)
-    packed = compress(
-        task.damage,
-        task.time,
-        cells,
-        index,
-        task.specs,
-        table.layers,
-        table.branches,
-        max_loss=10 ** (max_loss_db / 10),
-        limit_damage=task.allowed_damage(floor) if floor is not None else None,
-        limit_time=budget,
-    )
     time_, damage_ = task.totals(packed.index)
     plan = PrecisionPlan(
         AttentionSpec.parse(packed.default),
@@ -233,8 +252,112 @@ def make_plan(
         task.quality(damage_),
         ideal_time,
         task.quality(ideal_damage),
-        choice.gap,
+        gap,
     )
+
+
+def _independent(
+    task: Problem, floor: float | None, budget: float | None, max_loss: float
+) -> tuple[np.ndarray, Packed, float]:
+    """Ideal choice, its rules and the solver's gap, of cells whose errors don't add up."""
+    cells = task.exists
+    damage, time = task.damage[cells], task.time[cells]
+    allowed = None if floor is None else task.allowed_damage(floor)
+    if allowed is not None:
+        choice = solve(time, damage, allowed)
+    else:
+        assert budget is not None
+        choice = solve(damage, time, budget)
+    index = np.zeros(cells.shape, dtype=np.int64)
+    index[cells] = choice.index
+    packed = compress(
+        task.damage,
+        task.time,
+        cells,
+        index,
+        task.specs,
+        task.table.layers,
+        task.table.branches,
+        max_loss=max_loss,
+        limit_damage=allowed,
+        limit_time=budget,
+    )
+    return index, packed, choice.gap
+
+
+def _together(
+    task: Problem, floor: float | None, budget: float | None, max_loss: float
+) -> tuple[np.ndarray, Packed, float]:
+    """The same of cells whose errors add up (:mod:`.coupling`)."""
+    assert task.coupling is not None
+    fastest = float(task.time[task.exists].min(1).sum())
+    if budget is not None:
+        limit = most = budget
+    else:
+        assert floor is not None
+        limit = _least_budget(task, task.allowed_damage(floor), fastest)
+        most = limit + (max_loss - 1) * (limit - fastest)  # the loss is taken from time
+    index = _exchanged(task, _within(task, limit), limit)
+    damage = task.totals(index)[1]
+    allowed = damage * max_loss if floor is None else task.allowed_damage(floor)
+    rows = len(index)
+    flat = task.time.reshape(rows, -1, len(task.specs))
+    least = lower_bound(task.coupling, flat, task.exists.reshape(rows, -1), limit)
+    best = _rules(task, index)
+    start = _within(task, most)
+    for price in _PRICES if max_loss > 1 else ():
+        found = _exchanged(task, start, most, price / int(task.exists.sum()))
+        if task.totals(found)[1] > allowed * (1 + 1e-9):
+            break
+        packed = _rules(task, found)
+        if len(packed.rules) < len(best.rules):
+            best = packed
+    return index, best, max(0.0, 1 - least / max(damage, 1e-300))
+
+
+def _rules(task: Problem, index: np.ndarray) -> Packed:
+    return rules_of(index, task.exists, task.specs, task.table.layers, task.table.branches)
+
+
+def _within(task: Problem, limit: float) -> np.ndarray:
+    """The best choice within a time if errors were independent, ``[L, S, B]``."""
+    cells = task.exists
+    index = np.zeros(cells.shape, dtype=np.int64)
+    index[cells] = solve(task.damage[cells], task.time[cells], limit).index
+    return index
+
+
+def _exchanged(task: Problem, start: np.ndarray, limit: float, price: float = 0.0) -> np.ndarray:
+    """A better one, as errors add up."""
+    assert task.coupling is not None
+    rows = len(start)
+    found = exchange(
+        task.coupling,
+        task.time.reshape(rows, -1, len(task.specs)),
+        task.exists.reshape(rows, -1),
+        start.reshape(rows, -1),
+        limit,
+        branches=start.shape[2],
+        price=price,
+    )
+    return found.reshape(start.shape)
+
+
+def _least_budget(task: Problem, allowed: float, fastest: float) -> float:
+    """The least time in which a plan keeps the damage below this.
+
+    Raises:
+        Infeasible: none does in any time.
+    """
+    low, high = fastest, float(task.time[task.exists].max(1).sum())
+    damage = task.totals(_exchanged(task, _within(task, high), high))[1]
+    if damage > allowed:
+        raise Infeasible(allowed, damage)
+    for _ in range(_BUDGETS):
+        middle = (low + high) / 2
+        spent, damage = task.totals(_exchanged(task, _within(task, middle), middle))
+        low, high = (low, min(middle, spent)) if damage <= allowed else (middle, high)
+    return high * (1 + 1e-9)
 
 
 def predict(task: Problem, plan: PrecisionPlan | str) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,12 @@ def _parse(data: Mapping[str, Any]) -> ScoreTable:
     sizes = {"k": len(specs), "m": len(METRICS), "t": 3}
     cells = (len(layers), steps, len(branches))
     arrays = {
-        key: _numbers(data[key], (*cells, *(sizes[axis] for axis in more)), key)
+        key: _numbers(
+            data[key],
+            (*cells, *(sizes[axis] for axis in more)),
+            key,
+            low=np.where(np.array(METRICS) == "cosine", -1.0, 0.0) if key == "mean" else 0.0,
+        )
         for key, more in _ARRAYS.items()
     }
     for key in ("count", "calls"):
@@ -102,6 +108,9 @@ def _sensitivity(data: Any, table: ScoreTable) -> dict[str, Any] | None:
         branches = _names(found["branches"], f"{at}.branches")
         shape = (len(layers), table.steps, len(branches), kinds)
         _numbers(found["effect"], shape, f"{at}.effect")
+        if found.get("correlation") is not None:
+            lags = (kinds, len(branches), len(branches), table.steps)
+            _numbers(found["correlation"], lags, f"{at}.correlation", low=-1.0, high=1.0)
         return found
     groups, steps = found["layers"], found["steps"]
     _need(isinstance(groups, list), f"{at}.layers", "a list of groups", groups)
@@ -163,8 +172,15 @@ def _names(data: Any, path: str) -> list[str]:
     return list(data)
 
 
-def _numbers(data: Any, shape: tuple[int, ...], path: str) -> np.ndarray:
-    """A float64 array of this shape, null as NaN; only a cosine may be negative, none infinite."""
+def _numbers(
+    data: Any,
+    shape: tuple[int, ...],
+    path: str,
+    *,
+    low: float | np.ndarray = 0.0,
+    high: float = sys.float_info.max,
+) -> np.ndarray:
+    """A float64 array of this shape, null as NaN, between these (of the last axis's entries)."""
     try:
         array = np.array(data, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -172,9 +188,9 @@ def _numbers(data: Any, shape: tuple[int, ...], path: str) -> np.ndarray:
     if not array.size and 0 in shape:
         return np.zeros(shape)
     _need(array.shape == shape, path, f"numbers in lists of {_text(shape)}", _text(array.shape))
-    low = np.where(np.array(METRICS) == "cosine", -1.0, 0.0) if path == "mean" else 0.0
-    wrong = array[(array < low) | np.isinf(array)]
-    _need(not wrong.size, path, "not negative and finite", wrong[:1].tolist())
+    wrong = array[(array < low) | (array > high)]
+    must = "not negative and finite" if high > 1 else f"within {low} .. {high}"
+    _need(not wrong.size, path, must, wrong[:1].tolist())
     return array
 
 
