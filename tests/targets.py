@@ -118,11 +118,8 @@ MAY_SPILL = {
     **{
         ("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS if v not in ("plain", "causal")
     },
-    **{
-        ("gluon", "int8/int8", 128, v): ("sm_80", "sm_86", "sm_89")
-        for v in ("keys", "bool", "additive", "unaligned")
-    },
-    ("gluon", "int4/int8", 128, "causal"): ("sm_86", "sm_89"),
+    **{("gluon", "int8/int8", 128, v): ("sm_86", "sm_89") for v in ("keys", "bool", "unaligned")},
+    ("gluon", "int8/int8", 128, "additive"): ("sm_80", "sm_86", "sm_89"),
     ("triton", "int8/fp16", 64, "additive"): ("sm_100",),
     ("triton", "int8/int8", 64, "keys"): ("sm_100",),
     ("triton", "int8/int8", 64, "bool"): ("sm_100",),

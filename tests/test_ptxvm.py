@@ -171,6 +171,29 @@ def test_mixed_precision_arithmetic(dtype):
 
 
 @triton.jit
+def _dot_of_bytes(A, B, C, N: tl.constexpr, KIND: tl.constexpr):
+    o = tl.arange(0, N)
+    asm: tl.constexpr = f"dp4a.{KIND} $0, $1, $2, $3;"
+    operands = (tl.load(A + o), tl.load(B + o), tl.load(C + o))
+    c = tl.inline_asm_elementwise(asm, "=r,r,r,r", operands, tl.int32, is_pure=True, pack=1)
+    tl.store(C + o, c)
+
+
+@pytest.mark.parametrize("kind", ["s32.s32", "s32.u32", "u32.u32"])
+def test_dot_of_bytes(kind):
+    """Four products of bytes, each operand with its own sign; the sum wraps around."""
+    dtypes = [torch.int8 if sign == "s32" else torch.uint8 for sign in kind.split(".")]
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (128, 4), generator=g).to(dtype) for dtype in dtypes)
+    c = torch.randint(-(2**31), 2**31, (128,), generator=g).int()
+    c[0], c[1], a[:2], b[:2] = 2**31 - 1, -(2**31), 127, 127
+    want = (c.long() + (a.long() * b.long()).sum(1)).int()
+    with gpu(80):
+        _dot_of_bytes[(1,)](a.view(torch.int32), b.view(torch.int32), c, N=128, KIND=kind)
+    assert torch.equal(c, want)
+
+
+@triton.jit
 def _histogram(X, H, n, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + o, mask=o < n, other=0)

@@ -15,7 +15,15 @@ from ..formats import LOG2E
 #: -1.5 * 2^23 as float32 bits.  An integer sum that starts here *is* the float -12582912 - sum, so
 #: that no conversion instruction is needed (|sum| < 2^22).
 MAGIC_BITS = 0xCB400000
-_PLUS_MAGIC = f"0f{MAGIC_BITS ^ 1 << 31:08X}"
+_MINUS_MAGIC, _PLUS_MAGIC = f"0f{MAGIC_BITS:08X}", f"0f{MAGIC_BITS ^ 1 << 31:08X}"
+
+#: Of every 8 tiles of 8 channels, those whose integer sums are converted and not subtracted from.
+#: On sm_80 the special-function unit does that, which has time where the FP32 lanes have none; on
+#: later cards the conversion (I2FP) costs what the subtraction does.
+CONVERTED = 3
+
+#: Four bytes of one, with which ``dp4a`` adds a word's bytes.
+_ONES = 0x01010101
 
 _LOG2E = f"0f{struct.unpack('I', struct.pack('f', LOG2E))[0]:08X}"
 
@@ -145,28 +153,43 @@ def values_fp8(outputs, inputs):
 
 @gluon.constexpr_function
 def values_int8(outputs, inputs):
-    """``out = acc * alpha + round(p) @ v``; p is at most 127."""
-    (out,), (p, v, acc, alpha, magic) = outputs, inputs
+    """``acc * alpha + round(p) @ v``; p is at most 127.
+
+    With a total, also ``total * alpha + sum of round(p)`` of one thread's columns, as
+    :func:`add_row` has them.
+    """
+    (out, *sums), (p, v, acc, alpha, magic, *totals) = outputs, inputs
     words = _p_words(p)
     k_tiles = len(words) // 4
-    lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>; .reg .f32 x<4>;"]
+    lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>, z; .reg .f32 x<4>; mov.b32 z, 0;"]
     for i, word in enumerate(words):
         for j in range(4):  # the sum's low byte is the rounded code
-            lines.append(
-                f"add.rn.f32 x{j}, {word[j]}, 0f{MAGIC_BITS ^ 1 << 31:08X}; mov.b32 b{j}, x{j};"
-            )
+            lines.append(f"add.rn.f32 x{j}, {word[j]}, {_PLUS_MAGIC}; mov.b32 b{j}, x{j};")
         lines.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040;")
         lines.append(f"prmt.b32 a{i}, b0, b2, 0x5410;")
+    for sums_of, total in zip(sums, totals, strict=True):
+        for row in range(2):
+            start = magic[row]
+            for i in range(row, len(words), 2):
+                lines.append(f"dp4a.s32.s32 c{row}, a{i}, {_ONES}, {start};")
+                start = f"c{row}"
+            lines.append(f"mov.b32 x{row}, c{row}; sub.rn.f32 x{row}, {_MINUS_MAGIC}, x{row};")
+            lines.append(f"fma.rn.f32 {sums_of[row]}, {total[row]}, {alpha[row]}, x{row};")
     for n in range(len(out) // 4):
+        convert = n * CONVERTED % 8 < CONVERTED
+        start = "{z, z, z, z}" if convert else regs(magic)
         for k in range(k_tiles):
             word = 2 * (n * k_tiles + k)
             lines.append(
                 f"{_INT8} {{c0, c1, c2, c3}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
-                f"{regs(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else regs(magic)};"
+                f"{regs(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else start};"
             )
         for i in range(4):
             r = 4 * n + i
-            lines.append(f"mov.b32 x{i}, c{i}; sub.rn.f32 x{i}, 0f{MAGIC_BITS:08X}, x{i};")
+            if convert:
+                lines.append(f"cvt.rn.f32.s32 x{i}, c{i};")
+            else:
+                lines.append(f"mov.b32 x{i}, c{i}; sub.rn.f32 x{i}, {_MINUS_MAGIC}, x{i};")
             lines.append(f"fma.rn.f32 {out[r]}, {acc[r]}, {alpha[i // 2]}, x{i};")
     return "\n".join([*lines, "}"])
 

@@ -250,13 +250,25 @@ def _attend_tile(
         p = gl.exp2(s - shift[:, None])
     else:
         p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
-    total = gl.inline_asm(
-        add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
-    )
+    # Of INT4 Q and K the rounded codes are added, together with P V.
+    ROUNDED: gl.constexpr = QK == "int4" and PV == "int8"
+    if not ROUNDED:
+        total = gl.inline_asm(
+            add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
+        )
     v = v_tile.permute((1, 0)).load(rhs)
     if FP8:
         acc = gl.inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
+        )
+    elif ROUNDED:
+        types: gl.constexpr = (acc.type, total.type)
+        acc, total = gl.inline_asm(
+            values_int8,
+            ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
+            [p, v, acc, alpha, magic, total],
+            types,
+            is_pure=True,
         )
     else:
         acc = gl.inline_asm(

@@ -29,7 +29,7 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp16": 640,
         "int8/int8": 256,
         "int4/int8": 192,
-        "int4/int8@64": 212.5,
+        "int4/int8@64": 201.5,
     },
     "rtx4090": {
         "fp16": 1024,
@@ -38,7 +38,7 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp8": 384,
         "int8/fp8-fast": 256,
         "int4/int8": 192,
-        "int4/int8@64": 212.5,
+        "int4/int8@64": 201.5,
         "int4/fp8-fast": 192,
         "int4/fp8-fast@64": 200,
     },

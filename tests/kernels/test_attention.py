@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from helpers import biased, relative_l1
 
 from sage_diffusion.kernels.attention import reference
+from sage_diffusion.kernels.formats import LOG2E, Precision
+from sage_diffusion.kernels.quantize import reference as quantize
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
 SPECS = [AttentionSpec.parse(name) for name in LADDER]
@@ -113,6 +115,25 @@ def test_int8_tile_without_a_visible_key_below_a_low_maximum():
     spec = AttentionSpec.parse("int8/int8-smooth_k")
     out, _ = reference.attention(q, k, v, spec, mask=mask)
     torch.testing.assert_close(out, v[:, :, :64].mean(2, keepdim=True), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("qk", ["int4", "int8"])
+def test_row_sums_of_int8_weights(qk):
+    """INT4 Q and K divide by the rounded weights, which then sum to one; INT8 by the exact ones."""
+    g = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(1, 2, n, 64, generator=g) for n in (65, 200))
+    v = torch.randn(1, 2, 1, 64, generator=g).expand(1, 2, 200, 64)
+    codes = (
+        quantize.quantize_rows(q, Precision(qk), multiplier=LOG2E / 8),
+        quantize.quantize_rows(k, Precision(qk)),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    out, lse = reference.attend_quantized(*codes, values)
+    rows, keys = (quantize.dequantize_rows(x)[..., :64].double() for x in codes)
+    exact_lse = (rows @ keys.mT / LOG2E).logsumexp(-1)
+    off = (out / quantize.dequantize_value(values)[:, :, :1] - 1).abs().amax()
+    lse_off = (lse - exact_lse).abs().amax()
+    assert (off < 1e-6 and lse_off > 1e-4) if qk == "int4" else (off > 1e-4 and lse_off < 1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS[1:], ids=str)

@@ -175,6 +175,23 @@ def test_rows_of_the_smallest_number(dtype):
         assert relative_l1(out[:, :, :3], v.mean(2, True).expand(1, 1, 3, 64)) < 0.1
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_int4_weights_sum_to_one(is_causal):
+    """V that is the same for every token comes out as it is: the sums add the rounded codes."""
+    g = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(1, 2, n, 64, generator=g) for n in (130, 200))
+    v = torch.randn(1, 2, 1, 64, generator=g).expand(1, 2, 200, 64)
+    operands = (
+        quantize.quantize_rows(q, Precision.INT4, multiplier=0.2),
+        quantize.quantize_rows(k, Precision.INT4),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    with card(80):
+        out, _ = gluon.attend_quantized(*operands, permute_value(values), is_causal=is_causal)
+    want = quantize.dequantize_value(values)[:, :, :1].expand_as(out)
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("cc,precision", [(80, Precision.INT8), (120, Precision.FP4)])
 def test_tiles_of_falling_maxima(cc, precision):
     """Each tile's P is scaled to its own maximum, far below the running one or not."""

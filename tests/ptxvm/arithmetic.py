@@ -264,6 +264,17 @@ class ArithmeticOps(Lanes):
         v, ty = self._wide(i)
         self.write(i.args[0], v + self.read(i.args[3], ty), ty)
 
+    def op_dp4a(self, i):
+        a, b = (
+            np.ascontiguousarray(self.raw(x, 32))
+            .view(np.int8 if ty == "s32" else np.uint8)
+            .reshape(-1, 4)
+            .astype(np.int64)
+            for x, ty in zip(i.args[1:3], i.op[1:3], strict=True)
+        )
+        total = self.raw(i.args[3], 32).astype(np.int64) + (a * b).sum(1)
+        self._set(i.args[0], (total & 0xFFFFFFFF).astype(np.uint32))
+
     def op_ex2(self, i):
         self._arith(i, np.exp2)
 
