@@ -1,8 +1,9 @@
 """What a spec costs on a card, relative to FP16 attention, as plain data.
 
 Cycles of one SM for a tile of 16 queries x 64 keys at head dim 128 in the slowest pipe, both
-products: what the tensor cores allow, a predicted bound and no timing.  FP16 products accumulate in
-FP32, as FlashAttention's and ours do, which GeForce cards run at half rate.
+products: bounds of the compiled kernels (of FP16 what tensor cores and exponentials allow), no
+timings.  FP16 products accumulate in FP32, as FlashAttention's and ours do, which GeForce cards run
+at half rate.
 ``sage-diffusion cost`` prints the bounds of the compiled kernels; a JSON file of spec -> cost can
 be given instead (:func:`load_costs`).
 """
@@ -15,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sage_diffusion.kernels.spec import AttentionSpec
-
-SOURCE = "predicted bound: what the tensor cores allow, no timing"
 
 #: End of a spec's name in a cost table: for head dims up to 64 only, where a product costs half and
 #: the exponentials cost what they always do.
@@ -51,19 +50,27 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "fp4/fp8-fast": 192,
         "fp4/fp8-fast@64": 200,
         "fp4/fp4": 128,
+        "fp4/fp4@64": 248,
     },
     "a100": {
         "fp16": 256,
-        "int8/fp16": 237,
-        "int8/int8": 154,
-        "int4/int8": 96,
+        "int8/fp16": 252,
+        "int8/fp16@64": 200,
+        "int8/int8": 147,
+        "int8/int8@64": 204,
+        "int4/int8": 125,
+        "int4/int8@64": 217,
     },
     "h100": {
         "fp16": 128,
-        "int8/fp16": 134,
-        "int8/int8": 130,
-        "int8/fp8": 130,
+        "int8/fp16": 110,
+        "int8/fp16@64": 200,
+        "int8/int8": 157,
+        "int8/int8@64": 229,
+        "int8/fp8": 100,
+        "int8/fp8@64": 200,
         "int8/fp8-fast": 130,
+        "int8/fp8-fast@64": 200,
     },
 }
 
