@@ -24,3 +24,5 @@ def test_plans_of_made_up_tables():
         assert table.measured.mean() == share
         found = calibration.planning(8, 12, share)
         assert found["specs"] == 6 and found["gap"] < 1e-3 and found["seconds"] > 0
+    alone, together = (calibration.planning(8, 12, 1.0, correlated) for correlated in (False, True))
+    assert alone["gap"] < 1e-3 < together["gap"] < 0.5  # no knapsack: bounded by its relaxation

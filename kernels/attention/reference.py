@@ -196,8 +196,8 @@ def _apply_mask(s: Tensor, mask: Tensor, start: int, stop: int, k_len: int) -> T
     tile = mask if mask.shape[-1] == 1 and k_len != 1 else mask[..., start:stop]
     if mask.dtype == torch.bool:
         return torch.where(tile, s, -math.inf)
-    bias = tile.float() * LOG2E
-    return s + torch.where(torch.isneginf(tile), -math.inf, bias.clamp(MASK_FLOOR, -MASK_FLOOR))
+    bias = (tile.float() * LOG2E).clamp_(MASK_FLOOR, -MASK_FLOOR)
+    return s + bias.masked_fill_(torch.isneginf(tile), -math.inf)
 
 
 class _ValueTiles:

@@ -95,7 +95,10 @@ def rotate(x: Tensor) -> Tensor:
     while h < dim:
         pairs = x.unflatten(-1, (dim // (2 * h), 2, h))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        both = torch.empty_like(pairs, memory_format=torch.contiguous_format)
+        torch.add(a, b, out=both[..., 0, :])
+        torch.sub(a, b, out=both[..., 1, :])
+        x = both.flatten(-3)
         h *= 2
     return x * (1.0 / math.sqrt(dim))
 
