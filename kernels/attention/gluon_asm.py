@@ -167,14 +167,14 @@ def values_int8(outputs, inputs):
             lines.append(f"add.rn.f32 x{j}, {word[j]}, {_PLUS_MAGIC}; mov.b32 b{j}, x{j};")
         lines.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040;")
         lines.append(f"prmt.b32 a{i}, b0, b2, 0x5410;")
-    for sums_of, total in zip(sums, totals, strict=True):
+    for joined, total in zip(sums, totals, strict=True):  # none or one
         for row in range(2):
             start = magic[row]
             for i in range(row, len(words), 2):
                 lines.append(f"dp4a.s32.s32 c{row}, a{i}, {_ONES}, {start};")
                 start = f"c{row}"
             lines.append(f"mov.b32 x{row}, c{row}; sub.rn.f32 x{row}, {_MINUS_MAGIC}, x{row};")
-            lines.append(f"fma.rn.f32 {sums_of[row]}, {total[row]}, {alpha[row]}, x{row};")
+            lines.append(f"fma.rn.f32 {joined[row]}, {total[row]}, {alpha[row]}, x{row};")
     for n in range(len(out) // 4):
         convert = n * CONVERTED % 8 < CONVERTED
         start = "{z, z, z, z}" if convert else regs(magic)

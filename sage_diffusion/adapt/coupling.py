@@ -113,7 +113,8 @@ def exchange(
     layers, cells, options = coupling.root.shape
     rows = np.arange(layers)[:, None], np.arange(cells)
     change = price * max(coupling.total(index), 1e-300)
-    own = np.arange(options)
+    own, alone = np.arange(options), (coupling.root * coupling.member.sum(1)) ** 2
+    before = coupling.total(index) + change * _count(index, branches)
     for _ in range(most):
         amplitude = coupling.amplitudes(np.eye(options)[index])
         field = coupling.field(amplitude)
@@ -122,22 +123,20 @@ def exchange(
         # Out goes the present option, in comes another: what each alone would do.
         without = field - root[..., None] * had
         inner = np.einsum("lng,kg->lnk", without, coupling.member)
-        alone = coupling.root * coupling.member.sum(1)
-        new = alone**2 + 2 * coupling.root * inner
+        new = alone + 2 * coupling.root * inner
         gain = new - np.take_along_axis(new, index[..., None], 2)
         gain += change * _changes(index, branches, options)
         more = time - np.take_along_axis(time, index[..., None], 2)
         allowed = exists[..., None] & (own != index[..., None])
         slack = limit * (1 + 1e-9) - float(np.take_along_axis(time, index[..., None], 2).sum())
         found = _best_changes(coupling, gain, more, allowed, index, slack)
-        before = coupling.total(index) + change * _count(index, branches)
         trial = index.copy()
         for layer, cell, option in found:
             trial[layer, cell] = option
         after = coupling.total(trial) + change * _count(trial, branches)
         if after >= before * (1 - 1e-9):
             return index
-        index = trial
+        index, before = trial, after
     return index
 
 
