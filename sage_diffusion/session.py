@@ -26,7 +26,7 @@ from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
 from sage_diffusion.summary import LayerSummary, SessionSummary
-from sage_diffusion.validation import check_call, check_ropes, four_dims
+from sage_diffusion.validation import check_call, check_ropes, four_dims, not_forward
 
 log = logging.getLogger("sage_diffusion")
 
@@ -436,8 +436,9 @@ class AttentionSession:
         """The output, or None after the call was declined with a reason."""
         q, k, v, mask, is_causal, scale, rope_q, rope_k = call
         rope = rope_q is not None or rope_k is not None
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            layer.decline("gradients are asked for, quantized attention is forward only")
+        reason = not_forward(q, k, v)
+        if reason is not None:
+            layer.decline(reason)
             return None
         try:
             check_call(q, k, v, mask)
