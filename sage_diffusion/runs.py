@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
 
-from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan import PrecisionPlan
 
 #: No sampler calls a model more often than this at one noise level, unless it does so at all.
 MANY_CALLS = 64
@@ -124,8 +124,7 @@ def nothing_quantized(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str | None
         plan: of the run.
         logs: closed ones of every device.
     """
-    rules = [rule for rule in plan.rules if rule.spec.quantized]
-    if not (rules or plan.default.quantized) or any(log.quantized for log in logs):
+    if not quantizes(plan) or any(log.quantized for log in logs):
         return None
     calls = sum(log.calls for log in logs)
     if not calls:
@@ -142,11 +141,17 @@ def nothing_quantized(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str | None
             f"nothing was quantized: {sum(declined.values())} of {calls} calls were declined, "
             f"{count} of them because: {reason}"
         )
-    return f"nothing was quantized in {calls} calls: {_why_planned(rules, plan, logs)}"
+    return f"nothing was quantized in {calls} calls: {_why_planned(plan, logs)}"
 
 
-def _why_planned(rules: Sequence[Rule], plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
+def quantizes(plan: PrecisionPlan) -> bool:
+    """Does a plan quantize anything, anywhere?"""
+    return plan.default.quantized or any(rule.spec.quantized for rule in plan.rules)
+
+
+def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
     """The plan itself said fp16 of every call."""
+    rules = [rule for rule in plan.rules if rule.spec.quantized]
     names = [name for log in logs for name in log.layers]
     tokens = max((layer.tokens for log in logs for layer in log.layers.values()), default=0)
     times = {at for log in logs for at in log.progress}

@@ -289,12 +289,15 @@ class AttentionSession:
             self.progress, self.step, self.branch = before
             self._specs.clear()
 
-    def finish(self, judge: bool = True) -> None:
+    def finish(self, judge: bool = True) -> RunLog | None:
         """Sampling ended: look at the last step's outputs, waiting for the device.
 
         Args:
             judge: warn where the run quantized nothing although the plan does; False where other
                 sessions share the run.
+
+        Returns:
+            What the run did, None if none had been started.
 
         Raises:
             NonFiniteOutput: the last step had non-finite numbers and the session is strict.
@@ -313,6 +316,7 @@ class AttentionSession:
                 self.warn(reason)
         finally:
             self._stand_still()
+        return run
 
     def break_off(self) -> None:
         """Sampling was broken off: its verdicts count no more, and nothing of it is kept."""

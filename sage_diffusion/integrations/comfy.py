@@ -7,6 +7,11 @@ This module puts a plain closure there (a callable object would be deep-copied w
 keeps whatever override stood there before and hands it every call it declines, and learns where
 sampling stands from two wrappers: ``OUTER_SAMPLE`` is a run, ``APPLY_MODEL`` a model call.
 
+A MODEL owns its closures, they own the :class:`ModelAttention`, and that owns neither a module nor
+a tensor: nothing leads back, so that a MODEL which is dropped is freed at once.  Another node may
+have wrapped the closure of a MODEL that was patched again, or unpatched, later: the options name
+the override that counts, and any other one passes its calls on.
+
 The sigma is read from the device once per step, never per attention call.  Calls in float32 are
 quantized from float32; the session's backends take it as it is.
 """
@@ -14,6 +19,7 @@ quantized from float32; the session's backends take it as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -21,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sage_diffusion.calls import Observer
 from sage_diffusion.guard import Guard
@@ -30,7 +36,8 @@ from sage_diffusion.integrations.comfy_lane import Lane
 from sage_diffusion.integrations.comfy_report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.session import AttentionSession
+from sage_diffusion.runs import nothing_quantized, quantizes
+from sage_diffusion.session import AttentionRefused, AttentionSession
 
 log = logging.getLogger("sage_diffusion")
 
@@ -90,15 +97,26 @@ class ModelAttention:
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._checked = False
-        self._intercept: Callable[..., Any] = self._attend
+        self._run: Callable[..., Any] = ModelAttention._attend
         self._lane(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
 
-        def override(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self._intercept(func, args, kwargs)
-
-        self.override: Override = override
-
     # ------------------------------------------------------------------ the call
+    @property
+    def override(self) -> Override:
+        """A closure for ComfyUI's options.  It owns this object, which does not own it."""
+
+        def override(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            options = kwargs.get("transformer_options") or {}
+            # Not by the name of this function: that would be a cycle.
+            if KEY not in options or attention_of(options[KEY]) is self:
+                return self._run(self, func, args, kwargs)
+            if self.first is not None:
+                return self.first(func, *args, **kwargs)
+            return func(*args, **kwargs)
+
+        override.sage_attention = self  # type: ignore[attr-defined]
+        return override
+
     def _lane(self, device: torch.device) -> Lane:
         lane = self.lanes.get(device)
         if lane is None:
@@ -141,6 +159,8 @@ class ModelAttention:
 
         options = kwargs.get("transformer_options") or {}
         session = lane.session
+        if not lane.inside:
+            lane.cursor.reset()  # a node calls the network itself: nobody tells us where it begins
         try:
             call = parse_call(args, kwargs)
         except UnknownCall as error:
@@ -155,16 +175,19 @@ class ModelAttention:
         if quantized and self.keep_cross and call.cross:
             quantized = False
         elif quantized or session.observers:
-            layer.native = native_of(call, host)
-            out = session.attend(layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale)
+            native = native_of(call, host)
+            out = session.attend(
+                layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale, native=native
+            )
             return call.to_host(out)
         layer.ran["fp16", "native"] += 1
+        layer.tokens = max(layer.tokens, call.k.shape[2])
         return host()
 
     def _hidden(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        return self._intercept(func, args, kwargs, name)
+        return self._run(self, func, args, kwargs, name)
 
     # ------------------------------------------------------------------ a run, a model call
     def begin_run(self) -> None:
@@ -174,24 +197,50 @@ class ModelAttention:
         self._checked = False
         for lane in self.lanes.values():
             lane.begin_run(self._session())
-        if "torch._dynamo" in sys.modules and self._intercept == self._attend:
+        if "torch._dynamo" in sys.modules:
             # A compiled model breaks its graph here: counting and choosing are Python.  Importing
             # the compiler only for this would cost seconds where nothing is compiled.
-            self._intercept = torch.compiler.disable(self._attend)
+            self._run = _outside_the_compiler()
 
     def end_run(self) -> RunReport:
-        """A sampling run ended: look at the last step, tell the reporters."""
-        for lane in self.lanes.values():
-            lane.session.finish()
-        self.last = self.report()
+        """A sampling run ended: look at the last step, tell the reporters.
+
+        Raises:
+            NonFiniteOutput, AttentionRefused: strict, and what a report would warn of.
+        """
+        try:
+            logs = [lane.session.finish(judge=False) for lane in self.lanes.values()]
+            runs = [run for run in logs if run is not None]
+            nothing = nothing_quantized(self.plan, runs) if runs else None
+            if nothing is not None and any(run.calls for run in runs):
+                self._warnings.append(nothing)  # without any call the report has words of its own
+            self.last = self.report()
+        finally:
+            self._let_go()
         for reporter in self.reporters:
             reporter(self.last)
         log.info("%s", self.last)
+        if nothing is not None and self.strict:
+            raise AttentionRefused(nothing)
         return self.last
+
+    def break_off(self) -> None:
+        """A sampling run was broken off: nothing of it is kept, nothing booked on the next."""
+        for lane in self.lanes.values():
+            lane.session.break_off()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.previous = self.first
+        for lane in self.lanes.values():
+            lane.let_go()
 
     def report(self) -> RunReport:
         """What happened since the run began."""
-        closed = {path for lane in self.lanes.values() for path in lane.closed}
+        unreached: dict[str, tuple[str, ...]] = {}
+        for lane in self.lanes.values():
+            for why, names in lane.unreached.items():
+                unreached[why] = tuple(sorted({*unreached.get(why, ()), *names}))
         warnings = list(self._warnings)
         if self.previous is not None:
             other = getattr(self.previous, "__qualname__", type(self.previous).__name__)
@@ -202,7 +251,7 @@ class ModelAttention:
             self.model_name,
             sum(lane.forwards for lane in self.lanes.values()),
             tuple(warnings),
-            tuple(sorted(closed)),
+            unreached,
         )
 
     @contextlib.contextmanager
@@ -211,16 +260,14 @@ class ModelAttention:
     ) -> Iterator[None]:
         """One model call: modules are patched, the session knows the step, inside the block."""
         lane = self._lane(device)
-        lane.begin_forward(options)
-        diffusion_model = getattr(model, "diffusion_model", None)
-        patched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(diffusion_model, nn.Module):
-            patched = lane.patched(diffusion_model, self._hidden)
-        with patched, lane.outside_sampler(options, self.percents):
+        with lane.forward(model, options, self.percents, self._hidden):
             yield
         if not self._checked:
             self._checked = True
             self._check_plan(list(lane.session.layers))
+        if self.strict and lane.unreached and quantizes(self.plan):
+            why, names = next(iter(lane.unreached.items()))
+            raise AttentionRefused(f"{min(names)} can't be reached: {why}")
 
     def _check_plan(self, layers: list[str]) -> None:
         """After the first model call every layer has been met: does the plan fit?"""
@@ -240,9 +287,19 @@ class ModelAttention:
     def install_on_top(self, options: dict[str, Any]) -> None:
         """Put our override into ``transformer_options``, above whatever came after us."""
         current = options.get(OVERRIDE)
-        if current is not self.override:
+        if attention_of(current) is not self:
             self.previous = current
             options[OVERRIDE] = self.override
+
+
+def attention_of(override: Any) -> ModelAttention | None:
+    """Whose override this is, None if not ours."""
+    return getattr(override, "sage_attention", None)
+
+
+@functools.cache
+def _outside_the_compiler() -> Callable[..., Any]:
+    return torch.compiler.disable(ModelAttention._attend)
 
 
 def patch(
@@ -269,7 +326,7 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
     config = getattr(clone.model, "model_config", clone.model)  # tells SD15 from SDXL
     attention.model_name = type(config).__name__
     attention.percents = _percents(clone.get_model_object("model_sampling"))
-    options[OVERRIDE] = attention.override
+    options[OVERRIDE] = options[KEY] = attention.override
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None) or {}
@@ -278,7 +335,11 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         attention.begin_run()
-        out = executor(*args, **kwargs)
+        try:
+            out = executor(*args, **kwargs)
+        except BaseException:
+            attention.break_off()
+            raise
         attention.end_run()
         return out
 
@@ -307,10 +368,12 @@ def without(model: Any) -> Any:
     if attention is None:
         return clone
     options = clone.model_options.get("transformer_options", {})
-    if options.get(OVERRIDE) is attention.override:
-        del options[OVERRIDE]
+    if attention_of(options.get(OVERRIDE)) is attention:
+        del options[OVERRIDE], options[KEY]
         if attention.first is not None:
             options[OVERRIDE] = attention.first
+    else:
+        options[KEY] = None  # another node has wrapped ours: it passes its calls on from now
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)

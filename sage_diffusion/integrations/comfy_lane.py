@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,44 +42,59 @@ def chunks_of(cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
 
 
 class Lane:
-    """One device's session and its place in the model; multi-GPU runs one thread per device."""
+    """One device's session and its place in the model; multi-GPU runs one thread per device.
+
+    Attributes:
+        session: decides and runs.
+        cursor: knows the layer that is being called.
+        forwards: model calls of the run.
+        in_previous: a call has gone to the override below ours.
+        inside: a model call is under way.
+        unreached: why attention was not reached -> modules in which it happened.
+    """
 
     def __init__(self, session: AttentionSession):
         self.session = session
         self.cursor = LayerCursor()
         self.forwards = 0
         self.in_previous = False
+        self.inside = False
+        self.unreached: dict[str, set[str]] = {}
         self._patch: ModulePatch | None = None
-        self._patched: nn.Module | None = None
-        self._sigmas: Tensor | None = None
-        self._schedule: Tensor | None = None
+        self._sigmas: Callable[[], Tensor | None] = _nothing
+        self._schedule: Callable[[], Tensor | None] = _nothing
         self._values: list[float] = []
 
     def begin_run(self, session: AttentionSession) -> None:
         """Count from zero in a fresh session."""
         self.session = session
         self.forwards = 0
-        self._sigmas = self._schedule = None
+        self.unreached.clear()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """The run is over, whichever way: hold nothing of it but what it counted."""
+        self._patch = None
+        self._sigmas = self._schedule = _nothing
         self._values = []
-        if self._patch is not None and not self._patch.fits(self._patched):
-            self._patch = None
+        self.cursor.reset()
 
     def begin_forward(self, options: Mapping[str, Any]) -> None:
         """Read where sampling stands; waits for the device once per step."""
         self.forwards += 1
         self.cursor.reset()
         schedule, sigmas = options.get("sample_sigmas"), options.get("sigmas")
-        if schedule is not None and schedule is not self._schedule:
+        if schedule is not None and schedule is not self._schedule():
             values = [float(x) for x in schedule.tolist()]
             if values != self._values and len(values) > 1:
                 self._values = values
                 self.session.start(len(values) - 1, values[:-1])
-            self._schedule = schedule
+            self._schedule = weakref.ref(schedule)
         # Both chunks of a guided step share the tensor, so a step is one wait.
-        if self._values and sigmas is not None and sigmas is not self._sigmas:
+        if self._values and sigmas is not None and sigmas is not self._sigmas():
             sigma = float(sigmas.reshape(-1)[0])
             self.session.begin_step(step_of(sigma, self._values), sigma)
-            self._sigmas = sigmas
+            self._sigmas = weakref.ref(sigmas)
         kinds = options.get("cond_or_uncond")
         self.session.set_branch(branch_of(kinds), chunks_of(kinds))
 
@@ -97,15 +113,32 @@ class Lane:
         at = progress(float(sigmas.reshape(-1)[0]), percents)
         return self.session.at(at, branch=branch_of(options.get("cond_or_uncond")))
 
-    def patched(
-        self, model: nn.Module, call: HiddenCall
-    ) -> contextlib.AbstractContextManager[None]:
-        """Modules of ``model`` are patched inside the block."""
-        if self._patch is None or self._patched is not model:
-            self._patch, self._patched = ModulePatch(model, self.cursor, call), model
-        return self._patch.applied()
+    @contextlib.contextmanager
+    def forward(
+        self, model: Any, options: Mapping[str, Any], percents: Sequence[float], call: HiddenCall
+    ) -> Iterator[None]:
+        """One model call: the session knows where it stands, modules are patched.
 
-    @property
-    def closed(self) -> tuple[str, ...]:
-        """Modules that no override reaches."""
-        return () if self._patch is None else self._patch.reach.closed
+        Args:
+            model: ComfyUI's, with its network as ``diffusion_model``.
+            options: the call's ``transformer_options``.
+            percents: the model's sigmas, descending.
+            call: serves attention that no override is asked about.
+        """
+        self.begin_forward(options)
+        network = getattr(model, "diffusion_model", None)
+        patched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(network, nn.Module):
+            if self._patch is None or not self._patch.fits(network):
+                self._patch = ModulePatch(network, self.cursor, self.unreached)
+            patched = self._patch.applied(call)
+        self.inside = True
+        try:
+            with patched, self.outside_sampler(options, percents):
+                yield
+        finally:
+            self.inside = False
+
+
+def _nothing() -> None:
+    """Stands for a weak reference to what is gone."""

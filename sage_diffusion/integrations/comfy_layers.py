@@ -3,22 +3,28 @@
 Names are the same in every run and every ComfyUI version: ``double.07`` is the first attention
 call of the eighth block of kind "double", ``double.07.1`` the second (a cross-attention, say),
 ``input.04.0.attn1`` a UNet's.  ComfyUI tells them in ``transformer_options`` for some models and
-versions only; elsewhere the same names come from the block modules themselves, whose ``forward`` is
-replaced for the duration of one model call.  Only calls outside every block are numbered.
+versions only; elsewhere the same names come from hooks on the block modules.  Only calls outside
+every block are numbered.
 
 PixArt, HunyuanDiT and a few others call ``optimized_attention`` without ``transformer_options``, so
-that no override is asked.  Their ``forward`` runs with private globals in which that one name is
-ours, for the duration of one model call too.
+that no override is asked.  Their ``forward`` is rebuilt with another name in that one's place.
+
+Other nodes patch the same modules: before a run, when ComfyUI loads the model in its course, or on
+the bare model.  So nothing is remembered of what stood where.  Hooks leave ``forward`` alone, and
+everything is put on when a model call begins and taken off when it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dis
 import re
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -40,6 +46,7 @@ KINDS = {
 }
 
 _HOST_FUNCTION = "optimized_attention"
+_OUR_FUNCTION = "_sage_optimized_attention"
 
 
 @dataclass
@@ -94,19 +101,22 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     that leads to them: ``txt_in.blocks.00``.
     """
     found: dict[str, nn.Module] = {}
-
-    def visit(module: nn.Module, path: str) -> None:
-        for attribute, child in module.named_children():
-            members = _numbered(child)
-            if members is None:
-                visit(child, f"{path}{attribute}.")
-                continue
-            kind = KINDS.get(attribute, attribute) if not path else path + attribute
-            for i, block in members:
-                found.setdefault(f"{kind}.{i:02d}", block)
-
-    visit(_original(model), "")
+    for name, block in _blocks(_original(model), ""):
+        found.setdefault(name, block)
     return found
+
+
+def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    # No function inside `blocks_of`: one that calls itself is a cycle, and would keep its modules
+    # until Python's cycle collector runs.
+    for attribute, child in module.named_children():
+        members = _numbered(child)
+        if members is None:
+            yield from _blocks(child, f"{path}{attribute}.")
+            continue
+        kind = KINDS.get(attribute, attribute) if not path else path + attribute
+        for i, block in members:
+            yield f"{kind}.{i:02d}", block
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -151,11 +161,11 @@ class Reach:
     Attributes:
         hidden: layer name -> module whose ``forward`` calls ``optimized_attention`` without
             ``transformer_options``; these can be reached.
-        closed: paths of modules that call PyTorch's attention directly; these can't.
+        closed: layer name -> module that calls PyTorch's attention directly; these can't.
     """
 
     hidden: Mapping[str, nn.Module]
-    closed: tuple[str, ...]
+    closed: Mapping[str, nn.Module]
 
 
 def reach_of(model: nn.Module) -> Reach:
@@ -163,7 +173,7 @@ def reach_of(model: nn.Module) -> Reach:
     model = _original(model)
     names = {id(block): name for name, block in blocks_of(model).items()}
     hidden: dict[str, nn.Module] = {}
-    closed: list[str] = []
+    closed: dict[str, nn.Module] = {}
     seen: dict[type, str] = {}
     inside: dict[str, str] = {}  # module path -> name of its block
     for path, module in model.named_modules():
@@ -175,8 +185,8 @@ def reach_of(model: nn.Module) -> Reach:
         if kind == "hidden":
             hidden[_module_name(path, inside)] = module
         elif kind == "closed":
-            closed.append(path)
-    return Reach(hidden, tuple(closed))
+            closed[_module_name(path, inside)] = module
+    return Reach(hidden, closed)
 
 
 def _module_name(path: str, inside: Mapping[str, str]) -> str:
@@ -197,8 +207,20 @@ def _classify(module_type: type) -> str:
         return "open"
     names = _names(code)
     if _HOST_FUNCTION in getattr(forward, "__globals__", {}) and _HOST_FUNCTION in names:
-        return "open" if "transformer_options" in names else "hidden"
+        if "transformer_options" in names:
+            return "open"
+        return "hidden" if _only_global(code) else "closed"
     return "closed" if "scaled_dot_product_attention" in names else "open"
+
+
+def _only_global(code: types.CodeType) -> bool:
+    """Is the host's function read as a global and nothing else of its name?"""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return all(map(_only_global, inner)) and all(
+        i.opname == "LOAD_GLOBAL"
+        for i in dis.get_instructions(code)
+        if i.opcode in dis.hasname and i.argval == _HOST_FUNCTION
+    )
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -221,81 +243,148 @@ def _original(model: nn.Module) -> nn.Module:
 #: ``call(name, host_function, args, kwargs)``
 HiddenCall = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+DIRECT = "it calls PyTorch's attention directly"
+FOREIGN = "another node's patch stands on its forward; bypass that node"
+
 
 class ModulePatch:
-    """``forward`` of blocks and of hidden attention, replaced inside :meth:`applied` only.
+    """What is put on a model's modules inside :meth:`applied`, and on none of them outside.
 
-    Replacing is an entry in the instance's ``__dict__``, so that what is left behind is exactly
-    what was there, also after an error.
+    Modules are held weakly: a model that nobody else holds is freed at once.
+
+    Args:
+        model: whose attention is to be named and reached.
+        cursor: is told which block runs.
+        unreached: gets why attention was not reached -> modules in which it happened.
     """
 
-    def __init__(self, model: nn.Module, cursor: LayerCursor, call: HiddenCall):
-        self.reach = reach_of(model)
-        self._forwards: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]] = []
-        hidden = {id(module) for module in self.reach.hidden.values()}
-        for name, module in self.reach.hidden.items():
-            self._add(module, _with_private_attention(module, name, call))
-        if not hasattr(_original(model), "input_blocks"):  # a UNet says where it is
-            for name, block in blocks_of(model).items():
-                if id(block) not in hidden:
-                    self._add(block, _in_block(block, name, cursor))
+    def __init__(self, model: nn.Module, cursor: LayerCursor, unreached: dict[str, set[str]]):
+        reach = reach_of(model)
+        self._model = weakref.ref(model)
+        self._cursor, self._unreached = cursor, unreached
+        # A UNet says where it is.
+        blocks = {} if hasattr(_original(model), "input_blocks") else blocks_of(model)
+        self._blocks = [(name, weakref.ref(block)) for name, block in blocks.items()]
+        self._hidden = [(name, weakref.ref(module)) for name, module in reach.hidden.items()]
+        self._closed = [(name, weakref.ref(module)) for name, module in reach.closed.items()]
 
-    def fits(self, model: nn.Module | None) -> bool:
-        """False once blocks were replaced, or patched by somebody else, since this was made."""
-        if model is None:
+    def fits(self, model: nn.Module) -> bool:
+        """False for another model, and once blocks were replaced since this was made."""
+        if self._model() is not model:
             return False
-        mine = {id(module) for module, _, _ in self._forwards}
-        unet = hasattr(_original(model), "input_blocks")
-        return (unet or all(id(block) in mine for block in blocks_of(model).values())) and all(
-            module.__dict__.get("forward") is before for module, _, before in self._forwards
-        )
-
-    def _add(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._forwards.append((module, forward, module.__dict__.get("forward")))
+        if not self._blocks:
+            return True
+        return [ref() for _, ref in self._blocks] == list(blocks_of(model).values())
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Modules are patched inside the block."""
-        for module, forward, _ in self._forwards:
-            module.__dict__["forward"] = forward
+    def applied(self, call: HiddenCall) -> Iterator[None]:
+        """Modules are patched inside the block; what others do to them meanwhile stays.
+
+        Args:
+            call: serves attention that no override is asked about.
+        """
+        undo: list[Callable[[], Any]] = []
         try:
+            for name, ref in self._blocks:
+                if (block := ref()) is not None:
+                    undo += _in_block(block, name, self._cursor)
+            for name, ref in self._closed:
+                if (module := ref()) is not None:
+                    undo.append(self._watched(module, name))
+            for name, ref in self._hidden:
+                if (module := ref()) is None:
+                    continue
+                if "forward" in module.__dict__:
+                    self._miss(FOREIGN, name)
+                else:
+                    undo.append(_reached(module, name, call))
             yield
         finally:
-            for module, _, before in self._forwards:
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = before
+            for done in reversed(undo):
+                done()
+
+    def _watched(self, module: nn.Module, name: str) -> Callable[[], Any]:
+        def called(module: nn.Module, args: Any) -> None:
+            self._miss(DIRECT, name)
+
+        return module.register_forward_pre_hook(called).remove
+
+    def _miss(self, why: str, name: str) -> None:
+        self._unreached.setdefault(why, set()).add(name)
 
 
-def _in_block(block: nn.Module, name: str, cursor: LayerCursor) -> Callable[..., Any]:
-    inner = block.forward
+def _in_block(block: nn.Module, name: str, cursor: LayerCursor) -> list[Callable[[], Any]]:
+    def enter(block: nn.Module, args: Any) -> None:
+        cursor.block = name
+
+    def leave(block: nn.Module, args: Any, out: Any) -> None:
+        cursor.block = None  # not after an error, but every model call begins with a reset
+
+    return [
+        block.register_forward_pre_hook(enter).remove,
+        block.register_forward_hook(leave).remove,
+    ]
+
+
+# ---------------------------------------------------------------------- attention that hides
+class _Running(threading.local):
+    """The hidden attention that this thread is in: its name, and who serves its calls."""
+
+    module: tuple[str, HiddenCall] | None = None
+
+
+_running = _Running()
+
+
+def _reached(module: nn.Module, name: str, call: HiddenCall) -> Callable[[], Any]:
+    rebuilt = _rebuilt(cast(types.FunctionType, type(module).forward))
+    serving: list[tuple[str, HiddenCall]] = [(name, call)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        before = cursor.block
-        cursor.block = name
-        out = inner(*args, **kwargs)
-        # No `finally`: every model call begins with a reset, and torch.compile can't resume
-        # inside a `try`.
-        cursor.block = before
-        return out
+        before = _running.module
+        _running.module = serving[0] if serving else None
+        try:
+            return rebuilt(module, *args, **kwargs)
+        finally:
+            _running.module = before
 
-    return forward
+    def undo() -> None:
+        serving.clear()  # somebody may have wrapped it meanwhile
+        if module.__dict__.get("forward") is forward:
+            del module.__dict__["forward"]
+
+    module.__dict__["forward"] = forward
+    return undo
 
 
-def _with_private_attention(module: nn.Module, name: str, call: HiddenCall) -> Callable[..., Any]:
-    original = type(module).forward
-    host = original.__globals__[_HOST_FUNCTION]
+def _rebuilt(function: types.FunctionType) -> types.FunctionType:
+    """The function, calling our name where it calls the host's; all other globals are its own."""
+    own = function.__globals__
+    if _OUR_FUNCTION not in own:
 
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        return call(name, host, args, kwargs)
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            host = own[_HOST_FUNCTION]
+            if _running.module is None:
+                return host(*args, **kwargs)
+            name, call = _running.module
+            return call(name, host, args, kwargs)
 
-    private = types.FunctionType(
-        original.__code__,
-        {**original.__globals__, _HOST_FUNCTION: attention},
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
+        own[_OUR_FUNCTION] = attention
+    new = types.FunctionType(
+        _renamed(function.__code__),
+        own,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    private.__kwdefaults__ = original.__kwdefaults__
-    return types.MethodType(private, module)
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
+
+
+def _renamed(code: types.CodeType) -> types.CodeType:
+    return code.replace(
+        co_names=tuple(_OUR_FUNCTION if n == _HOST_FUNCTION else n for n in code.co_names),
+        co_consts=tuple(
+            _renamed(c) if isinstance(c, types.CodeType) else c for c in code.co_consts
+        ),
+    )

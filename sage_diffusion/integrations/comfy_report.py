@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sage_diffusion.summary import LayerSummary, SessionSummary
@@ -14,8 +14,10 @@ def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
     """One summary of several devices' sessions, layers in the order in which they were met."""
     layers: dict[str, LayerSummary] = {}
     failures: Counter[str] = Counter()
+    warnings: dict[str, None] = {}
     for summary in summaries:
         failures.update(summary.compilation_failures)
+        warnings.update(dict.fromkeys(summary.warnings))
         for layer in summary.layers:
             before = layers.get(layer.name)
             if before is not None:
@@ -26,9 +28,10 @@ def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
                     tuple(sorted({*before.non_finite, *layer.non_finite})),
                     before.stepped_up + layer.stepped_up,
                     max((x for x in (before.drift, layer.drift) if x is not None), default=None),
+                    tuple(sorted({*before.came_in, *layer.came_in})),
                 )
             layers[layer.name] = layer
-    return SessionSummary(tuple(layers.values()), dict(failures))
+    return SessionSummary(tuple(layers.values()), dict(failures), tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class RunReport:
         model: class of the model.
         forwards: model calls.
         warnings: what the user should know.
-        closed: modules that compute attention where no override reaches.
+        unreached: why no override reached some attention -> the modules that computed it.
     """
 
     summary: SessionSummary
@@ -49,12 +52,12 @@ class RunReport:
     model: str
     forwards: int
     warnings: tuple[str, ...] = ()
-    closed: tuple[str, ...] = ()
+    unreached: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def alarms(self) -> tuple[str, ...]:
         """Warnings, those that follow from the counts included."""
-        found = list(self.warnings)
+        found = [*self.warnings, *self.summary.warnings]
         if self.forwards and not self.summary.calls:
             found.insert(
                 0,
@@ -69,12 +72,16 @@ class RunReport:
                 f"NaN or infinity in {', '.join(bad[:4])}{' ..' if len(bad) > 4 else ''}: "
                 "choose a safer spec for these layers"
             )
-        if self.closed:
-            names = ", ".join(self.closed[:2]) + (" .." if len(self.closed) > 2 else "")
+        came_in = [layer.name for layer in self.summary.layers if layer.came_in]
+        if came_in:
             found.append(
-                f"{len(self.closed)} modules call PyTorch's attention directly and can't be "
-                f"reached ({names})"
+                f"NaN or infinity came into {', '.join(came_in[:4])}"
+                f"{' ..' if len(came_in) > 4 else ''}: not of quantization's making, look at the "
+                "model's weights and dtype"
             )
+        for why, modules in self.unreached.items():
+            names = ", ".join(modules[:2]) + (" .." if len(modules) > 2 else "")
+            found.append(f"the attention of {len(modules)} modules ({names}) is not reached: {why}")
         return tuple(found)
 
     def __str__(self) -> str:
@@ -105,6 +112,6 @@ class RunReport:
             "model": self.model,
             "plan": self.title,
             "model_calls": self.forwards,
-            "warnings": list(self.alarms),
             **self.summary.to_dict(),
+            "warnings": list(self.alarms),
         }

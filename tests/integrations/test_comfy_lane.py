@@ -1,6 +1,8 @@
 """Where sampling stands, and which layer is called, without ComfyUI."""
 
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 from sage_diffusion.integrations.comfy import ModelAttention
 from sage_diffusion.integrations.comfy_lane import branch_of, step_of
 from sage_diffusion.integrations.comfy_layers import (
+    DIRECT,
+    FOREIGN,
     LayerCursor,
     ModulePatch,
     blocks_of,
@@ -106,6 +110,10 @@ class Dit(nn.Module):
         return x
 
 
+def nobody(*args):
+    raise AssertionError("no attention hides here")
+
+
 def met(model, cursor, **kwargs):
     seen = []
 
@@ -120,8 +128,8 @@ def met(model, cursor, **kwargs):
 
 def test_names_from_the_modules_where_the_host_says_nothing():
     model, cursor = Dit(), LayerCursor()
-    patch = ModulePatch(model, cursor, lambda *a: None)
-    with patch.applied():
+    patch = ModulePatch(model, cursor, {})
+    with patch.applied(nobody):
         whole = met(model, cursor)
         skipped = met(model, cursor, skip=(0,))
     assert whole == ["call.00", "refiner.blocks.00", "double.00", "double.01", "double.01.1"]
@@ -131,16 +139,57 @@ def test_names_from_the_modules_where_the_host_says_nothing():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def hooks(model):
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
 def test_modules_are_restored_after_an_error():
     model = Dit()
-    patch = ModulePatch(model, LayerCursor(), lambda *a: None)
-    model.joint_blocks[0].__dict__["forward"] = mine = model.joint_blocks[0].forward
-    assert not patch.fits(model)  # somebody patched a block in between
-    patch = ModulePatch(model, LayerCursor(), lambda *a: None)
-    assert patch.fits(model)
-    with pytest.raises(RuntimeError, match="stop"), patch.applied():
+    patch = ModulePatch(model, LayerCursor(), {})
+    with pytest.raises(RuntimeError, match="stop"), patch.applied(nobody):
+        assert len(hooks(model)) == 3
         raise RuntimeError("stop")
-    assert model.joint_blocks[0].__dict__["forward"] is mine
+    assert not hooks(model)
+
+
+def test_a_forward_of_somebody_else_is_left_alone_whenever_it_comes_and_goes():
+    model, cursor = Dit(), LayerCursor()
+    patch = ModulePatch(model, cursor, {})
+    blocks = model.joint_blocks
+    blocks[0].forward = before = blocks[0].forward
+    with patch.applied(nobody):
+        blocks[1].forward = during = blocks[1].forward
+        assert met(model, cursor)[2:] == ["double.00", "double.01", "double.01.1"]
+        del blocks[0].forward
+    assert before is not during
+    assert "forward" not in blocks[0].__dict__
+    assert blocks[1].__dict__["forward"] is during
+
+
+def test_replaced_blocks_and_other_models_are_noticed():
+    model, other = Dit(), Dit()
+    patch = ModulePatch(model, LayerCursor(), {})
+    assert patch.fits(model)
+    assert not patch.fits(other)
+    model.joint_blocks[1] = Block()
+    assert not patch.fits(model)
+
+
+def test_a_patch_keeps_no_module_alive():
+    model = Pixels()
+    patch = ModulePatch(model, LayerCursor(), {})
+    gc.collect()
+    gc.disable()
+    try:
+        with patch.applied(lambda name, func, a, k: func(*a, **k)):
+            model.blocks[0]["attn"](torch.zeros(1))
+        alive = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert not any(ref() is not None for ref in alive)
+        with patch.applied(nobody):
+            pass
+    finally:
+        gc.enable()
 
 
 def optimized_attention(x):
@@ -148,8 +197,13 @@ def optimized_attention(x):
     return x + 1
 
 
+calls = 0
+
+
 class Silent(nn.Module):
     def forward(self, x, *, twice=2):
+        global calls
+        calls += 1
         return optimized_attention(x) * twice
 
 
@@ -173,7 +227,7 @@ class Pixels(nn.Module):
 def test_attention_that_asks_nobody_is_found_and_told_from_what_is_out_of_reach():
     reach = reach_of(Pixels())
     assert list(reach.hidden) == ["double.00.attn"]
-    assert reach.closed == ("pool",)
+    assert list(reach.closed) == ["pool"]
 
 
 def test_attention_that_asks_nobody_is_reached_and_restored():
@@ -185,11 +239,40 @@ def test_attention_that_asks_nobody_is_reached_and_restored():
 
     silent = model.blocks[0]["attn"]
     x = torch.zeros(1)
-    with ModulePatch(model, LayerCursor(), call).applied():
+    with ModulePatch(model, LayerCursor(), {}).applied(call):
         assert float(silent(x, twice=3)) == 303
+        wrapped = silent.forward
     assert seen == ["double.00.attn"]
     assert float(silent(x)) == 2
+    assert float(wrapped(x)) == 2  # kept by somebody, it is the module's own again
+    assert seen == ["double.00.attn"]
     assert optimized_attention(x) == 1  # the name in its module is untouched
+
+
+def test_the_code_of_hidden_attention_runs_on_its_modules_own_globals(monkeypatch):
+    """It counts in a global, and another pack replaces the attention of the whole module."""
+    model = Pixels()
+    monkeypatch.setitem(globals(), "calls", 0)
+    with ModulePatch(model, LayerCursor(), {}).applied(lambda name, func, a, k: func(*a, **k)):
+        model.blocks[0]["attn"](torch.zeros(1))
+        monkeypatch.setitem(globals(), "optimized_attention", lambda x: x + 50)
+        assert float(model.blocks[0]["attn"](torch.zeros(1))) == 100
+    assert calls == 2
+
+
+def test_what_is_not_reached_is_told_with_the_reason():
+    model, unreached = Pixels(), {}
+    patch = ModulePatch(model, LayerCursor(), unreached)
+    silent = model.blocks[0]["attn"]
+    silent.forward = silent.forward
+    x = torch.zeros(1, 1, 4, 4)
+    with patch.applied(nobody):
+        silent(x)  # not ours to touch
+    assert unreached == {FOREIGN: {"double.00.attn"}}
+    del silent.forward
+    with patch.applied(nobody):
+        model.pool(x)
+    assert unreached[DIRECT] == {"pool"}
 
 
 def test_layer_names_before_a_run():
