@@ -32,6 +32,7 @@ SHAPES = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--comfy", type=Path, default=None, help="folder of a ComfyUI")
+    parser.addoption("--sampling-runs", type=int, default=60, help="of test_many_runs.py")
     parser.addoption("--models", type=Path, default=ROOT / ".cache" / "comfy-models")
 
 
