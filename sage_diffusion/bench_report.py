@@ -110,7 +110,7 @@ def document(
     result: Result, *, label: str, gpu: str, batch: int, heads: int, is_causal: bool
 ) -> dict[str, Any]:
     """A benchmark as plain data; ``label`` is "measured" or "predicted bound"."""
-    from sage_diffusion.accuracy.environment import environment
+    from sage_diffusion.machine import environment
 
     return {
         "label": label,

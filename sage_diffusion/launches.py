@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sage_diffusion.accuracy.environment import version
 from sage_diffusion.files import user_cache, write_text
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import version
 
 log = logging.getLogger("sage_diffusion")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sage_diffusion import AttentionSpec, backends, cli, launches, timing, tune
-from sage_diffusion.accuracy.environment import version
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.tuning import Launch
 from sage_diffusion.launches import Entry, TableError
+from sage_diffusion.machine import version
 from sage_diffusion.timing import Card, Timing
 from sage_diffusion.tune import Trial, best_bound
 

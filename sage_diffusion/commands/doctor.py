@@ -66,8 +66,8 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     import torch
 
     from sage_diffusion import backends
-    from sage_diffusion.accuracy.environment import environment, version
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+    from sage_diffusion.machine import environment, version
 
     gpu = torch.cuda.is_available()
     target = torch.device(device or ("cuda" if gpu else "cpu"))

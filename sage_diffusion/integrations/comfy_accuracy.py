@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.accuracy.compare import Generation, LayerAccuracy, end_to_end, plan_name
-from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.accuracy.pictures import make_picture
 from sage_diffusion.accuracy.report import AccuracyReport, Limits
 from sage_diffusion.calls import AttentionEvent, Observer
 from sage_diffusion.integrations.comfy import ModelAttention, attach, attached, without
 from sage_diffusion.integrations.comfy_picture import from_png, note
+from sage_diffusion.machine import environment
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.session import AttentionSession
 

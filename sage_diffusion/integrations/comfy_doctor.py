@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from sage_diffusion import backends
-from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.integrations.comfy_plans import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.machine import environment
 
 
 def answers(
