@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, util
 
 import torch
 from torch import Tensor
 
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import device_arch, triton_version
 
 #: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
 #: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
@@ -107,42 +107,6 @@ class BackendUnavailable(RuntimeError):
         self.reasons = reasons
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         super().__init__(f"no backend can run {spec}: {listed}")
-
-
-@functools.lru_cache(maxsize=64)
-def device_arch(device: torch.device) -> tuple[tuple[int, int] | None, str | None]:
-    """``(capability, hip_arch)`` of a device; both None where it is no GPU."""
-    if device.type != "cuda":
-        return None, None
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return None, name.split(":")[0]
-    return torch.cuda.get_device_capability(device), None
-
-
-@functools.lru_cache(maxsize=16)
-def installed(package: str) -> str | None:
-    """Version of an installed package, None if it isn't there.  Imports nothing."""
-    if util.find_spec(package) is None:
-        return None
-    try:
-        return metadata.version(package.replace("_", "-"))
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-@functools.lru_cache(maxsize=1)
-def triton_version() -> tuple[int, int] | None:
-    """Of ``triton`` or ``triton-windows``, None if neither is installed."""
-    if util.find_spec("triton") is None:
-        return None
-    for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton"):
-        try:
-            major, minor = metadata.version(name).split(".")[:2]
-        except metadata.PackageNotFoundError:
-            continue
-        return int(major), int(minor)
-    return None
 
 
 # ---------------------------------------------------------------------- our kernels

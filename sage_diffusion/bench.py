@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sage_diffusion import backends
 from sage_diffusion.backends import AttentionCall
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.machine import installed
 from sage_diffusion.timing import Timer
 
 MEASURED, PREDICTED = "measured", "predicted bound"
@@ -119,7 +120,7 @@ def operations(batch: int, heads: int, length: int, head_dim: int, is_causal: bo
 
 def default_specs() -> tuple[str, ...]:
     """The ladder, and what an installed sageattention 1 computes."""
-    first = (backends.installed("sageattention") or "").startswith("1.")
+    first = (installed("sageattention") or "").startswith("1.")
     return (*LADDER, *(("int8/fp16+block",) if first else ()))
 
 

@@ -24,6 +24,7 @@ from sage_diffusion.bench import (
     operations,
 )
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import installed
 
 #: Tokens of the twin's call that stands for a prediction's accuracy.
 TWIN_TOKENS = 512
@@ -88,7 +89,7 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
         return cubin_cost(kernel.cubin, gpu, str(spec), head_dim).tops
     if name != "comfy_kitchen":
         return "a bound needs its machine code, which is not in a file here"
-    if backends.installed(name) is None:
+    if installed(name) is None:
         return "comfy-kitchen is not installed"
     if str(spec) != "int8/int8" or is_causal:
         return "comfy-kitchen computes int8/int8, not causal"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import installed
 
 if TYPE_CHECKING:
     from sage_diffusion.backends import AttentionCall, Run
@@ -30,8 +31,6 @@ _SAGE1_SPEC = "int8/fp16+block"
 
 
 def _refuse_common(call: AttentionCall, package: str) -> str | None:
-    from sage_diffusion.backends import installed
-
     if installed(package) is None:
         return f"{package.replace('_', '-')} is not installed"
     if call.device != "cuda":
@@ -41,8 +40,6 @@ def _refuse_common(call: AttentionCall, package: str) -> str | None:
 
 def refuse_sageattention(call: AttentionCall) -> str | None:
     """None if the installed sageattention computes this call's spec exactly as asked."""
-    from sage_diffusion.backends import installed
-
     if reason := _refuse_common(call, "sageattention"):
         return reason
     if call.mask is not None:

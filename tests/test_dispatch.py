@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sage_diffusion import LADDER, AttentionSpec, BackendUnavailable, attention, backends
+from sage_diffusion import LADDER, AttentionSpec, BackendUnavailable, attention, backends, providers
 from sage_diffusion.backends import AttentionCall, select
 
 
@@ -170,7 +170,7 @@ def gpu_call(spec, capability=(8, 9), **changes):
 @pytest.fixture
 def packages(monkeypatch):
     versions = {}
-    monkeypatch.setattr(backends, "installed", versions.get)
+    monkeypatch.setattr(providers, "installed", versions.get)
     monkeypatch.setattr(backends, "triton_version", lambda: (3, 9))
     select.cache_clear()
     yield versions

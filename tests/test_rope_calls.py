@@ -19,6 +19,7 @@ from sage_diffusion import (
     attention,
     backends,
     compilation,
+    providers,
 )
 from sage_diffusion.backends import AttentionCall
 from sage_diffusion.guard import Guard
@@ -103,7 +104,7 @@ def test_providers_get_what_pytorch_rotated(monkeypatch, package, version, funct
     module = types.ModuleType(package)
     setattr(module, function, sdpa)
     monkeypatch.setitem(sys.modules, package, module)
-    monkeypatch.setattr(backends, "installed", {package: version}.get)
+    monkeypatch.setattr(providers, "installed", {package: version}.get)
     backends.select.cache_clear()
     q, k, v = inputs()
     ropes = {"rope_q": tables(65, 64), "rope_k": tables(63, 64)}

@@ -7,7 +7,7 @@ import torch
 from sage_diffusion import backends
 from sage_diffusion.integrations.comfy_plans import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.machine import environment
+from sage_diffusion.machine import device_arch, environment
 
 
 def answers(
@@ -15,7 +15,7 @@ def answers(
 ) -> dict[str, dict[str, str | None]]:
     """Spec -> backend -> None where it runs such a call, else the reason why not."""
     where = torch.device(device)
-    capability, hip_arch = backends.device_arch(where)
+    capability, hip_arch = device_arch(where)
     shape = (1, 24, 4096, head_dim)
     found = {}
     for name in LADDER:
@@ -32,7 +32,7 @@ def diagnosis(device: str, **call: object) -> str:
     found = answers(device, **call)  # type: ignore[arg-type]
     lines = [f"{name}: {value}" for name, value in environment().items()]
     where = torch.device(device)
-    capability, hip_arch = backends.device_arch(where)
+    capability, hip_arch = device_arch(where)
     if capability is not None:
         lines.append(f"architecture: sm_{capability[0]}{capability[1]}")
     if hip_arch is not None:

@@ -12,6 +12,7 @@ import torch
 
 from sage_diffusion import backends
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import device_arch
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 #: Calls with fewer keys cost next to nothing and decide much: the text tokens of CLIP, refiners.
@@ -76,7 +77,7 @@ def preset(name: str, device: str = "cpu") -> PrecisionPlan:
 def _first_native(names: Sequence[str], device: str) -> AttentionSpec:
     """The first spec that ``auto`` would run; the first of all where none is (and says why)."""
     specs = [AttentionSpec.parse(name) for name in names]
-    capability, hip_arch = backends.device_arch(torch.device(device))
+    capability, hip_arch = device_arch(torch.device(device))
     kind = torch.device(device).type
     for spec in specs:
         shape = (1, 24, 4096, 128)
