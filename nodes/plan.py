@@ -135,7 +135,7 @@ class SageMergePlans(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: PrecisionPlan, second: PrecisionPlan) -> io.NodeOutput:
-        from sage_diffusion.adapt.travel import merge_plans
+        from sage_diffusion.plan.edit import merge_plans
 
         plan = merge_plans(first, second)
         dropped = len(first.rules) + len(second.rules) - len(plan.rules)

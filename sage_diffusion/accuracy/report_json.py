@@ -11,7 +11,7 @@ from sage_diffusion.accuracy.metrics import json_number, number_from_json
 from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, ReportError, Row, Variant
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.plan_json import error_path
+from sage_diffusion.plan.plan_json import error_path
 
 VERSION = 1
 

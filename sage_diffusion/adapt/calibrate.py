@@ -20,10 +20,10 @@ from sage_diffusion.adapt.gradient import Tracer, measure_gradient
 from sage_diffusion.adapt.measure import RowCall, measure, outliers, sample_rows
 from sage_diffusion.adapt.sensitivity import measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
-from sage_diffusion.adapt.travel import session_fingerprint
 from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.plan.edit import session_fingerprint
 from sage_diffusion.session import AttentionSession
 
 #: What a plan may choose from unless the caller says otherwise.

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sage_diffusion.adapt.complete import complete
-from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.gradient import cell_effects
 from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan.globs import cover, step_range
 
 if TYPE_CHECKING:
     from sage_diffusion.adapt.calibrate import Sampler

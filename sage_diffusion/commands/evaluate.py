@@ -66,11 +66,11 @@ def evaluate(
     from sage_diffusion.adapt.costs import load_costs, relative_cost
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
-    from sage_diffusion.adapt.shelf import bundled_plan
     from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.commands.calibrate import prompts_of
     from sage_diffusion.commands.compare import check_names, parse_option
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.shelf import bundled_plan
 
     if bundled and model != "bundled":
         raise CommandError(f"--bundled names the model already, got --model {model}")

@@ -78,8 +78,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Two plans of one model as one: the first's rules on top, the second's default."""
-    from sage_diffusion.adapt.travel import merge_plans
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import merge_plans
 
     plans = PrecisionPlan.load(first), PrecisionPlan.load(second)
     _write(merge_plans(*plans), sum(len(plan.rules) for plan in plans), out, as_json)
@@ -104,8 +104,8 @@ def remap(
     Every rule covers the same sigmas as before.  Sampling does so by itself wherever a plan stores
     its schedule; this is for reading and editing the result.
     """
-    from sage_diffusion.adapt.travel import remap_plan
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import remap_plan
 
     if (sigmas is None) == (like is None):
         raise CommandError("say which schedule: give --sigmas or --like")

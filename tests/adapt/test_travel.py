@@ -5,15 +5,15 @@ import torch
 from adapt_host import TinySampler
 
 from sage_diffusion.adapt.frechet import frechet_distance, picture_features
-from sage_diffusion.adapt.shelf import FOLDER, shipped, shipped_plan
-from sage_diffusion.adapt.travel import (
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, step_progress
+from sage_diffusion.plan.edit import (
     check_fingerprint,
     fingerprint,
     merge_plans,
     remap_plan,
     session_fingerprint,
 )
-from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, step_progress
+from sage_diffusion.plan.shelf import FOLDER, shipped, shipped_plan
 
 
 def test_a_plan_knows_its_model():

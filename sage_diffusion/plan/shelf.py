@@ -1,12 +1,12 @@
-"""The plans that come with the package, ``sage_diffusion/plans/*.json``."""
+"""The plans that come with the package, ``sage_diffusion/plan/shipped/*.json``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sage_diffusion.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan.plan import PlanError, PrecisionPlan
 
-FOLDER = Path(__file__).resolve().parent.parent / "plans"
+FOLDER = Path(__file__).resolve().parent / "shipped"
 
 
 def shipped() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
+from sage_diffusion.plan.plan import PlanError, PrecisionPlan, Rule
 from sage_diffusion.session import AttentionSession
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import VERSION, PlanError, PrecisionPlan, Rule
+from sage_diffusion.plan.plan import VERSION, PlanError, PrecisionPlan, Rule
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 SpecText = str | dict[str, Any]

@@ -209,7 +209,7 @@ class PrecisionPlan:
             for i in missed
         ]
         if self.fingerprint is not None:
-            from sage_diffusion.adapt.travel import mismatch
+            from sage_diffusion.plan.edit import mismatch
 
             here = {"layers": list(layers), "model": model}
             reason = mismatch(self.fingerprint, here)
@@ -258,7 +258,7 @@ class PrecisionPlan:
             PlanError: no JSON, a later version, an unknown key or a wrong value; the message names
                 the JSON path (``rules[1].spec.qk: ...``).
         """
-        from sage_diffusion.plan_json import parse_plan
+        from sage_diffusion.plan.plan_json import parse_plan
 
         return parse_plan(text)
 
