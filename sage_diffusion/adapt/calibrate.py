@@ -23,7 +23,7 @@ from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.calls import AttentionEvent
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.plan.edit import session_fingerprint
+from sage_diffusion.plan.fingerprint import fingerprint
 from sage_diffusion.session import AttentionSession
 
 #: What a plan may choose from unless the caller says otherwise.
@@ -365,7 +365,11 @@ class _Job:
         watcher.store(self.table)
 
     def _fingerprint(self) -> dict[str, Any]:
-        return session_fingerprint(self.sampler.session, self.sampler.model, self.watcher.head_dims)
+        return fingerprint(
+            list(self.sampler.session.layers),
+            model=self.sampler.model,
+            head_dims=self.watcher.head_dims,
+        )
 
 
 @contextlib.contextmanager

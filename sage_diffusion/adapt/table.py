@@ -13,7 +13,7 @@ import numpy as np
 
 from sage_diffusion.adapt.measure import METRICS
 from sage_diffusion.files import write_text
-from sage_diffusion.plan.edit import mismatch
+from sage_diffusion.plan.fingerprint import mismatch
 
 VERSION = 1
 
@@ -34,7 +34,7 @@ class ScoreTable:
     Attributes:
         specs: names of the candidates.
         steps: of the sampling runs.
-        fingerprint: of the model (:func:`sage_diffusion.plan.edit.fingerprint`).
+        fingerprint: of the model (:func:`sage_diffusion.plan.fingerprint.fingerprint`).
         settings: how it was measured (rows, seed, share of cells ..); must agree when resuming.
         layers: names in the order of their first call.
         branches: "both", or "cond" and "uncond".

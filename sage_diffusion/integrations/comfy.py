@@ -228,7 +228,8 @@ class ModelAttention:
             return
         try:
             if self.plan.fingerprint:
-                from sage_diffusion.plan.edit import check_fingerprint, fingerprint
+                from sage_diffusion.plan.edit import check_fingerprint
+                from sage_diffusion.plan.fingerprint import fingerprint
 
                 check_fingerprint(self.plan, fingerprint(layers, model=self.model_name))
             self._warnings += self.plan.check(layers, strict=self.strict)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan.plan import VERSION, PlanError, PrecisionPlan, Rule
+from sage_diffusion.plan.rules import VERSION, PlanError, Rule
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 SpecText = str | dict[str, Any]
@@ -44,8 +44,8 @@ class _Plan(_Strict):
     calibration: dict[str, Any] | None = None
 
 
-def parse_plan(text: str) -> PrecisionPlan:
-    """See :meth:`PrecisionPlan.from_json`."""
+def parse_plan(text: str) -> dict[str, Any]:
+    """The arguments of a ``PrecisionPlan``; raises as its ``from_json`` says."""
     import json
 
     try:
@@ -80,15 +80,15 @@ def parse_plan(text: str) -> PrecisionPlan:
             )
         except PlanError as error:
             raise PlanError(f"rules[{i}]: {error}") from None
-    return PrecisionPlan(
-        default,
-        tuple(rules),
-        model=parsed.model,
-        name=parsed.name,
-        schedule=None if parsed.schedule is None else tuple(parsed.schedule),
-        fingerprint=data.get("fingerprint"),
-        calibration=parsed.calibration,
-    )
+    return {
+        "default": default,
+        "rules": tuple(rules),
+        "model": parsed.model,
+        "name": parsed.name,
+        "schedule": None if parsed.schedule is None else tuple(parsed.schedule),
+        "fingerprint": data.get("fingerprint"),
+        "calibration": parsed.calibration,
+    }
 
 
 def _spec(value: SpecText, default: AttentionSpec, path: str) -> AttentionSpec:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sage_diffusion.plan.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan.plan import PrecisionPlan
+from sage_diffusion.plan.rules import PlanError
 
 FOLDER = Path(__file__).resolve().parent / "shipped"
 

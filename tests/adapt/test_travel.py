@@ -6,20 +6,17 @@ from adapt_host import TinySampler
 
 from sage_diffusion.adapt.frechet import frechet_distance, picture_features
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, step_progress
-from sage_diffusion.plan.edit import (
-    check_fingerprint,
-    fingerprint,
-    merge_plans,
-    remap_plan,
-    session_fingerprint,
-)
+from sage_diffusion.plan.edit import check_fingerprint, merge_plans, remap_plan
+from sage_diffusion.plan.fingerprint import fingerprint
 from sage_diffusion.plan.shelf import FOLDER, shipped, shipped_plan
 
 
 def test_a_plan_knows_its_model():
     sampler = TinySampler()
     sampler.attach()
-    here = session_fingerprint(sampler.session, "TinyDiT", {"blocks.0.attn": 32})
+    here = fingerprint(
+        list(sampler.session.layers), model="TinyDiT", head_dims={"blocks.0.attn": 32}
+    )
     plan = PrecisionPlan("int8/fp8", fingerprint=here)
     check_fingerprint(plan, here)
     check_fingerprint(PrecisionPlan("int8/fp8"), here)
