@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from sage_diffusion.backends import BACKEND_NAMES
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.backends import BACKEND_NAMES
+from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch
 from sage_diffusion.integrations.comfy_plans import PRESETS, custom, describe, preset
 from sage_diffusion.kernels.spec import LADDER

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sage_diffusion import backends
-from sage_diffusion.backends import AttentionCall
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.backends import AttentionCall
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.timing import Timer

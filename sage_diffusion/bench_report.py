@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
 from sage_diffusion.bench import (
     DEFAULT_HEAD_DIMS,
     DEFAULT_LENGTHS,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sage_diffusion import peers
-from sage_diffusion.compilation import compiler_errors
+from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.cost_sass import (
     GPUS,
     Function,

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion import backends, launches
+from sage_diffusion.attend import backends, launches
+from sage_diffusion.attend.execution import compiler_errors
+from sage_diffusion.attend.launches import Entry
 from sage_diffusion.bench import distance, inputs
-from sage_diffusion.compilation import compiler_errors
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.formats import Precision, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.launches import Entry
 from sage_diffusion.machine import version
 from sage_diffusion.timing import Card, Timer
 

@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 
-from sage_diffusion import AttentionSession, AttentionSpec, attention, backends
-from sage_diffusion.backends import AttentionCall, Backend
-from sage_diffusion.compilation import KernelCompilationError
+from sage_diffusion import AttentionSession, AttentionSpec, attention
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.backends import AttentionCall, Backend
+from sage_diffusion.attend.execution import KernelCompilationError
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_triton_itself_is_named(qkv):
     from helpers import card
     from triton import knobs
 
-    from sage_diffusion import compilation
+    from sage_diffusion.attend import execution
     from sage_diffusion.kernels.quantize import stats
 
     def fail(*args, **kwargs):
@@ -149,7 +150,7 @@ def test_triton_itself_is_named(qkv):
             stats.token_mean(qkv[0])
     finally:
         knobs.runtime.jit_cache_hook = before
-    error = compilation._failure("triton", call, caught.value)
+    error = execution._failure("triton", call, caught.value)
     assert error.kernel == "triton: _stats_kernel"
 
 
@@ -165,7 +166,7 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     pytest.importorskip("triton", minversion="3.9")
     from helpers import card
 
-    from sage_diffusion import compilation
+    from sage_diffusion.attend import execution
     from sage_diffusion.kernels.attention import gluon
     from sage_diffusion.kernels.attention.gluon_support import GluonLaunch
 
@@ -177,7 +178,7 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     call = AttentionCall.of(q, k, AttentionSpec.parse("int8/fp8-fast"))
     call = dataclasses.replace(call, capability=(cc // 10, cc % 10))
     with card(cc), pytest.raises(KernelCompilationError) as caught:
-        compilation.run(call, "gluon", q, k, v, None, None)
+        execution.run(call, "gluon", q, k, v, None, None)
     backends.select.cache_clear()
     assert (caught.value.kernel, caught.value.target) == (f"gluon: {kernel}", f"sm_{cc}")
     assert says in caught.value.message

@@ -17,12 +17,10 @@ from sage_diffusion import (
     Rope,
     Rule,
     attention,
-    backends,
-    compilation,
-    providers,
 )
-from sage_diffusion.backends import AttentionCall
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend import backends, execution, providers
+from sage_diffusion.attend.backends import AttentionCall
+from sage_diffusion.attend.guard import Guard
 from sage_diffusion.kernels.rope import apply_rope, rotated
 
 
@@ -83,7 +81,7 @@ def test_our_kernels_are_handed_the_tables(backend):
     call = AttentionCall.of(q, k, AttentionSpec.parse(name), rope=True)
     call = dataclasses.replace(call, device="cuda", capability=divmod(cc, 10))
     with card(cc):
-        chosen, out, _ = compilation.run(call, backend, q, k, v, None, None, **ropes)
+        chosen, out, _ = execution.run(call, backend, q, k, v, None, None, **ropes)
     assert chosen.name == backend and chosen.folds_rope
     assert relative_l1(out, attention(q, k, v, name, **ropes)) < 1e-4
 
@@ -110,7 +108,7 @@ def test_providers_get_what_pytorch_rotated(monkeypatch, package, version, funct
     ropes = {"rope_q": tables(65, 64), "rope_k": tables(63, 64)}
     call = AttentionCall.of(q, k, AttentionSpec.parse(spec), rope=True)
     call = dataclasses.replace(call, device="cuda", capability=(8, 9))
-    chosen, out, _ = compilation.run(call, package, q, k, v, None, None, **ropes)
+    chosen, out, _ = execution.run(call, package, q, k, v, None, None, **ropes)
     backends.select.cache_clear()
     assert not chosen.folds_rope
     turned = rotated(q, ropes["rope_q"]), rotated(k, ropes["rope_k"])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, attention
-from sage_diffusion.session import AttentionRefused, NonFiniteOutput
+from sage_diffusion.attend.session import AttentionRefused, NonFiniteOutput
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import logging
 import pytest
 import torch
 
-from sage_diffusion import AttentionSpec, backends, cli, launches, timing, tune
+from sage_diffusion import AttentionSpec, cli, timing, tune
+from sage_diffusion.attend import backends, launches
+from sage_diffusion.attend.launches import Entry, TableError
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.tuning import Launch
-from sage_diffusion.launches import Entry, TableError
 from sage_diffusion.machine import version
 from sage_diffusion.timing import Card, Timing
 from sage_diffusion.tune import Trial, best_bound

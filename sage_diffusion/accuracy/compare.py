@@ -16,14 +16,14 @@ from torch import Tensor
 from sage_diffusion.accuracy import metrics
 from sage_diffusion.accuracy.pictures import make_picture
 from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
-from sage_diffusion.adapt.measure import row_mask
-from sage_diffusion.calls import AttentionEvent
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.rows import row_mask
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import environment
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
 FP16 = AttentionSpec.parse("fp16")
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
 from sage_diffusion.adapt.gradient import Tracer, measure_gradient
-from sage_diffusion.adapt.measure import RowCall, measure, outliers, sample_rows
 from sage_diffusion.adapt.sensitivity import measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
-from sage_diffusion.calls import AttentionEvent
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.rows import RowCall, measure, outliers, sample_rows
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.fingerprint import fingerprint
-from sage_diffusion.session import AttentionSession
 
 #: What a plan may choose from unless the caller says otherwise.
 SPECS = ("int8/fp16", "int8/int8", "int8/fp8-fast", "int4/int8", "int4/fp8-fast")
@@ -128,7 +128,7 @@ class Calibrator:
         return self._order.setdefault(layer, len(self._order))
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step < 0:
             return
         cell = (event.layer, event.step, event.branch or BOTH)

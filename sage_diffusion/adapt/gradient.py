@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.adapt.table import BOTH, ScoreTable, TableError
-from sage_diffusion.calls import AttentionEvent
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.validation import four_dims
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.validation import four_dims
 
 #: Backward passes per run.
 PROBES = 2
@@ -58,7 +58,7 @@ class _Errors:
         self.errors: list[list[Tensor]] = []
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step < 0:
             return
         if not event.out.requires_grad:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_diffusion.adapt.measure import METRICS
+from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
 from sage_diffusion.plan.fingerprint import mismatch
 

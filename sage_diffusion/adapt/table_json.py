@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sage_diffusion.adapt.measure import METRICS
 from sage_diffusion.adapt.table import VERSION, ScoreTable, TableError
+from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.kernels.spec import AttentionSpec
 
 #: Parts of a cell's arrays beyond ``[L, S, B]``: specs, metrics, tensors.

@@ -58,6 +58,7 @@ def compare(
     Writes report.json, .md and .html of the last plan (specs come first), report-NAME.* of the
     others, grid.png, heatmap.png and plan.json.
     """
+    from sage_diffusion.attend.guard import Guard
     from sage_diffusion.commands.side_by_side import (
         document,
         run_side_by_side,
@@ -65,7 +66,6 @@ def compare(
         variant_table,
         write_files,
     )
-    from sage_diffusion.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
     plans = [(name, PrecisionPlan.of(name)) for name in spec or ()]

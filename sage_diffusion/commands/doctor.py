@@ -65,7 +65,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     """The answers as plain data."""
     import torch
 
-    from sage_diffusion import backends
+    from sage_diffusion.attend import backends
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
     from sage_diffusion.machine import device_arch, environment, version
 

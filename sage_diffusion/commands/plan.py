@@ -145,9 +145,9 @@ def _schedule_of(path: Path) -> list[float]:
 
 def layer_names(model: str) -> tuple[list[str], str]:
     """Names of the attention layers of a pipeline, and the class of its denoiser."""
+    from sage_diffusion.attend.session import AttentionSession
     from sage_diffusion.integrations.diffusers import apply, model_name
     from sage_diffusion.integrations.pipelines import load_pipeline
-    from sage_diffusion.session import AttentionSession
 
     session, pipe = AttentionSession("fp16"), load_pipeline(model, device="cpu")
     with apply(pipe, session):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sage_diffusion.accuracy.compare import Generation
     from sage_diffusion.accuracy.report import AccuracyReport
-    from sage_diffusion.guard import Guard
+    from sage_diffusion.attend.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
 

@@ -50,8 +50,8 @@ def tune(
     Measures on the GPU that is here.  With --predict it compiles every candidate for the named
     card and compares predicted bounds, which are no timings.
     """
-    from sage_diffusion import launches
     from sage_diffusion import tune as tuner
+    from sage_diffusion.attend import launches
     from sage_diffusion.bench import MEASURED, PREDICTED
     from sage_diffusion.cost import gpu_named
     from sage_diffusion.kernels.attention import tuning
@@ -119,7 +119,7 @@ def _table(choices: list[Choice], title: str, predicted: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    from sage_diffusion import launches
+    from sage_diffusion.attend import launches
 
     table = Table(
         title=title,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage_diffusion import ops
+from sage_diffusion.attend import ops
+from sage_diffusion.attend.session import AttentionSession, Layer
 from sage_diffusion.integrations._rebind import (
     DISPATCH,
     Routers,
@@ -34,7 +35,6 @@ from sage_diffusion.integrations._rotary import (
     taken_apart,
 )
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.session import AttentionSession, Layer
 
 try:
     from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.plan import BRANCHES
-from sage_diffusion.session import AttentionSession
 
 #: In the source of a pipeline that guides with one batch, the negative prompt first.
 _DOUBLED = (r"\[\s*latents\s*\]\s*\*\s*2", r"\[\s*negative_prompt_embeds,\s*prompt_embeds\b")

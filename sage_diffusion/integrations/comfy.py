@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage_diffusion.calls import Observer
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.calls import Observer
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy_call import UnknownCall, native_of, parse_call
 from sage_diffusion.integrations.comfy_lane import Lane
 from sage_diffusion.integrations.comfy_report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
 log = logging.getLogger("sage_diffusion")
 
@@ -55,7 +55,7 @@ class ModelAttention:
         guard: drift checks; a layer that strays from exact attention is stepped up.  Of a session
             its own counts.
         keep_cross: leave calls alone whose keys are other tokens than the queries.
-        observers: see :class:`sage_diffusion.calls.Observer`.
+        observers: see :class:`sage_diffusion.attend.calls.Observer`.
         reporters: called with a :class:`RunReport` when a sampling run has ended.
         title: what the report calls the plan.
     """

@@ -13,12 +13,12 @@ from torch import Tensor
 from sage_diffusion.accuracy.compare import Generation, LayerAccuracy, end_to_end, plan_name
 from sage_diffusion.accuracy.pictures import make_picture
 from sage_diffusion.accuracy.report import AccuracyReport, Limits
-from sage_diffusion.calls import AttentionEvent, Observer
+from sage_diffusion.attend.calls import AttentionEvent, Observer
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy import ModelAttention, attach, attached, without
 from sage_diffusion.integrations.comfy_picture import from_png, note
 from sage_diffusion.machine import environment
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
 #: Pictures that a report carries.
 MAX_PICTURES = 4
@@ -40,7 +40,7 @@ class CallSampling:
         self._random = random.Random(seed)
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if not event.spec.quantized or self._random.random() < self.rate:
             self.observer.observe(event)
 

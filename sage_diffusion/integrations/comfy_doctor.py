@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
 from sage_diffusion.integrations.comfy_plans import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import device_arch, environment

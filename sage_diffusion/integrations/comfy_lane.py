@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy_layers import HiddenCall, LayerCursor, ModulePatch
 from sage_diffusion.plan import BRANCHES, progress
-from sage_diffusion.session import AttentionSession
 
 
 def step_of(sigma: float, schedule: Sequence[float]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import device_arch
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule

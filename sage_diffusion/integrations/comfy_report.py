@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sage_diffusion.summary import LayerSummary, SessionSummary
+from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 
 
 def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:

@@ -26,7 +26,9 @@ except ImportError as error:
         "pip install 'sage-diffusion[diffusers]'"
     ) from error
 
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.attend.summary import SessionSummary
 from sage_diffusion.integrations._processors import is_routed, layer_names, route, unroute
 from sage_diffusion.integrations._rebind import attention_sites
 from sage_diffusion.integrations._schedule import (
@@ -37,8 +39,6 @@ from sage_diffusion.integrations._schedule import (
 )
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
-from sage_diffusion.summary import SessionSummary
 
 log = logging.getLogger("sage_diffusion")
 

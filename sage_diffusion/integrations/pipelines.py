@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sage_diffusion.accuracy.compare import Generation, compare
 from sage_diffusion.accuracy.report import AccuracyReport
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sage_diffusion.session import AttentionSession
+from sage_diffusion.attend.session import AttentionSession
 
 
 class TinySampler:

@@ -7,11 +7,11 @@ import torch
 from adapt_host import TinySampler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sage_diffusion import backends, finite
-from sage_diffusion import session as session_module
-from sage_diffusion.guard import Guard, GuardState, next_up
+from sage_diffusion.attend import backends, finite
+from sage_diffusion.attend import session as session_module
+from sage_diffusion.attend.guard import Guard, GuardState, next_up
+from sage_diffusion.attend.session import AttentionSession, NonFiniteOutput
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.session import AttentionSession, NonFiniteOutput
 
 
 def sample_with(sampler, plan, **options):

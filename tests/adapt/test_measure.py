@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from sage_diffusion.adapt import measure as measure_module
-from sage_diffusion.adapt.measure import (
-    RowCall,
-    compare_rows,
-    measure,
-    outliers,
-    sample_rows,
-)
+from sage_diffusion.attend import rows as measure_module
+from sage_diffusion.attend.rows import RowCall, compare_rows, measure, outliers, sample_rows
 from sage_diffusion.kernels.attention.reference import attention
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionRefused, AttentionSession
 from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused, AttentionSession
 
 LAYERS = {
     "sd3": ["double.00", "double.01"],

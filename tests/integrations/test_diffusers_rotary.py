@@ -12,7 +12,8 @@ from diffusers.models.transformers import transformer_wan
 from integrations.test_diffusers_models import made, outputs
 from integrations.tiny_models import MODELS
 
-from sage_diffusion import AttentionSession, PrecisionPlan, Rope, Rule, backends
+from sage_diffusion import AttentionSession, PrecisionPlan, Rope, Rule
+from sage_diffusion.attend import backends
 from sage_diffusion.integrations import _rotary
 from sage_diffusion.integrations.diffusers import apply
 from sage_diffusion.kernels.rope import rotated

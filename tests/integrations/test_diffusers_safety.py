@@ -20,9 +20,9 @@ from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, SageAttnProcessor, enable
+from sage_diffusion.attend.session import AttentionRefused
 from sage_diffusion.integrations._processors import is_routed
 from sage_diffusion.integrations.diffusers import apply
-from sage_diffusion.session import AttentionRefused
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
 from sage_diffusion.kernels.attention.hopper_support import unsupported
 from sage_diffusion.kernels.spec import AttentionSpec
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sage_diffusion import backends, compilation, ops
+from sage_diffusion.attend import backends, execution, ops
+from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.validation import check_call, check_ropes, four_dims
 
 DEFAULT_SPEC = AttentionSpec()
 
@@ -39,7 +39,7 @@ def attention(
         rope_q, rope_k: rotate q and k first; for self-attention hand the same tables over twice.
             This package's kernels and their twin rotate in float32 as they quantize.  For the other
             backends PyTorch rotates first, and rounds to q's dtype.
-        backend: ``"auto"``, or a name of :data:`sage_diffusion.backends.BACKENDS`;
+        backend: ``"auto"``, or a name of :data:`sage_diffusion.attend.backends.BACKENDS`;
             ``"reference"`` is the Torch twin of the kernels, on any device.
         return_lse: return the natural log-sum-exp ``[B, H, Lq]`` float32 too.
 
@@ -102,7 +102,7 @@ def compute(
     check_ropes(q, k, rope_q, rope_k)
     rope = rope_q is not None or rope_k is not None
     call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse, rope)
-    _, out, lse = compilation.run(
+    _, out, lse = execution.run(
         call, backend, q, k, v, four_dims(mask), scale, rope_q=rope_q, rope_k=rope_k
     )
     return out, lse

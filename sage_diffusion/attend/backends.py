@@ -161,21 +161,21 @@ def _refuse_hopper(call: AttentionCall) -> str | None:
 
 
 def _load_gluon() -> Run:
-    from sage_diffusion import launches
+    from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import gluon
 
     return launches.bound(gluon.attention, "gluon")
 
 
 def _load_hopper() -> Run:
-    from sage_diffusion import launches
+    from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import hopper
 
     return launches.bound(hopper.attention, "hopper")
 
 
 def _load_triton() -> Run:
-    from sage_diffusion import launches
+    from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import triton
 
     return launches.bound(triton.attention, "triton")
@@ -253,7 +253,7 @@ def _twin_is_automatic(call: AttentionCall) -> bool:
 
 
 def _backends() -> tuple[Backend, ...]:
-    from sage_diffusion import providers
+    from sage_diffusion.attend import providers
 
     return (
         Backend(

@@ -17,7 +17,7 @@ from torch import Tensor
 from sage_diffusion.kernels.rope import Rope
 
 if TYPE_CHECKING:
-    from sage_diffusion.session import Layer
+    from sage_diffusion.attend.session import Layer
 
 # Handles must be looked up from inside the operator, which only tensors and constants reach: the
 # one registry of this package.  It keeps nothing alive.
@@ -81,7 +81,7 @@ def attention(
     Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
     empty.  The tables of both rotations come as :func:`tables` takes them apart.
     """
-    from sage_diffusion.dispatch import compute
+    from sage_diffusion.attend.dispatch import compute
     from sage_diffusion.kernels.spec import AttentionSpec
 
     lse: Tensor | None = None

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.measure import RowCall, compare_rows
-from sage_diffusion.finite import DeferredValues
+from sage_diffusion.attend.finite import DeferredValues
+from sage_diffusion.attend.rows import RowCall, compare_rows
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
 

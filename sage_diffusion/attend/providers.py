@@ -17,7 +17,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
 
 if TYPE_CHECKING:
-    from sage_diffusion.backends import AttentionCall, Run
+    from sage_diffusion.attend.backends import AttentionCall, Run
 
 #: SageAttention 2's CUDA functions by spec and by the capabilities they are compiled for.
 _SAGE2 = {

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion import backends, compilation, ops
-from sage_diffusion.calls import AttentionEvent, Call, Native, Observer, torch_native
-from sage_diffusion.finite import FiniteWatch, reads_at_once
-from sage_diffusion.guard import Guard, GuardState
+from sage_diffusion.attend import backends, execution, ops
+from sage_diffusion.attend.calls import AttentionEvent, Call, Native, Observer, torch_native
+from sage_diffusion.attend.finite import FiniteWatch, reads_at_once
+from sage_diffusion.attend.guard import Guard, GuardState
+from sage_diffusion.attend.summary import LayerSummary, SessionSummary
+from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
-from sage_diffusion.summary import LayerSummary, SessionSummary
-from sage_diffusion.validation import check_call, check_ropes, four_dims
 
 log = logging.getLogger("sage_diffusion")
 
@@ -163,7 +163,7 @@ class AttentionSession:
         strict: raise where a call that the plan quantizes can't be served, or where an output is
             not finite, instead of running the host's own attention and counting.
         observers: see :class:`Observer`.
-        guard: drift checks and stepping up, see :class:`sage_diffusion.guard.Guard`.
+        guard: drift checks and stepping up, see :class:`sage_diffusion.attend.guard.Guard`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class AttentionSession:
         self.chunks: tuple[str, ...] = ()
         self.watch = FiniteWatch()
         self.guard = GuardState(guard or Guard())
-        self.compilations = compilation.Failures()
+        self.compilations = execution.Failures()
         self.non_finite: dict[str, list[int]] = {}
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
@@ -446,7 +446,7 @@ class AttentionSession:
             layer.decline(str(error))
             return None
         try:
-            chosen, out, _ = compilation.run(
+            chosen, out, _ = execution.run(
                 asked,
                 self.backend,
                 q,

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sage_diffusion import backends
-from sage_diffusion.backends import AttentionCall, Backend
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.backends import AttentionCall, Backend
 from sage_diffusion.kernels.rope import Rope, rotated
 
 log = logging.getLogger("sage_diffusion")
@@ -87,7 +87,7 @@ def run(
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
 ) -> tuple[Backend, Tensor, Tensor | None]:
-    """Run a call on the backend that :func:`~sage_diffusion.backends.select` picks.
+    """Run a call on the backend that :func:`~sage_diffusion.attend.backends.select` picks.
 
     Args:
         call: describes the tensors, already checked.
