@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.backends import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.timing import Timer

@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from sage_diffusion.attend.backends import BACKENDS, AttentionCall
+from sage_diffusion.attend.backends import BACKENDS
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.execution import target
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.formats import (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends, launches
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.attend.launches import Entry
 from sage_diffusion.bench import distance, inputs
@@ -282,7 +283,7 @@ def refusal(backend: str, spec: AttentionSpec, head_dim: int, arch: str) -> str 
     else:
         hip = arch
     shape = (1, HEADS, TOKENS, head_dim)
-    call = backends.AttentionCall(
+    call = AttentionCall(
         shape, shape, torch.float16, "cuda", capability, hip, None, False, False, spec
     )
     record = next(record for record in backends.BACKENDS if record.name == backend)

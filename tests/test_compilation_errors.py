@@ -9,7 +9,8 @@ import torch
 
 from sage_diffusion import AttentionSession, AttentionSpec, attention
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.backends import AttentionCall, Backend
+from sage_diffusion.attend.backends import Backend
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.execution import KernelCompilationError
 
 

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from sage_diffusion import LADDER, AttentionSpec, BackendUnavailable, attention
 from sage_diffusion.attend import backends, providers
-from sage_diffusion.attend.backends import AttentionCall, select
+from sage_diffusion.attend.backends import select
+from sage_diffusion.attend.calls import AttentionCall
 
 
 def qkv(heads=4, kv_heads=2, q_len=70, k_len=50, dim=40, dtype=torch.float32):

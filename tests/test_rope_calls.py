@@ -19,7 +19,7 @@ from sage_diffusion import (
     attention,
 )
 from sage_diffusion.attend import backends, execution, providers
-from sage_diffusion.attend.backends import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.kernels.rope import apply_rope, rotated
 

@@ -13,70 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend import providers
+from sage_diffusion.attend.calls import AttentionCall, Run
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import device_arch, triton_version
-
-#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
-#: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
-Run = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """Everything that the choice of a backend may look at.  No tensors inside.
-
-    Attributes:
-        q_shape, kv_shape: ``(B, H, Lq, D)`` and ``(B, Hkv, Lk, D)``.
-        dtype: of q, k and v.
-        device: device type, "cuda" for ROCm too.
-        capability: CUDA compute capability, None elsewhere.
-        hip_arch: e.g. "gfx1201" on ROCm, None elsewhere.
-        mask: None, "bool" or "additive".
-        is_causal, return_lse: as in :func:`sage_diffusion.attention`.
-        spec: what must be computed.
-        rope: q or k is still to be rotated.
-    """
-
-    q_shape: tuple[int, ...]
-    kv_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    capability: tuple[int, int] | None
-    hip_arch: str | None
-    mask: str | None
-    is_causal: bool
-    return_lse: bool
-    spec: AttentionSpec
-    rope: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        return_lse: bool = False,
-        rope: bool = False,
-    ) -> AttentionCall:
-        """Describe a call."""
-        capability, hip_arch = device_arch(q.device)
-        kind = None if mask is None else "bool" if mask.dtype == torch.bool else "additive"
-        return cls(
-            tuple(q.shape),
-            tuple(k.shape),
-            q.dtype,
-            q.device.type,
-            capability,
-            hip_arch,
-            kind,
-            is_causal,
-            return_lse,
-            spec,
-            rope,
-        )
+from sage_diffusion.machine import triton_version
 
 
 @dataclass(frozen=True)
@@ -253,8 +194,6 @@ def _twin_is_automatic(call: AttentionCall) -> bool:
 
 
 def _backends() -> tuple[Backend, ...]:
-    from sage_diffusion.attend import providers
-
     return (
         Backend(
             "gluon",

@@ -1,4 +1,4 @@
-"""One attention call: as a host hands it over, and as its own attention and observers see it."""
+"""One attention call: as a host hands it over, as backends are asked, and as observers see it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from torch import Tensor
 
 from sage_diffusion.kernels.rope import Rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import device_arch
 
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
+
+#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
+#: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
+Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Call(NamedTuple):
@@ -47,6 +52,63 @@ def torch_native(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Everything that the choice of a backend may look at.  No tensors inside.
+
+    Attributes:
+        q_shape, kv_shape: ``(B, H, Lq, D)`` and ``(B, Hkv, Lk, D)``.
+        dtype: of q, k and v.
+        device: device type, "cuda" for ROCm too.
+        capability: CUDA compute capability, None elsewhere.
+        hip_arch: e.g. "gfx1201" on ROCm, None elsewhere.
+        mask: None, "bool" or "additive".
+        is_causal, return_lse: as in :func:`sage_diffusion.attention`.
+        spec: what must be computed.
+        rope: q or k is still to be rotated.
+    """
+
+    q_shape: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] | None
+    hip_arch: str | None
+    mask: str | None
+    is_causal: bool
+    return_lse: bool
+    spec: AttentionSpec
+    rope: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        spec: AttentionSpec,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_lse: bool = False,
+        rope: bool = False,
+    ) -> AttentionCall:
+        """Describe a call."""
+        capability, hip_arch = device_arch(q.device)
+        kind = None if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+        return cls(
+            tuple(q.shape),
+            tuple(k.shape),
+            q.dtype,
+            q.device.type,
+            capability,
+            hip_arch,
+            kind,
+            is_causal,
+            return_lse,
+            spec,
+            rope,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend import backends, execution, ops
-from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
+from sage_diffusion.attend import ops
+from sage_diffusion.attend.execution import compute
+from sage_diffusion.attend.validation import check_call, check_ropes
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -82,27 +83,3 @@ def attention(
         assert maybe_lse is not None  # a backend that has none refuses `return_lse`
         return out, maybe_lse
     return out
-
-
-def compute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    backend: str,
-    return_lse: bool,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`attention` without the conveniences: positional, a parsed spec, always a pair."""
-    check_call(q, k, v, mask)
-    check_ropes(q, k, rope_q, rope_k)
-    rope = rope_q is not None or rope_k is not None
-    call = backends.AttentionCall.of(q, k, spec, mask, is_causal, return_lse, rope)
-    _, out, lse = execution.run(
-        call, backend, q, k, v, four_dims(mask), scale, rope_q=rope_q, rope_k=rope_k
-    )
-    return out, lse

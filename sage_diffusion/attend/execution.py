@@ -17,8 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.backends import AttentionCall, Backend
+from sage_diffusion.attend.backends import Backend
+from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
 from sage_diffusion.kernels.rope import Rope, rotated
+from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
 
@@ -127,6 +130,28 @@ def run(
             return chosen, out, lse
     finally:
         failures.count(call)
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`sage_diffusion.attention` without the conveniences: a parsed spec, always a pair."""
+    check_call(q, k, v, mask)
+    check_ropes(q, k, rope_q, rope_k)
+    rope = rope_q is not None or rope_k is not None
+    call = AttentionCall.of(q, k, spec, mask, is_causal, return_lse, rope)
+    _, out, lse = run(call, backend, q, k, v, four_dims(mask), scale, rope_q=rope_q, rope_k=rope_k)
+    return out, lse
 
 
 def _variant(call: AttentionCall) -> tuple[object, ...]:

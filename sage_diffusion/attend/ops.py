@@ -9,30 +9,51 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.execution import compute
 from sage_diffusion.kernels.rope import Rope
+from sage_diffusion.kernels.spec import AttentionSpec
 
-if TYPE_CHECKING:
-    from sage_diffusion.attend.session import Layer
+
+class Attends(Protocol):
+    """What a handle stands for: a session's layer."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
+    ) -> Tensor:
+        """``[B, H, Lq, D]``, as the session decides."""
+
+    def bypass(self, tokens: int, reason: str) -> None:
+        """Count a call that the host runs itself."""
+
 
 # Handles must be looked up from inside the operator, which only tensors and constants reach: the
 # one registry of this package.  It keeps nothing alive.
-_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_LAYERS: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
 _NEXT = itertools.count(1)
 
 
-def register(layer: Layer) -> Tensor:
+def register(layer: Attends) -> Tensor:
     """A handle by which the operator finds ``layer``: a 0-dim int64 CPU tensor."""
     number = next(_NEXT)
     _LAYERS[number] = layer
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def _find(handle: Tensor) -> Layer:
+def _find(handle: Tensor) -> Attends:
     number = int(handle)
     found = _LAYERS.get(number)
     if found is None:
@@ -81,9 +102,6 @@ def attention(
     Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
     empty.  The tables of both rotations come as :func:`tables` takes them apart.
     """
-    from sage_diffusion.attend.dispatch import compute
-    from sage_diffusion.kernels.spec import AttentionSpec
-
     lse: Tensor | None = None
     rope_q = None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved)
     rope_k = None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved)
@@ -135,7 +153,7 @@ def _(
 # It changes nothing of the handle; saying so is what keeps a call without a result in the graph.
 @torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",))
 def bypass(layer: Tensor, tokens: int, reason: str) -> None:
-    """:meth:`Layer.bypass` from compiled code."""
+    """:meth:`Attends.bypass` from compiled code."""
     _find(layer).bypass(tokens, reason)
 
 

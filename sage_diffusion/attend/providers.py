@@ -8,16 +8,13 @@ token (SageAttention2, 2411.10958 table 6) and count as such.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import AttentionCall, Run
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
-
-if TYPE_CHECKING:
-    from sage_diffusion.attend.backends import AttentionCall, Run
 
 #: SageAttention 2's CUDA functions by spec and by the capabilities they are compiled for.
 _SAGE2 = {

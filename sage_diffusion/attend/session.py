@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends, execution, ops
-from sage_diffusion.attend.calls import AttentionEvent, Call, Native, Observer, torch_native
+from sage_diffusion.attend.calls import (
+    AttentionCall,
+    AttentionEvent,
+    Call,
+    Native,
+    Observer,
+    torch_native,
+)
 from sage_diffusion.attend.finite import FiniteWatch, reads_at_once
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
@@ -441,7 +448,7 @@ class AttentionSession:
             return None
         try:
             check_call(q, k, v, mask)
-            asked = backends.AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
+            asked = AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
         except (ValueError, TypeError) as error:
             layer.decline(str(error))
             return None

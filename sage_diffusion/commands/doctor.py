@@ -66,6 +66,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     import torch
 
     from sage_diffusion.attend import backends
+    from sage_diffusion.attend.calls import AttentionCall
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
     from sage_diffusion.machine import device_arch, environment, version
 
@@ -81,7 +82,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     specs = {}
     for name in LADDER:
         spec = AttentionSpec.parse(name)
-        call = backends.AttentionCall(
+        call = AttentionCall(
             shape, shape, dtype, target.type, capability, hip_arch, None, False, False, spec
         )
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.integrations.comfy_plans import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import device_arch, environment
@@ -20,7 +21,7 @@ def answers(
     found = {}
     for name in LADDER:
         spec = AttentionSpec.parse(name)
-        call = backends.AttentionCall(
+        call = AttentionCall(
             shape, shape, dtype, where.type, capability, hip_arch, mask, False, False, spec
         )
         found[name] = backends.refusals(call)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import device_arch
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
@@ -81,7 +82,7 @@ def _first_native(names: Sequence[str], device: str) -> AttentionSpec:
     kind = torch.device(device).type
     for spec in specs:
         shape = (1, 24, 4096, 128)
-        call = backends.AttentionCall(
+        call = AttentionCall(
             shape, shape, torch.bfloat16, kind, capability, hip_arch, None, False, False, spec
         )
         try:

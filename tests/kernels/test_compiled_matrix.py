@@ -21,7 +21,8 @@ pytest.importorskip("triton", minversion="3.9")
 import targets
 
 from sage_diffusion import cost_sass
-from sage_diffusion.attend.backends import BACKENDS, AttentionCall, BackendUnavailable, select
+from sage_diffusion.attend.backends import BACKENDS, BackendUnavailable, select
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.cost_compile import BATCH, HEADS, LENGTH, Kernel, compile_backend, compiling_for
 from sage_diffusion.kernels.attention import gluon_columns
 from sage_diffusion.kernels.formats import Precision
