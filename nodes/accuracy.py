@@ -7,7 +7,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io, ui
 
-from sage_diffusion.accuracy.report import Limits
+from sage_diffusion.accuracy.records import Limits
 from sage_diffusion.files import write_text
 from sage_diffusion.integrations.comfy_accuracy import (
     KSampling,

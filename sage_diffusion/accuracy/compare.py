@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sage_diffusion.accuracy import metrics
 from sage_diffusion.accuracy.pictures import make_picture
-from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
+from sage_diffusion.accuracy.records import EndToEnd, Picture, Row
+from sage_diffusion.accuracy.report import AccuracyReport
 from sage_diffusion.attend.calls import AttentionEvent
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.rows import row_mask

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sage_diffusion.accuracy.compare import Generation, LayerAccuracy, end_to_end, plan_name
 from sage_diffusion.accuracy.pictures import make_picture
-from sage_diffusion.accuracy.report import AccuracyReport, Limits
+from sage_diffusion.accuracy.records import Limits
+from sage_diffusion.accuracy.report import AccuracyReport
 from sage_diffusion.attend.calls import AttentionEvent, Observer
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy import ModelAttention, attach, attached, without

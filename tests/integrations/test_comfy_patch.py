@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sage_diffusion.accuracy.compare import Generation
-from sage_diffusion.accuracy.report import Limits
+from sage_diffusion.accuracy.records import Limits
 from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
 from sage_diffusion.integrations.comfy_accuracy import (
     CallSampling,
