@@ -127,8 +127,9 @@ class SageCalibrate(io.ComfyNode):
         card: str,
         name: str,
     ) -> io.NodeOutput:
-        from sage_diffusion.adapt.calibrate import Progress, calibrate
+        from sage_diffusion.adapt.calibrate import calibrate
         from sage_diffusion.adapt.planner import make_plan
+        from sage_diffusion.adapt.sampling import Progress
 
         node = cls.hidden.unique_id
         sampling = KSampling(

@@ -11,18 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from sage_diffusion.adapt.table_json import VERSION, TableError, parse_table
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
 from sage_diffusion.plan.fingerprint import mismatch
 
-VERSION = 1
-
 #: Branch of calls that serve both or where the host doesn't say.
 BOTH = "both"
-
-
-class TableError(ValueError):
-    """A score table that can't be read, or that belongs to another model or calibration."""
 
 
 @dataclass
@@ -221,9 +216,11 @@ class ScoreTable:
     @classmethod
     def from_dict(cls, data: Any) -> ScoreTable:
         """The table of :meth:`to_dict`; raises as :func:`.table_json.parse_table`."""
-        from sage_diffusion.adapt.table_json import parse_table
-
-        return parse_table(data)
+        fields, arrays = parse_table(data)
+        table = cls(**fields)
+        for name, array in arrays.items():
+            setattr(table, name, array)
+        return table
 
     def check_same(self, other: ScoreTable) -> None:
         """May this table be continued by a calibration that would have made ``other``?

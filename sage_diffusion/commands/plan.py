@@ -131,7 +131,8 @@ def _numbers(text: str) -> list[float]:
 
 def _schedule_of(path: Path) -> list[float]:
     """The schedule that a plan or a score table stores."""
-    from sage_diffusion.adapt.table import ScoreTable, TableError
+    from sage_diffusion.adapt.table import ScoreTable
+    from sage_diffusion.adapt.table_json import TableError
     from sage_diffusion.plan import PrecisionPlan
 
     try:

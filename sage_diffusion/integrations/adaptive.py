@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, str)
 
 
 class PipelineSampler:
-    """A :class:`sage_diffusion.adapt.calibrate.Sampler` over a diffusers pipeline.
+    """A :class:`sage_diffusion.adapt.sampling.Sampler` over a diffusers pipeline.
 
     Args:
         pipe: any pipeline with a scheduler; left as it was after every run.

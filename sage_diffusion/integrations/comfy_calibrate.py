@@ -35,7 +35,7 @@ class Prompt:
 
 
 class ComfySampler:
-    """See :class:`sage_diffusion.adapt.calibrate.Sampler`.
+    """See :class:`sage_diffusion.adapt.sampling.Sampler`.
 
     Args:
         model: a ``ModelPatcher``; its own Sage Attention is left out.
