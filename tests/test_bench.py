@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-from sage_diffusion import LADDER, AttentionSpec, bench, bench_report, cli, timing
-from sage_diffusion.bench import Contestant, contestants, measure
-from sage_diffusion.timing import Card, CudaTimer, Timing
+from sage_diffusion import LADDER, AttentionSpec, cli
+from sage_diffusion.speed import bench, bench_report, timing
+from sage_diffusion.speed.bench import Contestant, contestants, measure
+from sage_diffusion.speed.timing import Card, CudaTimer, Timing
 
 CPU = {"device": "cpu", "dtype": torch.float32, "heads": 2}
 

@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.9")
 
-from sage_diffusion import cli, cost
+from sage_diffusion import cli
 from sage_diffusion.adapt.costs import card_costs, relative_cost
-from sage_diffusion.cost_compile import compile_attention
-from sage_diffusion.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.speed import cost
+from sage_diffusion.speed.cost_compile import compile_attention
+from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
 
 
 def test_cycles_of_a_loop():
@@ -182,11 +183,11 @@ def test_bad_input(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("ptxas:\nno")
 
-    monkeypatch.setattr("sage_diffusion.cost_compile.compile_attention", broken)
+    monkeypatch.setattr("sage_diffusion.speed.cost_compile.compile_attention", broken)
     want = "int8/fp8 at head dim 64 does not compile for sm_89: ptxas: no"
     with pytest.raises(cost.CostError, match=want):
         cost.kernel_costs(["rtx4090"], ["int8/fp8"])
-    monkeypatch.setitem(sys.modules, "sage_diffusion.cost_compile", None)
+    monkeypatch.setitem(sys.modules, "sage_diffusion.speed.cost_compile", None)
     with pytest.raises(cost.CostError, match="compiling a kernel needs triton"):
         cost.kernel_costs(["rtx4090"])
 

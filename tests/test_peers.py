@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from sage_diffusion import peers
-from sage_diffusion.peers import PeerError, libraries
+from sage_diffusion.speed import peers
+from sage_diffusion.speed.peers import PeerError, libraries
 
 
 def wheel(folder, name="some_peer-1.0-py3-none-any.whl", files=("some_peer/_C.so",)):

@@ -6,14 +6,15 @@ import logging
 import pytest
 import torch
 
-from sage_diffusion import AttentionSpec, cli, timing, tune
+from sage_diffusion import AttentionSpec, cli
 from sage_diffusion.attend import backends, launches
 from sage_diffusion.attend.launches import Entry, TableError
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.tuning import Launch
 from sage_diffusion.machine import version
-from sage_diffusion.timing import Card, Timing
-from sage_diffusion.tune import Trial, best_bound
+from sage_diffusion.speed import timing, tune
+from sage_diffusion.speed.timing import Card, Timing
+from sage_diffusion.speed.tune import Trial, best_bound
 
 INT8 = AttentionSpec.parse("int8/fp8")
 CPU = torch.device("cpu")

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from sage_diffusion.attend import backends
-from sage_diffusion.bench import (
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import installed
+from sage_diffusion.speed.bench import (
     DEFAULT_HEAD_DIMS,
     DEFAULT_LENGTHS,
     MEASURED,
@@ -23,8 +25,6 @@ from sage_diffusion.bench import (
     inputs,
     operations,
 )
-from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import installed
 
 #: Tokens of the twin's call that stands for a prediction's accuracy.
 TWIN_TOKENS = 512
@@ -50,7 +50,7 @@ def predict(
         CostError: a card of that name is unknown.
         FileNotFoundError: triton is not installed.
     """
-    from sage_diffusion.cost import gpu_named
+    from sage_diffusion.speed.cost import gpu_named
 
     gpu_named(gpu)
     result = Result([], {})
@@ -71,8 +71,8 @@ def predict(
 
 def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bool) -> float | str:
     """Most tera-operations per second of a backend's kernel on a card, or why it isn't known."""
-    from sage_diffusion.cost import CostError, cubin_cost, gpu_named, peer_costs
-    from sage_diffusion.cost_compile import compile_attention
+    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, peer_costs
+    from sage_diffusion.speed.cost_compile import compile_attention
 
     if name in ("gluon", "hopper", "triton") and spec.quantized:
         reasons: dict[str, str] = {}

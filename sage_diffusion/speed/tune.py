@@ -20,12 +20,12 @@ from sage_diffusion.attend import backends, launches
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.attend.launches import Entry
-from sage_diffusion.bench import distance, inputs
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.formats import Precision, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import version
-from sage_diffusion.timing import Card, Timer
+from sage_diffusion.speed.bench import distance, inputs
+from sage_diffusion.speed.timing import Card, Timer
 
 #: Tokens and heads of the call that is measured.
 TOKENS, HEADS = 8192, 16
@@ -212,8 +212,8 @@ def predict(
     Raises:
         CostError: a card of that name is unknown, or it can't run the spec.
     """
-    from sage_diffusion.cost import CostError, cubin_cost, gpu_named
-    from sage_diffusion.cost_compile import compile_attention
+    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named
+    from sage_diffusion.speed.cost_compile import compile_attention
 
     card = gpu_named(gpu)
     trials: list[Trial] = []

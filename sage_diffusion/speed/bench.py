@@ -19,7 +19,7 @@ from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
-from sage_diffusion.timing import Timer
+from sage_diffusion.speed.timing import Timer
 
 MEASURED, PREDICTED = "measured", "predicted bound"
 WRONG, NO_MEMORY, FAILED = "wrong result", "out of memory", "failed"

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sage_diffusion import peers
 from sage_diffusion.attend.execution import compiler_errors
-from sage_diffusion.cost_sass import (
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.speed import peers
+from sage_diffusion.speed.cost_sass import (
     GPUS,
     Function,
     Gpu,
@@ -26,7 +27,6 @@ from sage_diffusion.cost_sass import (
     main_loop,
     opcode,
 )
-from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
 #: Multiply-accumulates that ``cycles`` counts: 16 queries, 64 keys, head dim 128, both products.
 UNIT = 262_144
@@ -37,7 +37,7 @@ class KernelCost:
     """The predicted bound of one compiled kernel on one card.
 
     Attributes:
-        gpu: a name of :data:`~sage_diffusion.cost_sass.GPUS`.
+        gpu: a name of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
         spec: what it computes; of someone else's kernel, the formats of its tensor-core products.
         head_dim: None if it can't be told from a foreign kernel's name.
         cycles: of one SM per 262,144 multiply-accumulates, in the slowest pipe.
@@ -140,7 +140,7 @@ def kernel_costs(
     What a card can't run is left out.
 
     Args:
-        gpus: names of :data:`~sage_diffusion.cost_sass.GPUS`.
+        gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
         specs: any specs.
         head_dims: 1 .. 256.
         mask: None, "bool" or "additive": compile the variant that takes such a mask.
@@ -152,7 +152,7 @@ def kernel_costs(
             triton is not installed.
     """
     try:
-        from sage_diffusion.cost_compile import compile_attention
+        from sage_diffusion.speed.cost_compile import compile_attention
     except ImportError as error:
         raise CostError(f"compiling a kernel needs triton (pip install triton): {error}") from None
 
@@ -230,7 +230,7 @@ def peer_costs(
     Args:
         target: path of a cubin, a shared library or a wheel, or a package's name (:mod:`.peers`),
             whose files are read and whose code is never imported.
-        gpus: names of :data:`~sage_diffusion.cost_sass.GPUS`.
+        gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
         head_dims: leave out others, where the head dim is known.
         match: part of the kernels' mangled names.
         wheels: folder to look for the wheel of a package that is not installed.
