@@ -10,9 +10,9 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
-from sage_diffusion.integrations.comfy_accuracy import KSampling
-from sage_diffusion.integrations.comfy_calibrate import CARDS, ComfySampler, Prompt
-from sage_diffusion.integrations.comfy_plans import describe
+from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.presets import describe
+from sage_diffusion.integrations.comfy.sampler import CARDS, ComfySampler, Prompt
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
 

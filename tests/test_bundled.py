@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_emoji import CLASSES, tiny_emoji
 
-from sage_diffusion.integrations.bundled import ASSETS, EmojiPipeline
+from sage_diffusion.integrations.diffusers.bundled import ASSETS, EmojiPipeline
 
 
 def test_euler_steps_of_the_guided_velocity() -> None:

@@ -11,7 +11,7 @@ from tiny_emoji import tiny_emoji
 from sage_diffusion import PrecisionPlan, Rule
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.cli import main
-from sage_diffusion.integrations import pipelines
+from sage_diffusion.integrations.diffusers import pipelines
 
 SPECS = ("--spec", "int8/fp8-fast", "--spec", "int4/fp8-fast")
 QUICK = ("--steps", "3", "--share", "1", "--rows", "4", "--sensitivity", "0", *SPECS)

@@ -1,7 +1,7 @@
 """Run twice and compare: FP16, then with a plan, on the same seeds.
 
 Nothing here knows a host: a host gives a callable that samples with a session attached
-(:data:`Run`); ``sage_diffusion.integrations.pipelines`` makes one of a diffusers pipeline.
+(:data:`Run`); ``integrations.diffusers.pipelines`` makes one of a diffusers pipeline.
 """
 
 from __future__ import annotations

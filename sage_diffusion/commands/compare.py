@@ -74,7 +74,7 @@ def compare(
         raise CommandError("give at least one --spec or --plan to compare with fp16")
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout():
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
         pipe = load_pipeline(model)
         arguments, labels = call_arguments(pipe, list(prompt or ()), steps)

@@ -91,8 +91,8 @@ def evaluate(
     scores = None if table is None else ScoreTable.load(table)
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout(), progress() as bar:
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         check_names(pipe, extra)

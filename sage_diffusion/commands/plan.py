@@ -148,7 +148,7 @@ def layer_names(model: str) -> tuple[list[str], str]:
     """Names of the attention layers of a pipeline, and the class of its denoiser."""
     from sage_diffusion.attend.session import AttentionSession
     from sage_diffusion.integrations.diffusers import apply, model_name
-    from sage_diffusion.integrations.pipelines import load_pipeline
+    from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
     session, pipe = AttentionSession("fp16"), load_pipeline(model, device="cpu")
     with apply(pipe, session):

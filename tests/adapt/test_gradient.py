@@ -19,7 +19,7 @@ from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.adapt.sampling import planned
 from sage_diffusion.adapt.sensitivity import cell_damage
 from sage_diffusion.adapt.table import ScoreTable
-from sage_diffusion.integrations.adaptive import PipelineSampler
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 

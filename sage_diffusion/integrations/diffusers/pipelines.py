@@ -47,7 +47,7 @@ class PipelineRun:
 
     def __call__(self, session: AttentionSession) -> Generation:
         """Sample every seed with the session attached, then detach it."""
-        from sage_diffusion.integrations.diffusers import apply
+        from sage_diffusion.integrations.diffusers.patch import apply
 
         arguments = dict(self.arguments)
         parameters = inspect.signature(self.pipe.__call__).parameters
@@ -185,7 +185,7 @@ def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | 
     """
     from diffusers import DiffusionPipeline
 
-    from sage_diffusion.integrations.bundled import EmojiPipeline, dtype_argument
+    from sage_diffusion.integrations.diffusers.bundled import EmojiPipeline, dtype_argument
 
     gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if gpu else torch.float32)

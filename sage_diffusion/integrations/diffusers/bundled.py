@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 #: Where the weights lie.
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "emoji_dit"
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "emoji_dit"
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

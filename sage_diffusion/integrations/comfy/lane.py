@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy_layers import HiddenCall, LayerCursor, ModulePatch
+from sage_diffusion.integrations.comfy.layers import HiddenCall, LayerCursor, ModulePatch
 from sage_diffusion.plan import BRANCHES, progress
 
 

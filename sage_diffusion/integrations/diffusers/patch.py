@@ -29,9 +29,9 @@ except ImportError as error:
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
-from sage_diffusion.integrations._processors import is_routed, layer_names, route, unroute
-from sage_diffusion.integrations._rebind import attention_sites
-from sage_diffusion.integrations._schedule import (
+from sage_diffusion.integrations.diffusers.processors import is_routed, layer_names, route, unroute
+from sage_diffusion.integrations.diffusers.rebind import attention_sites
+from sage_diffusion.integrations.diffusers.schedule import (
     BranchHook,
     HostMethod,
     ScheduleDriver,

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from sage_diffusion.attend import ops
 from sage_diffusion.attend.session import AttentionSession, Layer
-from sage_diffusion.integrations._rebind import (
+from sage_diffusion.integrations.diffusers.rebind import (
     DISPATCH,
     Routers,
     attention_sites,
     dispatches,
     rebound_class,
 )
-from sage_diffusion.integrations._rotary import (
+from sage_diffusion.integrations.diffusers.rotary import (
     ROTARY,
     as_rotated,
     pair_tables,

@@ -20,7 +20,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from sage_diffusion.integrations._rotary import PAIRS, ROTARY, with_pairs_routed
+from sage_diffusion.integrations.diffusers.rotary import PAIRS, ROTARY, with_pairs_routed
 
 SDPA = nn.functional.scaled_dot_product_attention
 DISPATCH = dispatch_attention_fn

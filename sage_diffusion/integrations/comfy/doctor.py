@@ -6,7 +6,7 @@ import torch
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
-from sage_diffusion.integrations.comfy_plans import PRESETS, preset
+from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import device_arch, environment
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from sage_diffusion.attend.calls import Observer
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy_call import UnknownCall, native_of, parse_call
-from sage_diffusion.integrations.comfy_lane import Lane
-from sage_diffusion.integrations.comfy_report import RunReport, merged
+from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
+from sage_diffusion.integrations.comfy.lane import Lane
+from sage_diffusion.integrations.comfy.report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
 

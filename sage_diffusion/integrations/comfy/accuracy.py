@@ -16,8 +16,8 @@ from sage_diffusion.accuracy.records import Limits
 from sage_diffusion.accuracy.report import AccuracyReport
 from sage_diffusion.attend.calls import AttentionEvent, Observer
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy import ModelAttention, attach, attached, without
-from sage_diffusion.integrations.comfy_picture import from_png, note
+from sage_diffusion.integrations.comfy.images import from_png, note
+from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
 from sage_diffusion.machine import environment
 from sage_diffusion.plan import PlanError, PrecisionPlan
 

@@ -20,7 +20,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 MIN_TOKENS = 128
 
 #: Plans that come with the pack.  Those beside this folder name diffusers' layers.
-OWN_PLANS = Path(__file__).resolve().parent.parent / "plan" / "shipped" / "comfy"
+OWN_PLANS = Path(__file__).resolve().parents[2] / "plan" / "shipped" / "comfy"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sage_diffusion.adapt.costs import CYCLES
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy import ModelAttention, attach, without
-from sage_diffusion.integrations.comfy_accuracy import KSampling
+from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.model import ModelAttention, attach, without
 
 #: Cards that a plan's time can be predicted for.
 CARDS = tuple(CYCLES)
