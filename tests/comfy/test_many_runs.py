@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from sage_diffusion.guard import Guard
-from sage_diffusion.integrations import comfy as adapter
-from sage_diffusion.integrations.comfy import OVERRIDE, attached, patch, without
-from sage_diffusion.integrations.comfy_call import parse_call
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.integrations.comfy import attached, patch, without
+from sage_diffusion.integrations.comfy import model as adapter
+from sage_diffusion.integrations.comfy.call import parse_call
+from sage_diffusion.integrations.comfy.model import OVERRIDE
 from sage_diffusion.plan import PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused
 
 PLANS = {
     "int8": ("int8/fp16", {}),

@@ -12,9 +12,9 @@ import torch
 from test_comfy_patch import OVERRIDE, Executor, Network, Patcher, comfy, host  # noqa: F401
 from torch import nn
 
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch, without
-from sage_diffusion.integrations.comfy_accuracy import check
+from sage_diffusion.integrations.comfy.accuracy import check
 from sage_diffusion.plan import PrecisionPlan, Rule
 
 optimized_attention = host

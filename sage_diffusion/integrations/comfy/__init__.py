@@ -1,0 +1,12 @@
+"""ComfyUI: a MODEL's attention through an ``AttentionSession``, and back."""
+
+from sage_diffusion.integrations.comfy.model import (
+    OVERRIDE,
+    ModelAttention,
+    attach,
+    attached,
+    patch,
+    without,
+)
+
+__all__ = ["OVERRIDE", "ModelAttention", "attach", "attached", "patch", "without"]
