@@ -68,7 +68,9 @@ class Ledger:
 def ledger(monkeypatch):
     found = Ledger()
     monkeypatch.setattr(adapter, "parse_call", found.call)
-    return found
+    gc.freeze()  # collecting is quick then
+    yield found
+    gc.unfreeze()
 
 
 def resident() -> int:
@@ -155,7 +157,8 @@ def test_nothing_of_a_run_stays(families, ledger, request):
     sizes, kept, dropped = [], 0, 0
     for i in range(runs):
         family = rng.choice(chosen)
-        gc.collect()
+        if i % 10 == 0:
+            gc.collect()  # what ComfyUI's samplers leave
         gc.disable()
         try:
             fresh = rng.random() < 0.3
