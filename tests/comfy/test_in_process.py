@@ -137,6 +137,43 @@ def test_second_order_samplers_belong_to_the_step_they_refine(families):
     assert len(steps) == 2 * 7  # two calls a step, one in the last; each of both branches
 
 
+def test_a_sampler_with_steps_of_its_own_moves_through_the_plans(families):
+    """dpm_adaptive calls the model wherever it likes, and often within one step of the schedule."""
+    sd3, calls = families("sd3"), Calls()
+    plan = PrecisionPlan("int8/fp16", (Rule("int4/int8", start=0.5),))
+    patched = patch(sd3.model, plan, observers=[calls])
+    sd3.sample(patched, steps=4, sampler="dpm_adaptive")
+    steps = [
+        step for layer, step, branch, _ in calls.seen if (layer, branch) == ("double.00", "cond")
+    ]
+    assert len(steps) > 4
+    specs = {(step, spec) for _, step, _, spec in calls.seen}
+    assert specs == {(0, "int8/fp16"), (1, "int8/fp16"), (2, "int4/int8")}  # it ends at that sigma
+    assert not attached(patched).last.alarms
+
+
+def test_a_run_that_never_moved_is_a_warning(families):
+    """A sampler that holds the model at the first sigma, as a node with a loop of its own may."""
+    import comfy.samplers
+
+    sd3 = families("sd3")
+    patched = patch(sd3.model, "int8/fp16")
+
+    def still(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for _ in range(len(sigmas)):
+            model(x, sigmas[:1], **extra_args)
+        return x
+
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(sd3.positive, sd3.negative)
+    guider.set_cfg(4.0)
+    sampler = comfy.samplers.KSAMPLER(still)
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    guider.sample(sd3.noise, sd3.latent, sampler, sigmas, disable_pbar=True, seed=1)
+    (alarm,) = attached(patched).last.alarms
+    assert "never left step 0 of 4 although the model was called 5 times" in alarm
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "uni_pc", "lcm"])
 def test_samplers_of_all_kinds_run(families, sampler):
     sd3 = families("sd3")
@@ -207,6 +244,46 @@ def test_an_override_that_also_climbs_on_top_does_not_recurse(families):
     later.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "rival", climb)
     assert torch.equal(sd3.sample(later), sd3.sample())
     assert attached(patched).last.summary.calls == 6
+
+
+def test_object_patches_of_another_node_come_and_go(families):
+    """ComfyUI puts them on when it loads the model, which is after our run has begun."""
+    sd3 = families("sd3")
+
+    def halved(model):
+        new = model.clone()
+        for i, block in enumerate(model.model.diffusion_model.joint_blocks):
+            name = f"diffusion_model.joint_blocks.{i}.forward"
+
+            def forward(*args, _block=block, **kwargs):
+                context, x = type(_block).forward(_block, *args, **kwargs)
+                return context, x * 0.5
+
+            new.add_object_patch(name, forward)
+        return new
+
+    base, wanted = sd3.sample(), sd3.sample(halved(sd3.model))
+    assert not torch.equal(base, wanted)
+    sage = patch(sd3.model, "fp16")
+    both, quantized = halved(sage), halved(patch(sd3.model, "int8/fp16"))
+    for _ in range(2):
+        assert torch.equal(sd3.sample(sage), base)
+        assert torch.equal(sd3.sample(both), wanted)
+        assert torch.equal(sd3.sample(), base)
+        assert 0 < error(sd3.sample(quantized), wanted) < 0.01
+    layers = attached(quantized).last.summary.layers
+    assert [layer.name for layer in layers] == LAYERS["sd3"]
+    sd3.sample()
+
+
+def test_a_node_between_two_of_ours_does_not_keep_the_older_plan_alive(families):
+    sd3 = families("sd3")
+    between = patch(sd3.model, "int4/int8").clone()
+    options = between.model_options["transformer_options"]
+    inner = options[OVERRIDE]
+    options[OVERRIDE] = lambda func, *args, **kwargs: inner(func, *args, **kwargs)
+    assert torch.equal(sd3.sample(patch(between, "fp16")), sd3.sample())
+    assert torch.equal(sd3.sample(without(between)), sd3.sample())
 
 
 def test_patching_again_replaces_the_plan(families):
