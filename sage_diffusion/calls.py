@@ -28,10 +28,31 @@ class Call(NamedTuple):
     rope_q: Rope | None = None
     rope_k: Rope | None = None
 
+    def part(self, i: int, count: int) -> Call:
+        """The i-th of ``count`` equal parts of the batch; what all rows share stays whole."""
+        size = self.q.shape[0] // count
+        own = [
+            r if r is None else r.rows(i * size, (i + 1) * size) for r in (self.rope_q, self.rope_k)
+        ]
+        mask = self.mask
+        return self._replace(
+            q=rows(self.q, i, size),
+            k=rows(self.k, i, size),
+            v=rows(self.v, i, size),
+            mask=mask if mask is None or mask.ndim < 4 else rows(mask, i, size),
+            rope_q=own[0],
+            rope_k=own[1],
+        )
+
     def plain(self) -> tuple[Tensor, Tensor, Tensor, Any, bool, float | None]:
         """What a :data:`Native` takes, q and k rotated by Torch."""
         q, k = rotated(self.q, self.rope_q), rotated(self.k, self.rope_k)
         return q, k, self.v, self.mask, self.is_causal, self.scale
+
+
+def rows(x: Tensor, i: int, size: int) -> Tensor:
+    """The i-th ``size`` rows of a batch; the only row where one serves all."""
+    return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
 
 
 def torch_native(

@@ -8,7 +8,7 @@ from torch import Tensor
 from sage_diffusion import backends, compilation, ops
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.validation import check_call, check_ropes, four_dims
+from sage_diffusion.validation import check_call, check_ropes, four_dims, not_forward
 
 DEFAULT_SPEC = AttentionSpec()
 
@@ -51,7 +51,8 @@ def attention(
         ValueError, TypeError: the tensors or the spec are wrong; says what must hold.
         BackendUnavailable: no backend (or not the named one) can run the call.
         KernelCompilationError: the named backend's kernel does not compile; "auto" tries the next.
-        RuntimeError: an input requires grad while grad mode is on.
+        RuntimeError: a derivative is asked for, by grad mode or forward mode, a transform of
+            torch.func is around, or the default dtype is float64.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError(
@@ -75,6 +76,9 @@ def attention(
             *ops.tables(rope_q, rope_k),
         )
         return (out, lse) if return_lse else out
+    reason = not_forward(q, k, v) if parsed.quantized else None
+    if reason is not None:
+        raise RuntimeError(reason)
     out, maybe_lse = compute(
         q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
     )

@@ -19,6 +19,10 @@ class DeferredValues:
         # In flight: what was put, the values on the host, and the event behind the copy.
         self._pending: list[tuple[list[tuple[str, int]], Tensor, torch.cuda.Event | None]] = []
 
+    def __len__(self) -> int:
+        """Values that were put since the last poll."""
+        return len(self._keys)
+
     def put(self, name: str, step: int, value: Tensor) -> None:
         """Remember a 0-dim tensor; queues no copy yet and waits for nothing."""
         self._keys.append((name, step))
@@ -78,6 +82,14 @@ class FiniteWatch:
     """One flag per watched call of a step, gathered on the device and read a step later."""
 
     def __init__(self) -> None:
+        self._flags = DeferredValues()
+
+    def __len__(self) -> int:
+        """Flags that were gathered since the last poll."""
+        return len(self._flags)
+
+    def forget(self) -> None:
+        """Drop what was not polled yet."""
         self._flags = DeferredValues()
 
     def look(self, name: str, step: int, out: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ class GuardState:
     _checks: DeferredValues = field(default_factory=DeferredValues)
     _raised_at: dict[str, int] = field(default_factory=dict)  # first step with the new spec
 
+    def __len__(self) -> int:
+        """Verdicts that were gathered since the last poll."""
+        return len(self._checks)
+
     def spec(self, layer: str, spec: AttentionSpec) -> AttentionSpec:
         """The plan's spec, stepped up as far as the layer was."""
         for _ in range(self.rungs.get(layer, 0)):

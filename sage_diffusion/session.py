@@ -19,26 +19,26 @@ import torch
 from torch import Tensor
 
 from sage_diffusion import backends, compilation, ops
-from sage_diffusion.calls import AttentionEvent, Call, Native, Observer, torch_native
-from sage_diffusion.finite import FiniteWatch, reads_at_once
-from sage_diffusion.guard import Guard, GuardState
+from sage_diffusion.calls import AttentionEvent, Call, Native, Observer, rows, torch_native
+from sage_diffusion.finite import reads_at_once
+from sage_diffusion.guard import Guard
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.runs import RunLog, nothing_quantized
 from sage_diffusion.summary import LayerSummary, SessionSummary
-from sage_diffusion.validation import check_call, check_ropes, four_dims
+from sage_diffusion.validation import check_call, check_ropes, four_dims, not_forward
+from sage_diffusion.verdicts import Verdicts
 
 log = logging.getLogger("sage_diffusion")
 
 FP16 = AttentionSpec.parse("fp16")
 
+CAME_IN = "NaN or infinity came in: the model's own attention ran"
+
 
 class AttentionRefused(RuntimeError):
     """A strict session met a call that its plan quantizes and nobody can run."""
-
-
-class NonFiniteOutput(RuntimeError):
-    """A strict session found NaN or infinity in a layer's output."""
 
 
 class Layer:
@@ -64,6 +64,7 @@ class Layer:
         self.native: Native = native or torch_native
         self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
         self.declined: Counter[str] = Counter()  # reason -> calls
+        self.tokens = 0  # most keys of a call
         self.index = session._adopt(self) if listed else -1
         self.handle = ops.register(self)
 
@@ -128,6 +129,7 @@ class Layer:
 
         Declined where the plan quantizes a call with this many keys, else run as planned.
         """
+        self.tokens = max(self.tokens, tokens)
         if self.session.quantizes(self.name, tokens):
             self.decline(reason)
         else:
@@ -190,10 +192,11 @@ class AttentionSession:
         self.schedule: tuple[float, ...] = ()
         self.branch: str | None = None
         self.chunks: tuple[str, ...] = ()
-        self.watch = FiniteWatch()
-        self.guard = GuardState(guard or Guard())
+        self.verdicts = Verdicts(guard or Guard())
+        self.watch, self.guard = self.verdicts.outputs, self.verdicts.guard
         self.compilations = compilation.Failures()
-        self.non_finite: dict[str, list[int]] = {}
+        self.run: RunLog | None = None
+        self.warnings: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
 
@@ -241,22 +244,25 @@ class AttentionSession:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if schedule and len(schedule) != steps:
             raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
+        self.verdicts.begin_run()
         self.steps, self.schedule = steps, tuple(schedule)
-        self.guard.begin_run()
+        self.run = RunLog(steps, self.layers)
         self.begin_step(0)
 
     def begin_step(self, step: int, sigma: float | None = None) -> None:
         """Sampling is at ``step``; ``sigma`` lets a plan with a schedule of its own be looked up.
 
         Raises:
-            NonFiniteOutput: an earlier step had non-finite outputs and the session is strict.
+            NonFiniteOutput: an earlier step had non-finite numbers and the session is strict.
         """
         self.step, self.sigma = step, sigma
         if sigma is not None and self._plan.schedule is not None:
             self.progress = self._plan.remap(sigma)
         else:
             self.progress = step_progress(step, self.steps)
-        self._report_non_finite()
+        if self.run is not None:
+            self.run.visit(step, sigma, self.progress)
+        self._read_verdicts()
         self._specs.clear()
 
     def set_branch(self, branch: str | None, chunks: Sequence[str] = ()) -> None:
@@ -268,6 +274,8 @@ class AttentionSession:
                 part then runs and is observed as its own branch.
         """
         self.branch, self.chunks = branch, tuple(chunks)
+        if self.run is not None:
+            self.run.branches.update((branch,) if branch else self.chunks)
 
     @contextlib.contextmanager
     def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
@@ -281,31 +289,52 @@ class AttentionSession:
             self.progress, self.step, self.branch = before
             self._specs.clear()
 
-    def finish(self) -> None:
-        """Sampling ended: look at the last step's outputs, waiting for the device."""
-        self.watch.wait()
-        self.guard.wait()
-        self._report_non_finite()
+    def finish(self, judge: bool = True) -> None:
+        """Sampling ended: look at the last step's outputs, waiting for the device.
+
+        Args:
+            judge: warn where the run quantized nothing although the plan does; False where other
+                sessions share the run.
+
+        Raises:
+            NonFiniteOutput: the last step had non-finite numbers and the session is strict.
+            AttentionRefused: nothing was quantized and the session is strict.
+        """
+        self.verdicts.wait()
+        run = self.run
+        try:
+            self._read_verdicts()
+            if run is not None:
+                run.close()
+                self.warn(run.stuck())
+                reason = nothing_quantized(self._plan, [run]) if judge else None
+                if reason is not None and self.strict:
+                    raise AttentionRefused(reason)
+                self.warn(reason)
+        finally:
+            self._stand_still()
+
+    def break_off(self) -> None:
+        """Sampling was broken off: its verdicts count no more, and nothing of it is kept."""
+        self.verdicts.begin_run()
+        self._stand_still()
+
+    def _stand_still(self) -> None:
         self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
+        self.run = None
         self._specs.clear()
 
-    def _report_non_finite(self) -> None:
-        fresh = []
-        for name, step in self.watch.poll():
-            steps = self.non_finite.setdefault(name, [])
-            if not steps:
-                fresh.append(name)
-                # Another rung may fail the same way: straight to the host's own attention.
-                reason = f"non-finite output at step {step}"
-                self.guard.raise_layer(name, self.step, reason, rungs=3)
-            steps.append(step)
-        for done in self.guard.poll(self.step):
-            log.warning("%s", done)
-        if fresh:
-            message = f"non-finite attention output in {', '.join(fresh[:4])}"
-            if self.strict:
-                raise NonFiniteOutput(message)
+    def warn(self, message: str | None) -> None:
+        """Put a warning into the summary, and log it the first time; None is none."""
+        if message is None:
+            return
+        if not self.warnings[message]:
             log.warning("%s", message)
+        self.warnings[message] += 1
+
+    def _read_verdicts(self) -> None:
+        if self.verdicts.read(self.step, self.strict):
+            self._specs.clear()
 
     # ------------------------------------------------------------------ the call
     def spec_for(self, layer: str, tokens: int, branch: str | None = None) -> AttentionSpec:
@@ -315,7 +344,7 @@ class AttentionSession:
         spec = self._specs.get(key)
         if spec is None:
             spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
-            spec = self.guard.spec(layer, spec)
+            spec = FP16 if self.verdicts.runs_natively(layer) else self.guard.spec(layer, spec)
             self._specs[key] = spec
         return spec
 
@@ -356,6 +385,7 @@ class AttentionSession:
         layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
             self._enlist(layer)
+        layer.tokens = max(layer.tokens, k.shape[2])
         native = native or layer.native
         check_ropes(q, k, rope_q, rope_k)
         call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
@@ -368,30 +398,14 @@ class AttentionSession:
 
     def _attend_chunks(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """A batch that holds both branches: together where they agree, else each in its spec."""
-        size = call.q.shape[0] // len(self.chunks)
-
-        def rows(x: Tensor, i: int) -> Tensor:
-            return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
-
-        def part(i: int) -> Call:
-            mask, ropes = call.mask, (call.rope_q, call.rope_k)
-            own = [r if r is None else r.rows(i * size, (i + 1) * size) for r in ropes]
-            return call._replace(
-                q=rows(call.q, i),
-                k=rows(call.k, i),
-                v=rows(call.v, i),
-                mask=mask if mask is None or mask.ndim < 4 else rows(mask, i),
-                rope_q=own[0],
-                rope_k=own[1],
-            )
-
         count = len(self.chunks)
+        size = call.q.shape[0] // count
         specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in self.chunks]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
                 return out
-            served = [(rows(out, i), ran) for i in range(count)]
+            served = [(rows(out, i, size), ran) for i in range(count)]
             if out.requires_grad:  # a gradient must reach what the observers see
                 out = torch.cat([found for found, _ in served])
         else:
@@ -399,14 +413,15 @@ class AttentionSession:
             whole = functools.cache(lambda: native(*call.plain()))
 
             def part_of_whole(i: int) -> Native:
-                return lambda *_: rows(whole(), i)
+                return lambda *_: rows(whole(), i, size)
 
             served = [
-                self._serve(layer, spec, part(i), part_of_whole(i)) for i, spec in enumerate(specs)
+                self._serve(layer, spec, call.part(i, count), part_of_whole(i))
+                for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
         for i, (branch, (found, ran)) in enumerate(zip(self.chunks, served, strict=True)):
-            self._show(layer, branch, ran, part(i), found)
+            self._show(layer, branch, ran, call.part(i, count), found)
         return out
 
     def _serve(
@@ -436,14 +451,19 @@ class AttentionSession:
         """The output, or None after the call was declined with a reason."""
         q, k, v, mask, is_causal, scale, rope_q, rope_k = call
         rope = rope_q is not None or rope_k is not None
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            layer.decline("gradients are asked for, quantized attention is forward only")
+        reason = not_forward(q, k, v)
+        if reason is not None:
+            layer.decline(reason)
             return None
         try:
             check_call(q, k, v, mask)
             asked = backends.AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
         except (ValueError, TypeError) as error:
             layer.decline(str(error))
+            return None
+        came_in = self.verdicts.not_finite(layer.name, layer.index, self.step, q, k, v)
+        if came_in and not self.strict:
+            layer.declined[CAME_IN] += 1  # the next step's verdict tells of it
             return None
         try:
             chosen, out, _ = compilation.run(
@@ -462,6 +482,8 @@ class AttentionSession:
             layer.decline(str(error))
             return None
         finite = self.watch.look(layer.name, self.step, out)
+        if self.verdicts.full():
+            self._read_verdicts()
         if not self.strict:
             if reads_at_once(finite):
                 if not finite:
@@ -486,13 +508,15 @@ class AttentionSession:
                     layer.name,
                     dict(layer.ran),
                     dict(layer.declined),
-                    tuple(self.non_finite.get(layer.name, ())),
+                    tuple(self.verdicts.non_finite.get(layer.name, ())),
                     tuple(self.guard.reasons.get(layer.name, ())),
                     self.guard.drift.get(layer.name),
+                    tuple(self.verdicts.came_in.get(layer.name, ())),
                 )
                 for layer in self.layers.values()
             ),
             dict(self.compilations.counts),
+            tuple(self.warnings),
         )
 
     def reset_counts(self) -> None:
@@ -500,9 +524,11 @@ class AttentionSession:
         for layer in self.layers.values():
             layer.ran.clear()
             layer.declined.clear()
-        self.non_finite.clear()
+        self.verdicts.reset()
+        self.warnings.clear()
+        if self.run is not None:
+            self.run = RunLog(self.run.steps, self.layers)
         self.compilations.counts.clear()
-        self.guard.reset()
         self._logged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSession:

@@ -20,6 +20,7 @@ class LayerSummary:
         stepped_up: why the guard gave the layer a more accurate spec, once per time.
         drift: largest relative L1 distance from exact attention that the guard found, None where
             it did not look.
+        came_in: steps in which NaN or infinity came into the layer; its output says so.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerSummary:
     non_finite: tuple[int, ...] = ()
     stepped_up: tuple[str, ...] = ()
     drift: float | None = None
+    came_in: tuple[int, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -48,10 +50,12 @@ class SessionSummary:
         layers: in the order of their first call.
         compilation_failures: kernel, target and the compiler's message -> calls that another
             backend or the host ran instead.
+        warnings: what was odd about whole runs, with cause and remedy.
     """
 
     layers: tuple[LayerSummary, ...]
     compilation_failures: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -88,6 +92,7 @@ class SessionSummary:
             "specs": self.specs,
             "declined": self.declined,
             "compilation_failures": dict(self.compilation_failures),
+            "warnings": list(self.warnings),
             "layers": [
                 {
                     "name": layer.name,
@@ -97,6 +102,7 @@ class SessionSummary:
                     ],
                     "declined": dict(layer.declined),
                     "non_finite_steps": list(layer.non_finite),
+                    "non_finite_input_steps": list(layer.came_in),
                     "stepped_up": list(layer.stepped_up),
                     "drift": layer.drift,
                 }
@@ -105,16 +111,22 @@ class SessionSummary:
         }
 
     def __str__(self) -> str:
+        lines = [f"WARNING: {warning}" for warning in self.warnings]
         if not self.calls:
-            return f"no attention call was intercepted ({len(self.layers)} layers are patched)"
+            lines.append(
+                f"no attention call was intercepted ({len(self.layers)} layers are patched)"
+            )
+            return "\n".join(lines)
         shares = ", ".join(f"{spec} {n / self.calls:.0%}" for spec, n in self.specs.items())
-        lines = [f"{self.calls} attention calls, {self.quantized} quantized: {shares}"]
+        lines += [f"{self.calls} attention calls, {self.quantized} quantized: {shares}"]
         width = max(len(layer.name) for layer in self.layers)
         for layer in self.layers:
             parts = [f"{spec} ({backend}) x{n}" for (spec, backend), n in layer.ran.items()]
             parts += [f"own attention x{n}: {reason}" for reason, n in layer.declined.items()]
             if layer.non_finite:
                 parts.append(f"NOT FINITE at steps {', '.join(map(str, layer.non_finite))}")
+            if layer.came_in:
+                parts.append(f"NaN CAME IN at steps {', '.join(map(str, layer.came_in))}")
             parts += [f"stepped up: {reason}" for reason in layer.stepped_up]
             lines.append(f"  {layer.name:<{width}}  {', '.join(parts) or 'not called'}")
         for reason, n in self.compilation_failures.items():

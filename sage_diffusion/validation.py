@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sage_diffusion.kernels.rope import Rope, check_rope
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def not_forward(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why quantized attention, which is forward only and computes in float32, is not what is asked
+    for here; None if it is."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "gradients are asked for, quantized attention is forward only"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func (vmap, jvp, ..), unknown to quantized attention"
+    # The level is -1 outside of every `dual_level`; unpacking costs microseconds.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+    ):
+        return "forward-mode derivatives are asked for, quantized attention has none"
+    if torch.get_default_dtype() is torch.float64:
+        return "the default dtype is float64, quantized attention computes in float32"
+    return None
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -4,9 +4,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from broken import HUGE, made_nan  # noqa: F401
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, attention
-from sage_diffusion.session import AttentionRefused, NonFiniteOutput
+from sage_diffusion.session import AttentionRefused
+from sage_diffusion.verdicts import NonFiniteOutput
 
 
 @pytest.fixture
@@ -98,33 +100,35 @@ def test_a_named_backend_does_not_fall_back_to_another(qkv):
         AttentionSession("int8/fp8", backend="magic")
 
 
+@pytest.mark.usefixtures("made_nan")
 def test_non_finite_outputs_are_reported_at_the_next_step(qkv, caplog):
     q, k, v = qkv
     session = AttentionSession("int8/fp16")
     layer, other = session.layer("bad"), session.layer("good")
     session.start(3)
-    layer(q, k, torch.full_like(v, float("nan")))
+    layer(q, k, v * HUGE)
     other(q, k, v)
-    assert session.non_finite == {}  # nothing is read back during a step
+    assert session.summary().layers[0].non_finite == ()  # nothing is read back during a step
     session.begin_step(1)
-    assert session.non_finite == {"bad": [0]}
+    assert session.summary().layers[0].non_finite == (0,)
     assert "non-finite attention output in bad" in caplog.text
     session.begin_step(2)
-    assert session.non_finite == {"bad": [0]}
+    assert session.summary().layers[0].non_finite == (0,)
     strict = AttentionSession("int8/fp16", strict=True)
     strict.start(2)
-    strict.attend("bad", q, k, v * float("inf"))
+    strict.attend("bad", q, k, v * HUGE)
     with pytest.raises(NonFiniteOutput, match="bad"):
         strict.begin_step(1)
 
 
+@pytest.mark.usefixtures("made_nan")
 def test_finish_reports_the_last_step(qkv):
     q, k, v = qkv
     session = AttentionSession("int8/fp16")
     session.start(1)
-    session.attend("bad", q, k, v * float("nan"))
+    session.attend("bad", q, k, v * HUGE)
     session.finish()
-    assert session.non_finite == {"bad": [0]}
+    assert session.summary().layers[0].non_finite == (0,)
 
 
 def test_observers_see_every_served_call(qkv):

@@ -11,7 +11,8 @@ from sage_diffusion import backends, finite
 from sage_diffusion import session as session_module
 from sage_diffusion.guard import Guard, GuardState, next_up
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.session import AttentionSession, NonFiniteOutput
+from sage_diffusion.session import AttentionSession
+from sage_diffusion.verdicts import NonFiniteOutput
 
 
 def sample_with(sampler, plan, **options):
@@ -155,6 +156,7 @@ class Copy:
 def test_a_device_is_never_waited_for_and_nan_never_seen(monkeypatch):
     """The GPU's path: NaN becomes 0 on the device, and its flag is read a step or two later."""
     monkeypatch.setattr(session_module, "reads_at_once", lambda x: False)
+    monkeypatch.setattr(finite, "reads_at_once", lambda x: False)
     monkeypatch.setattr(finite, "copy_to_host", lambda values: (values, Copy()))
     waited = []
     monkeypatch.setattr(Copy, "synchronize", lambda self: waited.append(self))
