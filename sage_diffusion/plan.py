@@ -25,6 +25,9 @@ from sage_diffusion.kernels.spec import AttentionSpec
 
 VERSION = 1
 
+#: What the numbers of a schedule may be, see :mod:`sage_diffusion.noise`.
+UNITS = ("timesteps", "sigmas", "flow-sigmas", "log-snr")
+
 #: Branches of classifier-free guidance that a rule can name.
 BRANCHES = ("cond", "uncond")
 
@@ -106,6 +109,8 @@ class PrecisionPlan:
         name: short title for people.
         schedule: descending sigmas (or timesteps) that the plan was made with; progress is
             looked up in it by sigma when the host runs another schedule (:meth:`remap`).
+        schedule_unit: what its numbers are, one of :data:`UNITS`, so that
+            they can be compared with another sampler's; None in old plans.
         fingerprint: what the model must look like (class, layer names, head dims); checked where
             it is present.
         calibration: where the plan comes from.  Provenance only, never read by the runtime.
@@ -118,6 +123,7 @@ class PrecisionPlan:
     schedule: tuple[float, ...] | None = None
     fingerprint: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    schedule_unit: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", AttentionSpec.parse(self.default))
@@ -128,9 +134,16 @@ class PrecisionPlan:
                     raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
         if self.schedule is not None:
             values = tuple(float(x) for x in self.schedule)
-            if len(values) < 2 or any(b >= a for a, b in itertools.pairwise(values)):
-                raise PlanError("schedule must have at least two strictly descending values")
+            rises = self.schedule_unit == "log-snr"
+            steps = itertools.pairwise(values[::-1] if rises else values)
+            if len(values) < 2 or any(b >= a for a, b in steps):
+                order = "ascending" if rises else "descending"
+                raise PlanError(f"schedule must have at least two strictly {order} values")
             object.__setattr__(self, "schedule", values)
+        if self.schedule_unit not in (None, *UNITS):
+            raise PlanError(
+                f"schedule_unit must be one of {', '.join(UNITS)}, got {self.schedule_unit!r}"
+            )
 
     @classmethod
     def of(cls, source: PrecisionPlan | AttentionSpec | str | Path) -> PrecisionPlan:
@@ -228,6 +241,8 @@ class PrecisionPlan:
         """Progress in the plan's own schedule of a sigma met under another schedule."""
         if self.schedule is None:
             raise PlanError("the plan stores no schedule to look a sigma up in")
+        if self.schedule_unit == "log-snr":
+            return progress(-sigma, [-value for value in self.schedule])
         return progress(sigma, self.schedule)
 
     # ------------------------------------------------------------------ JSON
@@ -241,6 +256,8 @@ class PrecisionPlan:
         data["rules"] = [_rule_to_dict(rule) for rule in self.rules]
         if self.schedule is not None:
             data["schedule"] = list(self.schedule)
+        if self.schedule_unit is not None:
+            data["schedule_unit"] = self.schedule_unit
         for key in ("fingerprint", "calibration"):
             if getattr(self, key) is not None:
                 data[key] = dict(getattr(self, key))

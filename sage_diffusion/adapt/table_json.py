@@ -13,6 +13,7 @@ import numpy as np
 from sage_diffusion.adapt.measure import METRICS
 from sage_diffusion.adapt.table import VERSION, ScoreTable, TableError
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import UNITS
 
 #: Parts of a cell's arrays beyond ``[L, S, B]``: specs, metrics, tensors.
 _ARRAYS = {
@@ -81,6 +82,7 @@ def _parse(data: Mapping[str, Any]) -> ScoreTable:
     )
     for key, array in arrays.items():
         setattr(table, key, array.astype(getattr(table, key).dtype))
+    table.schedule_unit = _unit(data.get("schedule_unit"))
     table.sensitivity = _sensitivity(data["sensitivity"], table)
     table.unfinished = data.get("unfinished")
     _need(
@@ -137,6 +139,12 @@ def _fingerprint(data: Any) -> dict[str, Any]:
     for name, dim in dims.items():
         _need(_whole(dim) and dim > 0, f"fingerprint.head_dims.{name}", "a whole number", dim)
     return dict(data)
+
+
+def _unit(data: Any) -> str | None:
+    known = data is None or (isinstance(data, str) and data in UNITS)
+    _need(known, "schedule_unit", f"one of {', '.join(UNITS)} or null", data)
+    return None if data is None else str(data)
 
 
 def _schedule(data: Any, steps: int) -> list[float] | None:

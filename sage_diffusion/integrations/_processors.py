@@ -34,6 +34,7 @@ from sage_diffusion.integrations._rotary import (
     rotate_pairs,
     taken_apart,
 )
+from sage_diffusion.integrations._standin import Alike
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.session import AttentionSession, Layer
 
@@ -46,21 +47,6 @@ except ImportError:  # another diffusers
 # ---------------------------------------------------------------------- dynamic classes
 class _Routed:
     """Marks the classes made here."""
-
-
-class _Alike(type):
-    """Makes a routed class equal to the class that it stands for.
-
-    diffusers looks processors up by their exact class (``set_default_attn_processor``, its hooks).
-    """
-
-    _sage_base: type
-
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or other is cls._sage_base
-
-    def __hash__(cls) -> int:
-        return hash(cls._sage_base)
 
 
 _lock = threading.RLock()
@@ -83,7 +69,7 @@ def _routed_class(cls: Any) -> type:
         "_sage_slot": None,
         "_sage_base": cls,
     }
-    meta: Any = _Alike if type(cls) is type else type(cls)
+    meta: Any = Alike if type(cls) is type else type(cls)
     return meta("Sage" + cls.__name__, (core, _Routed), namespace)
 
 
@@ -125,7 +111,7 @@ def _set_state(processor: Any, state: dict[str, Any]) -> None:
 
 def _as(cls: type, processor: Any) -> Any:
     """A shallow copy of a processor in another class."""
-    new = object.__new__(cls)
+    new: Any = object.__new__(cls)
     _set_state(new, _state(processor))
     return new
 
