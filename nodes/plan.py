@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from sage_diffusion.integrations.comfy import attached
-from sage_diffusion.integrations.comfy_layers import layer_names
-from sage_diffusion.integrations.comfy_picture import (
+from sage_diffusion.integrations.comfy.images import (
     as_image,
     draw,
     grid,
@@ -16,7 +15,8 @@ from sage_diffusion.integrations.comfy_picture import (
     plan_layers,
     shares,
 )
-from sage_diffusion.integrations.comfy_plans import (
+from sage_diffusion.integrations.comfy.layers import layer_names
+from sage_diffusion.integrations.comfy.presets import (
     describe,
     renamed,
     save_plan,
@@ -135,7 +135,7 @@ class SageMergePlans(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: PrecisionPlan, second: PrecisionPlan) -> io.NodeOutput:
-        from sage_diffusion.adapt.travel import merge_plans
+        from sage_diffusion.plan.edit import merge_plans
 
         plan = merge_plans(first, second)
         dropped = len(first.rules) + len(second.rules) - len(plan.rules)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
 
 #: Times this, a finite V comes out as NaN.
 HUGE = 1e30

@@ -1,7 +1,7 @@
 """Run twice and compare: FP16, then with a plan, on the same seeds.
 
 Nothing here knows a host: a host gives a callable that samples with a session attached
-(:data:`Run`); ``sage_diffusion.integrations.pipelines`` makes one of a diffusers pipeline.
+(:data:`Run`); ``integrations.diffusers.pipelines`` makes one of a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.accuracy import metrics
-from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.accuracy.pictures import make_picture
-from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
-from sage_diffusion.adapt.measure import row_mask
-from sage_diffusion.calls import AttentionEvent
-from sage_diffusion.guard import Guard
+from sage_diffusion.accuracy.records import EndToEnd, Picture, Row
+from sage_diffusion.accuracy.report import AccuracyReport
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.rows import row_mask
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import environment
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
 FP16 = AttentionSpec.parse("fp16")
 

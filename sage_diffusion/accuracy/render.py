@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sage_diffusion.accuracy import charts
-from sage_diffusion.accuracy.report import AccuracyReport, Aggregate, Variant
+from sage_diffusion.accuracy.findings import Findings
+from sage_diffusion.accuracy.records import Aggregate, Variant
 from sage_diffusion.plan import PrecisionPlan
 
 
@@ -62,7 +63,7 @@ def not_finite(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def headline(report: AccuracyReport) -> list[tuple[str, str]]:
+def headline(report: Findings) -> list[tuple[str, str]]:
     """The report in a few figures: (label, value)."""
     tiles = []
     end = report.end_to_end
@@ -83,8 +84,8 @@ def headline(report: AccuracyReport) -> list[tuple[str, str]]:
     return tiles
 
 
-def markdown(report: AccuracyReport) -> str:
-    """See :meth:`AccuracyReport.to_markdown`."""
+def markdown(report: Findings) -> str:
+    """See :meth:`.AccuracyReport.to_markdown`."""
     parts = [f"# Accuracy of {report.name}"]
     parts.append("\n".join(f"- {label}: **{value}**" for label, value in headline(report)))
     parts[-1] += f"\n- calls by spec: {shares(report.specs)}"
@@ -175,8 +176,8 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines)
 
 
-def html(report: AccuracyReport) -> str:
-    """See :meth:`AccuracyReport.to_html`."""
+def html(report: Findings) -> str:
+    """See :meth:`.AccuracyReport.to_html`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)

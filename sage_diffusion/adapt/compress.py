@@ -12,10 +12,10 @@ from itertools import groupby
 
 import numpy as np
 
-from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.table import BOTH
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import Rule
+from sage_diffusion.plan.globs import cover, step_range
 
 #: Prices of one rule that are tried, in units of the whole objective.
 _PRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

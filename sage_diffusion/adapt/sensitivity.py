@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sage_diffusion.adapt.complete import complete
-from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.gradient import cell_effects
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.sampling import Sampler, planned
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
-
-if TYPE_CHECKING:
-    from sage_diffusion.adapt.calibrate import Sampler
+from sage_diffusion.plan.globs import cover, step_range
 
 #: Mixed runs, each with a random half of the groups in the low spec.
 _CHECKS = 2
@@ -64,8 +63,6 @@ def measure_sensitivity(
     Raises:
         TableError: ``unfinished`` is broken.
     """
-    from sage_diffusion.adapt.calibrate import planned
-
     error = complete(table).error
     low = int(np.argmax(np.nanmean(error, (0, 1, 2))))
     layers = [

@@ -93,8 +93,8 @@ def calibrate(
     if sensitivity is None:
         sensitivity = _PICTURES if model == "bundled" else 0
     with quiet_stdout(), progress() as bar:
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         check_names(pipe, extra)
@@ -151,7 +151,7 @@ def prompts_of(sampler: Any, given: list[str] | None, count: int = 4, first: int
             [int(name) if name.strip().isdigit() else name.strip() for name in text.split(",")]
             for text in given
         ]
-    from sage_diffusion.integrations.adaptive import class_batches
+    from sage_diffusion.integrations.diffusers.sampler import class_batches
 
     if not getattr(sampler.pipe, "classes", None):
         raise CommandError("this model is class-conditional: name classes with --prompt")

@@ -58,6 +58,7 @@ def compare(
     Writes report.json, .md and .html of the last plan (specs come first), report-NAME.* of the
     others, grid.png, heatmap.png and plan.json.
     """
+    from sage_diffusion.attend.guard import Guard
     from sage_diffusion.commands.side_by_side import (
         document,
         run_side_by_side,
@@ -65,7 +66,6 @@ def compare(
         variant_table,
         write_files,
     )
-    from sage_diffusion.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
     plans = [(name, PrecisionPlan.of(name)) for name in spec or ()]
@@ -74,7 +74,7 @@ def compare(
         raise CommandError("give at least one --spec or --plan to compare with fp16")
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout():
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
         pipe = load_pipeline(model)
         arguments, labels = call_arguments(pipe, list(prompt or ()), steps)

@@ -76,8 +76,8 @@ def demo(
     from sage_diffusion.plan import PrecisionPlan
 
     with quiet_stdout():
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         sampler = PipelineSampler(pipe, {"num_inference_steps": steps})

@@ -65,9 +65,10 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     """The answers as plain data."""
     import torch
 
-    from sage_diffusion import backends
-    from sage_diffusion.accuracy.environment import environment, version
+    from sage_diffusion.attend import backends
+    from sage_diffusion.attend.calls import AttentionCall
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+    from sage_diffusion.machine import device_arch, environment, version
 
     gpu = torch.cuda.is_available()
     target = torch.device(device or ("cuda" if gpu else "cpu"))
@@ -76,12 +77,12 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     if target.type == "cuda":
         if not gpu:
             raise ValueError("torch sees no CUDA or ROCm device here")
-        capability, hip_arch = backends.device_arch(target)
+        capability, hip_arch = device_arch(target)
     shape = (1, 1, tokens, head_dim)
     specs = {}
     for name in LADDER:
         spec = AttentionSpec.parse(name)
-        call = backends.AttentionCall(
+        call = AttentionCall(
             shape, shape, dtype, target.type, capability, hip_arch, None, False, False, spec
         )
         try:
@@ -105,7 +106,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
-    from sage_diffusion.backends import device_arch
+    from sage_diffusion.machine import device_arch
 
     properties = torch.cuda.get_device_properties(index)
     capability, hip_arch = device_arch(torch.device("cuda", index))

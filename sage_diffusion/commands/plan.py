@@ -78,8 +78,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Two plans of one model as one: the first's rules on top, the second's default."""
-    from sage_diffusion.adapt.travel import merge_plans
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import merge_plans
 
     plans = PrecisionPlan.load(first), PrecisionPlan.load(second)
     _write(merge_plans(*plans), sum(len(plan.rules) for plan in plans), out, as_json)
@@ -104,8 +104,8 @@ def remap(
     Every rule covers the same sigmas as before.  Sampling does so by itself wherever a plan stores
     its schedule; this is for reading and editing the result.
     """
-    from sage_diffusion.adapt.travel import remap_plan
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import remap_plan
 
     if (sigmas is None) == (like is None):
         raise CommandError("say which schedule: give --sigmas or --like")
@@ -131,7 +131,8 @@ def _numbers(text: str) -> list[float]:
 
 def _schedule_of(path: Path) -> tuple[list[float], str | None]:
     """The schedule that a plan or a score table stores, and its unit."""
-    from sage_diffusion.adapt.table import ScoreTable, TableError
+    from sage_diffusion.adapt.table import ScoreTable
+    from sage_diffusion.adapt.table_json import TableError
     from sage_diffusion.plan import PrecisionPlan
 
     try:
@@ -145,9 +146,9 @@ def _schedule_of(path: Path) -> tuple[list[float], str | None]:
 
 def layer_names(model: str) -> tuple[list[str], str]:
     """Names of the attention layers of a pipeline, and the class of its denoiser."""
+    from sage_diffusion.attend.session import AttentionSession
     from sage_diffusion.integrations.diffusers import apply, model_name
-    from sage_diffusion.integrations.pipelines import load_pipeline
-    from sage_diffusion.session import AttentionSession
+    from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
     session, pipe = AttentionSession("fp16"), load_pipeline(model, device="cpu")
     with apply(pipe, session):

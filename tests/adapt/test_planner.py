@@ -7,7 +7,6 @@ import pytest
 
 from sage_diffusion.adapt.compress import compress, rules_of
 from sage_diffusion.adapt.costs import CYCLES, CostTableError, load_costs, relative_cost
-from sage_diffusion.adapt.globs import cover, escape, step_range
 from sage_diffusion.adapt.planner import (
     Unreachable,
     make_plan,
@@ -18,6 +17,7 @@ from sage_diffusion.adapt.planner import (
 )
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.plan import PlanError, PrecisionPlan, step_progress
+from sage_diffusion.plan.globs import cover, escape, step_range
 
 SPECS = ("int8/fp16", "int8/fp8-fast", "int4/fp8-fast")
 

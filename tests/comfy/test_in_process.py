@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sage_diffusion.guard import Guard
-from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionRefused, AttentionSession
+from sage_diffusion.integrations.comfy import attached, patch, without
+from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused, AttentionSession
 
 LAYERS = {
     "sd3": ["double.00", "double.01"],
@@ -426,7 +427,7 @@ def test_silent_families_are_recognized(module, name, options):
 
     import comfy.ops
 
-    from sage_diffusion.integrations.comfy_layers import reach_of
+    from sage_diffusion.integrations.comfy.layers import reach_of
 
     cls = getattr(importlib.import_module(module), name)
     host = torch.nn.Module()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sage_diffusion.integrations.comfy import ModelAttention
-from sage_diffusion.integrations.comfy_lane import branch_of, step_of
-from sage_diffusion.integrations.comfy_layers import (
+from sage_diffusion.integrations.comfy.lane import branch_of, step_of
+from sage_diffusion.integrations.comfy.layers import (
     LayerCursor,
     ModulePatch,
     blocks_of,

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from sage_diffusion.integrations.comfy_doctor import answers, diagnosis
-from sage_diffusion.integrations.comfy_picture import (
+from sage_diffusion.integrations.comfy.doctor import answers, diagnosis
+from sage_diffusion.integrations.comfy.images import (
     as_image,
     draw,
     from_png,
@@ -16,7 +16,7 @@ from sage_diffusion.integrations.comfy_picture import (
     plan_layers,
     shares,
 )
-from sage_diffusion.integrations.comfy_plans import (
+from sage_diffusion.integrations.comfy.presets import (
     OWN_PLANS,
     PRESETS,
     custom,
@@ -54,19 +54,19 @@ def test_presets(name, first, middle):
 
 
 def test_presets_choose_what_the_machine_runs(monkeypatch):
-    from sage_diffusion.integrations import comfy_plans
+    from sage_diffusion.integrations.comfy import presets
 
     def select(call, backend="auto"):
         if "8/fp8" in str(call.spec) or "int4" in str(call.spec):
-            raise comfy_plans.backends.BackendUnavailable(call.spec, {})
+            raise presets.backends.BackendUnavailable(call.spec, {})
 
-    monkeypatch.setattr(comfy_plans.backends, "select", select)
-    comfy_plans.preset.cache_clear()
+    monkeypatch.setattr(presets.backends, "select", select)
+    presets.preset.cache_clear()
     try:
-        assert spec_at(comfy_plans.preset("fast")) == "int8/int8"
-        assert spec_at(comfy_plans.preset("balanced")) == "int8/int8"
+        assert spec_at(presets.preset("fast")) == "int8/int8"
+        assert spec_at(presets.preset("balanced")) == "int8/int8"
     finally:
-        comfy_plans.preset.cache_clear()
+        presets.preset.cache_clear()
 
 
 def test_an_unknown_preset():

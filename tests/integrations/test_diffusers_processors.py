@@ -15,8 +15,8 @@ from diffusers.models import attention_dispatch
 from integrations.tiny_pipelines import build
 
 from sage_diffusion import enable
-from sage_diffusion.integrations._processors import is_routed
 from sage_diffusion.integrations.diffusers import apply
+from sage_diffusion.integrations.diffusers.processors import is_routed
 
 CALLS = 8  # of one forward of the tiny U-Net
 count, write, bank = 0, True, {}

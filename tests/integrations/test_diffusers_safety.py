@@ -20,9 +20,9 @@ from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, SageAttnProcessor, enable
-from sage_diffusion.integrations._processors import is_routed
+from sage_diffusion.attend.session import AttentionRefused
 from sage_diffusion.integrations.diffusers import apply
-from sage_diffusion.session import AttentionRefused
+from sage_diffusion.integrations.diffusers.processors import is_routed
 
 
 @functools.cache
@@ -567,7 +567,7 @@ def test_context_parallel_calls_stay_the_host_s(monkeypatch):
     model = Odd(parallel_config=object())
     seen = []
     monkeypatch.setattr(
-        "sage_diffusion.integrations._processors.DISPATCH",
+        "sage_diffusion.integrations.diffusers.processors.DISPATCH",
         lambda *a, **kw: seen.append(kw["parallel_config"]) or a[0],
     )
     patch = apply(model, AttentionSession("int8/fp8"))
@@ -581,7 +581,9 @@ def test_flex_block_masks_stay_the_host_s(monkeypatch):
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu")
     model = Odd(attn_mask=mask)
-    monkeypatch.setattr("sage_diffusion.integrations._processors.DISPATCH", lambda *a, **kw: a[0])
+    monkeypatch.setattr(
+        "sage_diffusion.integrations.diffusers.processors.DISPATCH", lambda *a, **kw: a[0]
+    )
     patch = apply(model, AttentionSession("int8/fp8"))
     model(torch.randn(1, 8, 2, 8))
     assert list(patch.summary().declined) == ["a mask of type BlockMask"]

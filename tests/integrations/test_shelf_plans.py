@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from integrations.tiny_pipelines import PIPELINES, build
 
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers import apply
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
 
-SHELF = Path(__file__).parents[2] / "sage_diffusion" / "plans"
+SHELF = Path(__file__).parents[2] / "sage_diffusion" / "plan" / "shipped"
 PLANS = sorted(SHELF.glob("*.json"))
 
 #: Plan -> tiny pipeline of the family, where the names differ.

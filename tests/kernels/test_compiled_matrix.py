@@ -20,14 +20,22 @@ pytest.importorskip("triton", minversion="3.9")
 
 import targets
 
-from sage_diffusion import cost_sass
-from sage_diffusion.backends import BACKENDS, AttentionCall, BackendUnavailable, select
-from sage_diffusion.cost_compile import BATCH, HEADS, LENGTH, Kernel, compile_backend, compiling_for
+from sage_diffusion.attend.backends import BACKENDS, BackendUnavailable, select
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention import gluon_columns
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.speed import cost_sass
+from sage_diffusion.speed.cost_compile import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    Kernel,
+    compile_backend,
+    compiling_for,
+)
 
 #: Every instruction of a matrix unit: SASS and AMD's assembly.
 _MATRIX = re.compile(r"[A-Z]*MMA\b|v_(mfma|wmma|smfmac|swmmac)_")

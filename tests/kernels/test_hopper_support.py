@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention.hopper_support import unsupported
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -42,7 +43,7 @@ def test_triton_serves_the_rest(monkeypatch, spec, head_dim, version, chosen):
     monkeypatch.setattr(backends, "triton_version", lambda: version)
     backends.select.cache_clear()
     shape = (1, 8, 1024, head_dim)
-    call = backends.AttentionCall(
+    call = AttentionCall(
         shape,
         shape,
         torch.float16,

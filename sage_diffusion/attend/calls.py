@@ -1,0 +1,169 @@
+"""One attention call: as a host hands it over, as backends are asked, and as observers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.kernels.rope import Rope, rotated
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import device_arch
+
+#: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
+Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
+
+#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
+#: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
+Run = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Call(NamedTuple):
+    """One call: what a :data:`Native` takes, and what q and k are still to be rotated by."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    is_causal: bool
+    scale: float | None
+    rope_q: Rope | None = None
+    rope_k: Rope | None = None
+
+    def part(self, i: int, count: int) -> Call:
+        """The i-th of ``count`` equal parts of the batch; what all rows share stays whole."""
+        size = self.q.shape[0] // count
+        own = [
+            r if r is None else r.rows(i * size, (i + 1) * size) for r in (self.rope_q, self.rope_k)
+        ]
+        mask = self.mask
+        return self._replace(
+            q=rows(self.q, i, size),
+            k=rows(self.k, i, size),
+            v=rows(self.v, i, size),
+            mask=mask if mask is None or mask.ndim < 4 else rows(mask, i, size),
+            rope_q=own[0],
+            rope_k=own[1],
+        )
+
+    def plain(self) -> tuple[Tensor, Tensor, Tensor, Any, bool, float | None]:
+        """What a :data:`Native` takes, q and k rotated by Torch."""
+        q, k = rotated(self.q, self.rope_q), rotated(self.k, self.rope_k)
+        return q, k, self.v, self.mask, self.is_causal, self.scale
+
+
+def rows(x: Tensor, i: int, size: int) -> Tensor:
+    """The i-th ``size`` rows of a batch; the only row where one serves all."""
+    return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
+
+
+def torch_native(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None
+) -> Tensor:
+    """PyTorch's attention on ``[B, H, L, D]``: what a layer runs where its host names nothing."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Everything that the choice of a backend may look at.  No tensors inside.
+
+    Attributes:
+        q_shape, kv_shape: ``(B, H, Lq, D)`` and ``(B, Hkv, Lk, D)``.
+        dtype: of q, k and v.
+        device: device type, "cuda" for ROCm too.
+        capability: CUDA compute capability, None elsewhere.
+        hip_arch: e.g. "gfx1201" on ROCm, None elsewhere.
+        mask: None, "bool" or "additive".
+        is_causal, return_lse: as in :func:`sage_diffusion.attention`.
+        spec: what must be computed.
+        rope: q or k is still to be rotated.
+    """
+
+    q_shape: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] | None
+    hip_arch: str | None
+    mask: str | None
+    is_causal: bool
+    return_lse: bool
+    spec: AttentionSpec
+    rope: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        spec: AttentionSpec,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_lse: bool = False,
+        rope: bool = False,
+    ) -> AttentionCall:
+        """Describe a call."""
+        capability, hip_arch = device_arch(q.device)
+        kind = None if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+        return cls(
+            tuple(q.shape),
+            tuple(k.shape),
+            q.dtype,
+            q.device.type,
+            capability,
+            hip_arch,
+            kind,
+            is_causal,
+            return_lse,
+            spec,
+            rope,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionEvent:
+    """One call as an observer sees it, right after it ran.  Read the tensors, don't keep them.
+
+    Attributes:
+        layer: name of the layer.
+        step: index of the sampling step, -1 outside sampling.
+        progress: position in the schedule, 0 .. 1.
+        branch: "cond", "uncond" or None where the host doesn't say; a batch that holds both is
+            shown in parts.
+        spec: what ran; ``fp16`` also where the plan's spec was declined.
+        q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``; q and k rotated, also where
+            that was left to the kernels.
+        out: ``[B, H, Lq, D]``.
+    """
+
+    layer: str
+    step: int
+    progress: float
+    branch: str | None
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    out: Tensor
+
+
+class Observer(Protocol):
+    """Watches the calls of a session."""
+
+    def observe(self, event: AttentionEvent) -> None:
+        """Called after every call that the session served, fp16 ones included."""

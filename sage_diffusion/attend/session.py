@@ -1,0 +1,614 @@
+"""``AttentionSession``: a plan, where sampling stands, and what every layer did.
+
+The only mutable object of the core; a host makes one per patched model (or pipeline) and tells it
+where sampling stands.  Calibration, accuracy reports and tests watch it as observers, so no second
+attention path exists for measuring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.attend import backends, execution, ops
+from sage_diffusion.attend.calls import (
+    AttentionCall,
+    AttentionEvent,
+    Call,
+    Native,
+    Observer,
+    rows,
+    torch_native,
+)
+from sage_diffusion.attend.finite import reads_at_once
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.runs import RunLog, nothing_quantized
+from sage_diffusion.attend.summary import LayerSummary, SessionSummary
+from sage_diffusion.attend.validation import check_call, check_ropes, four_dims, not_forward
+from sage_diffusion.attend.verdicts import Verdicts
+from sage_diffusion.kernels.rope import Rope
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.plan.names import LayerName
+from sage_diffusion.plan.noise import NoiseScale
+
+log = logging.getLogger("sage_diffusion")
+
+FP16 = AttentionSpec.parse("fp16")
+
+CAME_IN = "NaN or infinity came in: the model's own attention ran"
+
+
+class AttentionRefused(RuntimeError):
+    """A strict session met a call that its plan quantizes and nobody can run."""
+
+
+class Layer:
+    """One attention module of a patched model; calls go through it.
+
+    Args:
+        session: decides and runs.
+        name: what plans and summaries call the layer.
+        native: the host's own attention.
+        listed: False enters the layer into the session's table on its first call only: for calls
+            that a module may make or not.
+    """
+
+    def __init__(
+        self,
+        session: AttentionSession,
+        name: str,
+        native: Native | None = None,
+        listed: bool = True,
+    ):
+        self.session = session
+        self.name = name
+        self.native: Native = native or torch_native
+        self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
+        self.declined: Counter[str] = Counter()  # reason -> calls
+        self.tokens = 0  # most keys of a call
+        self.index = session._adopt(self) if listed else -1
+        self.handle = ops.register(self)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
+    ) -> Tensor:
+        """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
+        if torch.compiler.is_compiling():
+            tables = ops.tables(rope_q, rope_k)
+            return ops.attention(
+                q, k, v, mask, self.handle, "", is_causal, scale, "auto", False, *tables
+            )[0]
+        return self.attend(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        native: Native | None = None,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
+    ) -> Tensor:
+        """:meth:`AttentionSession.attend` of this layer."""
+        return self.session.attend(
+            self,
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            native=native,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
+
+    def bypass(self, tokens: int, reason: str) -> None:
+        """Count a call that never reaches :meth:`attend` because the host must run it itself.
+
+        Declined where the plan quantizes a call with this many keys, else run as planned.
+        """
+        self.tokens = max(self.tokens, tokens)
+        if self.session.quantizes(self.name, tokens):
+            self.decline(reason)
+        else:
+            self.session._enlist(self)
+            self.ran["fp16", "native"] += 1
+
+    def decline(self, reason: str) -> None:
+        """Count a call that the host must run itself; raises in a strict session."""
+        self.session._enlist(self)
+        if self.session.strict:
+            raise AttentionRefused(f"{self.name}: {reason}")
+        if reason not in self.session._logged:
+            self.session._logged.add(reason)
+            log.warning("%s runs its own attention: %s", self.name, reason)
+        self.declined[reason] += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        session = copy.deepcopy(self.session, memo)
+        if id(self) not in memo:  # copying the session copies the layers that it lists
+            memo[id(self)] = Layer(session, self.name, self.native, self.index >= 0)
+        return memo[id(self)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layer, (self.session, self.name, self.native, self.index >= 0)
+
+
+def _component(layer: str) -> str:
+    return layer.component if isinstance(layer, LayerName) else ""
+
+
+class AttentionSession:
+    """Decides and runs every attention call of one patched model.
+
+    Args:
+        plan: a plan, a spec, a spec's name or a path of a plan.
+        backend: as in :func:`sage_diffusion.attention`.
+        strict: raise where a call that the plan quantizes can't be served, or where an output is
+            not finite, instead of running the host's own attention and counting.
+        observers: see :class:`Observer`.
+        guard: drift checks and stepping up, see :class:`sage_diffusion.attend.guard.Guard`.
+    """
+
+    def __init__(
+        self,
+        plan: PrecisionPlan | AttentionSpec | str,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        observers: Sequence[Observer] = (),
+        guard: Guard | None = None,
+    ):
+        if backend not in backends.BACKEND_NAMES:
+            names = ", ".join(backends.BACKEND_NAMES)
+            raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        self._plan = PrecisionPlan.of(plan)
+        self.backend = backend
+        self.strict = strict
+        self.observers: list[Observer] = list(observers)
+        self.layers: dict[str, Layer] = {}
+        self.step = -1
+        self.steps = 0
+        self.progress = 0.0
+        self.sigma: float | None = None
+        self.schedule: tuple[float, ...] = ()
+        self.branch: str | None = None
+        self.chunks: tuple[str, ...] = ()
+        self.pictures = 0
+        self.before_call: Callable[[], None] | None = None
+        self.verdicts = Verdicts(guard or Guard())
+        self.watch, self.guard = self.verdicts.outputs, self.verdicts.guard
+        self.compilations = execution.Failures()
+        self.run: RunLog | None = None
+        #: Components that were called in a run.  Others that are called apart from any (a decoder
+        #: that is a diffusion model itself) do not denoise: they run as they are.
+        self.sampled: set[str] = set()
+        self.warnings: Counter[str] = Counter()
+        self._logged: set[str] = set()
+        self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
+        self.noise = NoiseScale()
+        self._place: Callable[[float], float] | None = None
+
+    # ------------------------------------------------------------------ plan and layers
+    @property
+    def plan(self) -> PrecisionPlan:
+        """What decides; assign to change it between two calls."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: PrecisionPlan | AttentionSpec | str) -> None:
+        self._plan = PrecisionPlan.of(plan)
+        self._specs.clear()
+        self._find_place()
+        self.guard.reset()
+
+    def layer(self, name: str, native: Native | None = None) -> Layer:
+        """The layer of that name, made on first use."""
+        found = self.layers.get(name)
+        if found is None:
+            return Layer(self, name, native)
+        if native is not None:
+            found.native = native
+        return found
+
+    def _adopt(self, layer: Layer) -> int:
+        self.layers[layer.name] = layer
+        return len(self.layers) - 1
+
+    def _enlist(self, layer: Layer) -> None:
+        if layer.index < 0:
+            layer.index = self._adopt(layer)
+
+    # ------------------------------------------------------------------ where sampling stands
+    def start(
+        self, steps: int, schedule: Sequence[float] = (), noise: NoiseScale | None = None
+    ) -> None:
+        """A new sampling run begins; counters go on.
+
+        Args:
+            steps: of the run.
+            schedule: sigma of every step, where the host knows them beforehand.
+            noise: what the schedule's numbers mean, where the host knows it.
+
+        Raises:
+            ValueError: no steps, or a schedule of another length.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if schedule and len(schedule) != steps:
+            raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
+        if self.run is not None:  # nobody ended it
+            self.warn(self.run.stuck())
+        self.verdicts.begin_run()
+        self.steps, self.schedule = steps, tuple(schedule)
+        self.noise = noise or NoiseScale.guess(schedule)
+        self._find_place()
+        self.run = RunLog(steps, self.layers)
+        self.begin_step(0)
+
+    def begin_step(self, step: int, sigma: float | None = None) -> None:
+        """Sampling is at ``step``; ``sigma`` lets a plan with a schedule of its own be looked up.
+
+        Raises:
+            NonFiniteOutput: an earlier step had non-finite numbers and the session is strict.
+        """
+        self.step, self.sigma = step, sigma
+        if sigma is not None and self._place is not None:
+            self.progress = self._place(sigma)
+        else:
+            self.progress = step_progress(step, self.steps)
+        if self.run is not None:
+            self.run.visit(step, sigma, self.progress)
+        self._read_verdicts()
+        self._specs.clear()
+
+    def _find_place(self) -> None:
+        """Where the host's numbers stand in the plan's schedule, if it has one."""
+        schedule, unit = self._plan.schedule, self._plan.schedule_unit
+        self._place = None if schedule is None else self.noise.places(schedule, unit)
+        if schedule is not None and self._place is None:
+            self.warn(
+                f"the plan's schedule, {schedule[0]:g} to {schedule[-1]:g} in "
+                f"{unit or 'a unit that it does not name'}, can't be compared with this sampler's "
+                f"{self.noise.unit or 'sigmas'}: its steps are counted instead; remap the plan to "
+                "this sampler, or take the schedule out of it"
+            )
+
+    def settle(self) -> None:
+        """Call ``before_call`` now, if it waits: a host's word on the calls that come next.
+
+        It is called once, at the next call; what a host may still change until then (guidance)
+        needs no other place to be read.
+        """
+        if self.before_call is not None:
+            tell, self.before_call = self.before_call, None
+            tell()
+
+    def set_branch(self, branch: str | None, chunks: Sequence[str] = (), pictures: int = 0) -> None:
+        """The calls that follow belong to "cond", "uncond", or both (None).
+
+        Args:
+            branch: of whole calls.
+            chunks: where both share a batch, the branches of its equal parts in their order; each
+                part then runs and is observed as its own branch.
+            pictures: in each part, 0 if unknown.  A batch that does not hold them all in every part
+                is of no branch (a call for one part only).
+        """
+        self.branch, self.chunks, self.pictures = branch, tuple(chunks), pictures
+        if self.run is not None:
+            self.run.branches.update((branch,) if branch else self.chunks)
+
+    @contextlib.contextmanager
+    def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
+        """Calls inside the block happen at this progress."""
+        before = self.progress, self.step, self.branch
+        self.progress, self.step, self.branch = progress, step, branch
+        self._specs.clear()
+        try:
+            yield
+        finally:
+            self.progress, self.step, self.branch = before
+            self._specs.clear()
+
+    def finish(self, judge: bool = True) -> None:
+        """Sampling ended: look at the last step's outputs, waiting for the device.
+
+        Args:
+            judge: warn where the run quantized nothing although the plan does; False where other
+                sessions share the run.
+
+        Raises:
+            NonFiniteOutput: the last step had non-finite numbers and the session is strict.
+            AttentionRefused: nothing was quantized and the session is strict.
+        """
+        self.verdicts.wait()
+        run = self.run
+        try:
+            self._read_verdicts()
+            if run is not None:
+                run.close()
+                self.warn(run.stuck())
+                self.sampled.update(_component(name) for name in run.called)
+                reason = nothing_quantized(self._plan, [run]) if judge else None
+                if reason is not None and self.strict:
+                    raise AttentionRefused(reason)
+                self.warn(reason)
+        finally:
+            self._stand_still()
+
+    def break_off(self) -> None:
+        """Sampling was broken off: its verdicts count no more, and nothing of it is kept."""
+        self.verdicts.begin_run()
+        self._stand_still()
+
+    def _stand_still(self) -> None:
+        self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
+        self.run = self.before_call = None
+        self._specs.clear()
+
+    def warn(self, message: str | None) -> None:
+        """Put a warning into the summary, and log it the first time; None is none."""
+        if message is None:
+            return
+        if not self.warnings[message]:
+            log.warning("%s", message)
+        self.warnings[message] += 1
+
+    def _read_verdicts(self) -> None:
+        if self.verdicts.read(self.step, self.strict):
+            self._specs.clear()
+
+    # ------------------------------------------------------------------ the call
+    def spec_for(self, layer: str, tokens: int, branch: str | None = None) -> AttentionSpec:
+        """What the plan says now of a layer whose call has this many keys; ``branch`` if no call
+        is of one branch as a whole."""
+        key = (layer, tokens, branch or self.branch)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
+            apart = self.step < 0 and self.sampled and _component(layer) not in self.sampled
+            native = apart or self.verdicts.runs_natively(layer)
+            spec = FP16 if native else self.guard.spec(layer, spec)
+            self._specs[key] = spec
+        return spec
+
+    def quantizes(self, layer: str, tokens: int, *, whole: bool = False) -> bool:
+        """Does the plan quantize a call with this many keys, or a part of its batch?
+
+        With ``whole`` every part must be.
+        """
+        if self.before_call is not None:
+            self.settle()
+        branches = self.chunks if self.branch is None else ()
+        parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
+        return all(parts) if whole else any(parts)
+
+    def attend(
+        self,
+        layer: Layer | str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        native: Native | None = None,
+        rope_q: Rope | None = None,
+        rope_k: Rope | None = None,
+    ) -> Tensor:
+        """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
+
+        ``native`` stands for the layer's own in this call, where the host's attention takes more
+        than a layer can know.  ``rope_q`` and ``rope_k`` rotate q and k as in
+        :func:`sage_diffusion.attention`; observers and the host's own attention get them rotated.
+
+        Raises:
+            ValueError, TypeError: the tables of a rotation do not fit.
+            AttentionRefused: strict, and the plan's spec can't be served.
+            KernelCompilationError: the session's backend is named and its kernel doesn't compile.
+        """
+        layer = self.layer(layer) if isinstance(layer, str) else layer
+        if layer.index < 0:
+            self._enlist(layer)
+        if self.before_call is not None:
+            self.settle()
+        layer.tokens = max(layer.tokens, k.shape[2])
+        native = native or layer.native
+        check_ropes(q, k, rope_q, rope_k)
+        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+        both = self.chunks and self.branch is None
+        if both and not q.shape[0] % (len(self.chunks) * max(self.pictures, 1)):
+            return self._attend_chunks(layer, call, native)
+        spec = self.spec_for(layer.name, k.shape[2])
+        out, ran = self._serve(layer, spec, call, native)
+        self._show(layer, self.branch, ran, call, out)
+        return out
+
+    def _attend_chunks(self, layer: Layer, call: Call, native: Native) -> Tensor:
+        """A batch that holds both branches: together where they agree, else each in its spec."""
+        count = len(self.chunks)
+        size = call.q.shape[0] // count
+        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in self.chunks]
+        if len(set(specs)) == 1:
+            out, ran = self._serve(layer, specs[0], call, native)
+            if not self.observers:
+                return out
+            served = [(rows(out, i, size), ran) for i in range(count)]
+            if out.requires_grad:  # a gradient must reach what the observers see
+                out = torch.cat([found for found, _ in served])
+        else:
+            # The host's own attention knows its batch as a whole only.
+            whole = functools.cache(lambda: native(*call.plain()))
+
+            def part_of_whole(i: int) -> Native:
+                return lambda *_: rows(whole(), i, size)
+
+            served = [
+                self._serve(layer, spec, call.part(i, count), part_of_whole(i))
+                for i, spec in enumerate(specs)
+            ]
+            out = torch.cat([found for found, _ in served])
+        for i, (branch, (found, ran)) in enumerate(zip(self.chunks, served, strict=True)):
+            self._show(layer, branch, ran, call.part(i, count), found)
+        return out
+
+    def _serve(
+        self, layer: Layer, spec: AttentionSpec, call: Call, native: Native
+    ) -> tuple[Tensor, AttentionSpec]:
+        """The output, and what ran: fp16 also where the plan's spec was declined."""
+        if spec.quantized:
+            out = self._quantized(layer, spec, call)
+            if out is not None:
+                return out, spec
+        else:
+            layer.ran["fp16", "native"] += 1
+        return native(*call.plain()), FP16
+
+    def _show(
+        self, layer: Layer, branch: str | None, spec: AttentionSpec, call: Call, out: Tensor
+    ) -> None:
+        if self.observers:
+            event = AttentionEvent(
+                layer.name, self.step, self.progress, branch, spec, *call.plain(), out
+            )
+            with torch.no_grad():
+                for observer in self.observers:
+                    observer.observe(event)
+
+    def _quantized(self, layer: Layer, spec: AttentionSpec, call: Call) -> Tensor | None:
+        """The output, or None after the call was declined with a reason."""
+        q, k, v, mask, is_causal, scale, rope_q, rope_k = call
+        rope = rope_q is not None or rope_k is not None
+        reason = not_forward(q, k, v)
+        if reason is not None:
+            layer.decline(reason)
+            return None
+        try:
+            check_call(q, k, v, mask)
+            asked = AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
+        except (ValueError, TypeError) as error:
+            layer.decline(str(error))
+            return None
+        came_in = self.verdicts.not_finite(layer.name, layer.index, self.step, q, k, v)
+        if came_in and not self.strict:
+            layer.declined[CAME_IN] += 1  # the next step's verdict tells of it
+            return None
+        try:
+            chosen, out, _ = execution.run(
+                asked,
+                self.backend,
+                q,
+                k,
+                v,
+                four_dims(mask),
+                scale,
+                self.compilations,
+                rope_q=rope_q,
+                rope_k=rope_k,
+            )
+        except backends.BackendUnavailable as error:
+            layer.decline(str(error))
+            return None
+        finite = self.watch.look(layer.name, self.step, out)
+        if self.verdicts.full():
+            self._read_verdicts()
+        if not self.strict:
+            if reads_at_once(finite):
+                if not finite:
+                    layer.decline("the quantized output was not finite, run again natively")
+                    return None
+            elif chosen.name != "triton":
+                # Waiting for the flag would cost more than a pass over the output.  Our own kernels
+                # make no NaN of finite inputs and are spared it.
+                out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
+        layer.ran[str(spec), chosen.name] += 1
+        if self.guard.due(layer.name, layer.index, self.step):
+            q, k = call.plain()[:2]
+            self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
+        return out
+
+    # ------------------------------------------------------------------ what happened
+    def summary(self) -> SessionSummary:
+        """Which layer ran what, and what fell back and why."""
+        if self.run is not None:
+            self.warn(self.run.stuck())
+        return SessionSummary(
+            tuple(
+                LayerSummary(
+                    layer.name,
+                    dict(layer.ran),
+                    dict(layer.declined),
+                    tuple(self.verdicts.non_finite.get(layer.name, ())),
+                    tuple(self.guard.reasons.get(layer.name, ())),
+                    self.guard.drift.get(layer.name),
+                    tuple(self.verdicts.came_in.get(layer.name, ())),
+                )
+                for layer in self.layers.values()
+            ),
+            dict(self.compilations.counts),
+            tuple(self.warnings),
+        )
+
+    def reset_counts(self) -> None:
+        """Forget what was counted and reported so far."""
+        for layer in self.layers.values():
+            layer.ran.clear()
+            layer.declined.clear()
+        self.verdicts.reset()
+        self.warnings.clear()
+        if self.run is not None:
+            self.run = RunLog(self.run.steps, self.layers)
+        self.compilations.counts.clear()
+        self._logged.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSession:
+        # A copied model gets a session of its own: same plan, no observers, fresh counters.
+        new = AttentionSession(
+            self._plan, backend=self.backend, strict=self.strict, guard=self.guard.guard
+        )
+        memo[id(self)] = new
+        for name, layer in self.layers.items():
+            memo[id(layer)] = Layer(new, name, layer.native)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_session, (self._plan, self.backend, self.strict, self.guard.guard)
+
+
+def _restore_session(
+    plan: PrecisionPlan, backend: str, strict: bool, guard: Guard
+) -> AttentionSession:
+    return AttentionSession(plan, backend=backend, strict=strict, guard=guard)
