@@ -141,6 +141,7 @@ class Calibrator:
         sigmas = self.session.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
         if len(sigmas) == self.steps and all(b < a for a, b in itertools.pairwise(sigmas)):
             table.schedule = list(sigmas)  # progress can't be looked up in any other
+            table.schedule_unit = self.session.noise.unit
         self.begin()
 
 

@@ -241,6 +241,7 @@ def make_plan(
         model=table.fingerprint.get("model"),
         name=name,
         schedule=None if table.schedule is None else tuple(table.schedule),
+        schedule_unit=table.schedule_unit,
         fingerprint=table.fingerprint or None,
         calibration=_provenance(task, time_, damage_, floor, budget, costs),
     )

@@ -34,6 +34,7 @@ class ScoreTable:
         layers: names in the order of their first call.
         branches: "both", or "cond" and "uncond".
         schedule: sigma of every step, where the host tells it.
+        schedule_unit: what its numbers are, as in a plan.
         runs: finished ``(prompt, seed)`` pairs.
         extra: cells ``(layer, step, branch)`` measured in a second pass, extra_runs: its runs.
         count: measurements of every cell, ``[L, S, B]``.
@@ -57,6 +58,7 @@ class ScoreTable:
     extra_runs: list[tuple[str, int]] = field(default_factory=list)
     sensitivity: dict[str, Any] | None = None
     unfinished: dict[str, Any] | None = None
+    schedule_unit: str | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), self.steps, len(self.branches))
@@ -175,6 +177,7 @@ class ScoreTable:
             "fingerprint": self.fingerprint,
             "settings": self.settings,
             "schedule": self.schedule,
+            "schedule_unit": self.schedule_unit,
             "layers": list(self.layers),
             "branches": list(self.branches),
             "runs": [list(run) for run in self.runs],

@@ -12,6 +12,7 @@ import numpy as np
 
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan.rules import UNITS
 
 VERSION = 1
 
@@ -87,6 +88,7 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
         "extra_runs": _runs(data["extra_runs"], "extra_runs"),
         "sensitivity": _sensitivity(data["sensitivity"], layers, steps, len(specs)),
         "unfinished": unfinished,
+        "schedule_unit": _unit(data.get("schedule_unit")),
     }
     fine = unfinished is None or isinstance(unfinished, Mapping)
     _need(fine, "unfinished", "an object or null", unfinished)
@@ -137,6 +139,12 @@ def _fingerprint(data: Any) -> dict[str, Any]:
     for name, dim in dims.items():
         _need(_whole(dim) and dim > 0, f"fingerprint.head_dims.{name}", "a whole number", dim)
     return dict(data)
+
+
+def _unit(data: Any) -> str | None:
+    known = data is None or (isinstance(data, str) and data in UNITS)
+    _need(known, "schedule_unit", f"one of {', '.join(UNITS)} or null", data)
+    return None if data is None else str(data)
 
 
 def _schedule(data: Any, steps: int) -> list[float] | None:

@@ -38,6 +38,7 @@ class RunLog:
         visited: steps in which the model was called.
         progress: values at which the model was called.
         branches: branches of guidance that the host named.
+        called: names of the layers that had any.
         calls, quantized: of all layers.
         declined: reason -> calls.
     """
@@ -48,6 +49,7 @@ class RunLog:
     visited: set[int] = field(default_factory=set)
     progress: set[float] = field(default_factory=set)
     branches: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     calls: int = 0
     quantized: int = 0
     declined: Counter[str] = field(default_factory=Counter)
@@ -85,6 +87,7 @@ class RunLog:
         most = max(made.values(), default=0)
         if most > 0:
             self.calls += sum(made.values())
+            self.called.update(name for name, n in made.items() if n > 0)
             self.visits.append(most)
             self.visited.add(self._at[0])
             self.progress.add(self._at[2])
@@ -97,19 +100,28 @@ class RunLog:
         self.quantized = ran - self._first[0]
         self.declined = declined - self._first[1]
 
+    def _so_far(self) -> tuple[list[int], set[int]]:
+        """Visits and visited steps with those of the present noise level."""
+        now = self._totals()
+        most = max((n - self._before.get(name, 0) for name, n in now.items()), default=0)
+        if most <= 0:
+            return self.visits, self.visited
+        return [*self.visits, most], self.visited | {self._at[0]}
+
     def stuck(self) -> str | None:
         """A warning where sampling did not move as the host's steps should have, else None."""
-        if not self.visits:
+        visits, visited = self._so_far()
+        if not visits:
             return None
-        most, others = max(self.visits), sorted(self.visits)[:-1]
+        most, others = max(visits), sorted(visits)[:-1]
         remedy = (
             "the plan and the guard took all of them for that step. Tell the session where "
             "sampling stands (begin_step), or use a plan without start and end"
         )
-        if self.steps > 1 and len(self.visited) == 1 and sum(self.visits) >= max(3, self.steps):
+        if self.steps > 1 and len(visited) == 1 and sum(visits) >= max(3, self.steps):
             return (
-                f"sampling never left step {min(self.visited)} of {self.steps} although the model "
-                f"was called {sum(self.visits)} times: {remedy}"
+                f"sampling never left step {min(visited)} of {self.steps} although the model "
+                f"was called {sum(visits)} times: {remedy}"
             )
         usual = statistics.median(others) if others else 1
         if most > MANY_CALLS and most > MANY_TIMES * usual:

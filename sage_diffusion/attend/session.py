@@ -12,7 +12,7 @@ import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from sage_diffusion.attend.verdicts import Verdicts
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.plan.names import LayerName
+from sage_diffusion.plan.noise import NoiseScale
 
 log = logging.getLogger("sage_diffusion")
 
@@ -164,6 +166,10 @@ class Layer:
         return Layer, (self.session, self.name, self.native, self.index >= 0)
 
 
+def _component(layer: str) -> str:
+    return layer.component if isinstance(layer, LayerName) else ""
+
+
 class AttentionSession:
     """Decides and runs every attention call of one patched model.
 
@@ -200,13 +206,20 @@ class AttentionSession:
         self.schedule: tuple[float, ...] = ()
         self.branch: str | None = None
         self.chunks: tuple[str, ...] = ()
+        self.pictures = 0
+        self.before_call: Callable[[], None] | None = None
         self.verdicts = Verdicts(guard or Guard())
         self.watch, self.guard = self.verdicts.outputs, self.verdicts.guard
         self.compilations = execution.Failures()
         self.run: RunLog | None = None
+        #: Components that were called in a run.  Others that are called apart from any (a decoder
+        #: that is a diffusion model itself) do not denoise: they run as they are.
+        self.sampled: set[str] = set()
         self.warnings: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
+        self.noise = NoiseScale()
+        self._place: Callable[[float], float] | None = None
 
     # ------------------------------------------------------------------ plan and layers
     @property
@@ -218,6 +231,7 @@ class AttentionSession:
     def plan(self, plan: PrecisionPlan | AttentionSpec | str) -> None:
         self._plan = PrecisionPlan.of(plan)
         self._specs.clear()
+        self._find_place()
         self.guard.reset()
 
     def layer(self, name: str, native: Native | None = None) -> Layer:
@@ -238,12 +252,15 @@ class AttentionSession:
             layer.index = self._adopt(layer)
 
     # ------------------------------------------------------------------ where sampling stands
-    def start(self, steps: int, schedule: Sequence[float] = ()) -> None:
+    def start(
+        self, steps: int, schedule: Sequence[float] = (), noise: NoiseScale | None = None
+    ) -> None:
         """A new sampling run begins; counters go on.
 
         Args:
             steps: of the run.
             schedule: sigma of every step, where the host knows them beforehand.
+            noise: what the schedule's numbers mean, where the host knows it.
 
         Raises:
             ValueError: no steps, or a schedule of another length.
@@ -252,8 +269,12 @@ class AttentionSession:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if schedule and len(schedule) != steps:
             raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
+        if self.run is not None:  # nobody ended it
+            self.warn(self.run.stuck())
         self.verdicts.begin_run()
         self.steps, self.schedule = steps, tuple(schedule)
+        self.noise = noise or NoiseScale.guess(schedule)
+        self._find_place()
         self.run = RunLog(steps, self.layers)
         self.begin_step(0)
 
@@ -264,8 +285,8 @@ class AttentionSession:
             NonFiniteOutput: an earlier step had non-finite numbers and the session is strict.
         """
         self.step, self.sigma = step, sigma
-        if sigma is not None and self._plan.schedule is not None:
-            self.progress = self._plan.remap(sigma)
+        if sigma is not None and self._place is not None:
+            self.progress = self._place(sigma)
         else:
             self.progress = step_progress(step, self.steps)
         if self.run is not None:
@@ -273,15 +294,39 @@ class AttentionSession:
         self._read_verdicts()
         self._specs.clear()
 
-    def set_branch(self, branch: str | None, chunks: Sequence[str] = ()) -> None:
+    def _find_place(self) -> None:
+        """Where the host's numbers stand in the plan's schedule, if it has one."""
+        schedule, unit = self._plan.schedule, self._plan.schedule_unit
+        self._place = None if schedule is None else self.noise.places(schedule, unit)
+        if schedule is not None and self._place is None:
+            self.warn(
+                f"the plan's schedule, {schedule[0]:g} to {schedule[-1]:g} in "
+                f"{unit or 'a unit that it does not name'}, can't be compared with this sampler's "
+                f"{self.noise.unit or 'sigmas'}: its steps are counted instead; remap the plan to "
+                "this sampler, or take the schedule out of it"
+            )
+
+    def settle(self) -> None:
+        """Call ``before_call`` now, if it waits: a host's word on the calls that come next.
+
+        It is called once, at the next call; what a host may still change until then (guidance)
+        needs no other place to be read.
+        """
+        if self.before_call is not None:
+            tell, self.before_call = self.before_call, None
+            tell()
+
+    def set_branch(self, branch: str | None, chunks: Sequence[str] = (), pictures: int = 0) -> None:
         """The calls that follow belong to "cond", "uncond", or both (None).
 
         Args:
             branch: of whole calls.
             chunks: where both share a batch, the branches of its equal parts in their order; each
                 part then runs and is observed as its own branch.
+            pictures: in each part, 0 if unknown.  A batch that does not hold them all in every part
+                is of no branch (a call for one part only).
         """
-        self.branch, self.chunks = branch, tuple(chunks)
+        self.branch, self.chunks, self.pictures = branch, tuple(chunks), pictures
         if self.run is not None:
             self.run.branches.update((branch,) if branch else self.chunks)
 
@@ -318,6 +363,7 @@ class AttentionSession:
             if run is not None:
                 run.close()
                 self.warn(run.stuck())
+                self.sampled.update(_component(name) for name in run.called)
                 reason = nothing_quantized(self._plan, [run]) if judge else None
                 if reason is not None and self.strict:
                     raise AttentionRefused(reason)
@@ -333,7 +379,7 @@ class AttentionSession:
 
     def _stand_still(self) -> None:
         self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
-        self.run = None
+        self.run = self.before_call = None
         self._specs.clear()
 
     def warn(self, message: str | None) -> None:
@@ -356,7 +402,9 @@ class AttentionSession:
         spec = self._specs.get(key)
         if spec is None:
             spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
-            spec = FP16 if self.verdicts.runs_natively(layer) else self.guard.spec(layer, spec)
+            apart = self.step < 0 and self.sampled and _component(layer) not in self.sampled
+            native = apart or self.verdicts.runs_natively(layer)
+            spec = FP16 if native else self.guard.spec(layer, spec)
             self._specs[key] = spec
         return spec
 
@@ -365,6 +413,8 @@ class AttentionSession:
 
         With ``whole`` every part must be.
         """
+        if self.before_call is not None:
+            self.settle()
         branches = self.chunks if self.branch is None else ()
         parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
         return all(parts) if whole else any(parts)
@@ -397,11 +447,14 @@ class AttentionSession:
         layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
             self._enlist(layer)
+        if self.before_call is not None:
+            self.settle()
         layer.tokens = max(layer.tokens, k.shape[2])
         native = native or layer.native
         check_ropes(q, k, rope_q, rope_k)
         call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
-        if self.chunks and self.branch is None and not q.shape[0] % len(self.chunks):
+        both = self.chunks and self.branch is None
+        if both and not q.shape[0] % (len(self.chunks) * max(self.pictures, 1)):
             return self._attend_chunks(layer, call, native)
         spec = self.spec_for(layer.name, k.shape[2])
         out, ran = self._serve(layer, spec, call, native)
@@ -514,6 +567,8 @@ class AttentionSession:
     # ------------------------------------------------------------------ what happened
     def summary(self) -> SessionSummary:
         """Which layer ran what, and what fell back and why."""
+        if self.run is not None:
+            self.warn(self.run.stuck())
         return SessionSummary(
             tuple(
                 LayerSummary(

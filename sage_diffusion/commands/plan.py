@@ -110,8 +110,8 @@ def remap(
     if (sigmas is None) == (like is None):
         raise CommandError("say which schedule: give --sigmas or --like")
     plan = PrecisionPlan.load(path)
-    target = _numbers(sigmas) if sigmas is not None else _schedule_of(like or Path())
-    _write(remap_plan(plan, target), len(plan.rules), out, as_json)
+    target, unit = (_numbers(sigmas), None) if sigmas is not None else _schedule_of(like or Path())
+    _write(remap_plan(plan, target, unit), len(plan.rules), out, as_json)
 
 
 def _write(plan: PrecisionPlan, before: int, out: Path, as_json: bool) -> None:
@@ -129,19 +129,19 @@ def _numbers(text: str) -> list[float]:
         raise CommandError(f"--sigmas must be numbers with commas between, got {text!r}") from None
 
 
-def _schedule_of(path: Path) -> list[float]:
-    """The schedule that a plan or a score table stores."""
+def _schedule_of(path: Path) -> tuple[list[float], str | None]:
+    """The schedule that a plan or a score table stores, and its unit."""
     from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.adapt.table_json import TableError
     from sage_diffusion.plan import PrecisionPlan
 
     try:
-        found = ScoreTable.load(path).schedule
+        source: Any = ScoreTable.load(path)
     except TableError:
-        found = list(PrecisionPlan.load(path).schedule or ())
-    if not found:
+        source = PrecisionPlan.load(path)
+    if not source.schedule:
         raise CommandError(f"{path} stores no schedule")
-    return found
+    return list(source.schedule), source.schedule_unit
 
 
 def layer_names(model: str) -> tuple[list[str], str]:

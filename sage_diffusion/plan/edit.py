@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sage_diffusion.plan.fingerprint import mismatch
+from sage_diffusion.plan.noise import NoiseScale
 from sage_diffusion.plan.plan import PrecisionPlan
 from sage_diffusion.plan.rules import PlanError, Rule
 
@@ -37,6 +38,12 @@ def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
     reason = mismatch(first.fingerprint, second.fingerprint or {})
     if reason is not None:
         raise PlanError(f"plans of different models can't be merged: the first one, {reason}")
+    units = {plan.schedule_unit for plan in (first, second) if plan.schedule}
+    if len(units - {None}) > 1:
+        raise PlanError(
+            "plans with schedules in different units can't be merged: "
+            + " and ".join(sorted(map(str, units)))
+        )
     if first.schedule and second.schedule and first.schedule != second.schedule:
         raise PlanError(
             "plans with different schedules can't be merged: their rules count progress "
@@ -53,29 +60,44 @@ def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
         name=second.name or first.name,
         model=second.model or first.model,
         schedule=second.schedule or first.schedule,
+        schedule_unit=second.schedule_unit or first.schedule_unit,
         fingerprint=second.fingerprint if same or not first.fingerprint else None,
         calibration=None if first.calibration else second.calibration,
     )
 
 
-def remap_plan(plan: PrecisionPlan, sigmas: Sequence[float]) -> PrecisionPlan:
+def remap_plan(
+    plan: PrecisionPlan, sigmas: Sequence[float], unit: str | None = None
+) -> PrecisionPlan:
     """The plan's rules moved to another schedule: each range covers the same sigmas as before.
 
     Args:
         plan: must store its own schedule.
-        sigmas: the other schedule, strictly descending, one value per step.
+        sigmas: the other schedule, strictly descending (log-SNR ascending), one value per step.
+        unit: of the other schedule; None if it is the plan's.
 
     Raises:
-        PlanError: the plan stores no schedule, or ``sigmas`` are no schedule.  A rule that covers
+        PlanError: the plan stores no schedule, ``sigmas`` are no schedule, or the units can't be
+            compared without the model (timesteps and anything else).  A rule that covers
             none of their steps is dropped.
     """
     if plan.schedule is None:
         raise PlanError("the plan stores no schedule, so it can't be moved to another one")
     target = tuple(float(s) for s in sigmas)
-    if len(target) < 2 or any(b >= a for a, b in itertools.pairwise(target)):
+    unit = unit or plan.schedule_unit
+    falling = target[::-1] if unit == "log-snr" else target
+    if len(target) < 2 or any(b >= a for a, b in itertools.pairwise(falling)):
         raise PlanError("sigmas must be at least two strictly descending values")
+    place: Callable[[float], float] | None = plan.remap
+    if unit != plan.schedule_unit:
+        place = NoiseScale(unit).places(plan.schedule, plan.schedule_unit)
+    if place is None:
+        raise PlanError(
+            f"a schedule in {plan.schedule_unit or 'an unknown unit'} can't be compared with one "
+            f"in {unit} without the model's noise schedule"
+        )
     # Where step i of the new schedule stands in the old one; a rule keeps the steps inside it.
-    places = [plan.remap(s) for s in target]
+    places = [place(s) for s in target]
     last = len(target) - 1
     rules: list[Rule] = []
     for rule in plan.rules:
@@ -91,4 +113,4 @@ def remap_plan(plan: PrecisionPlan, sigmas: Sequence[float]) -> PrecisionPlan:
         moved = replace(rule, start=start, end=end)
         if not any(earlier.covers(moved) for earlier in rules):
             rules.append(moved)
-    return replace(plan, rules=tuple(rules), schedule=target)
+    return replace(plan, rules=tuple(rules), schedule=target, schedule_unit=unit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sage_diffusion.plan.names import LayerName, inside
+
 
 def fingerprint(
     layers: Sequence[str], *, model: str | None = None, head_dims: Mapping[str, int] | None = None
@@ -33,12 +35,18 @@ def mismatch(expected: Mapping[str, Any] | None, found: Mapping[str, Any]) -> st
     """
     if not expected:
         return None
-    if expected.get("model") and found.get("model") and expected["model"] != found["model"]:
+    models = [str(each.get("model") or "") for each in (expected, found)]
+    # Pipelines may have further denoisers beside the one that a plan was made for.
+    if all(models) and not set(models[0].split(" + ")) & set(models[1].split(" + ")):
         return f"it was made for {expected['model']}, this is {found['model']}"
-    if expected.get("layers") is not None and found.get("layers") is not None:
-        wanted, here = set(expected["layers"]), set(found["layers"])
-        new = sorted(here - wanted)
-        # A module's second attention may be named at its first call only, after its module.
+    theirs, ours = expected.get("layers"), found.get("layers")
+    components = {
+        name.component for name in (*(theirs or ()), *(ours or ())) if isinstance(name, LayerName)
+    }
+    if theirs is not None and ours is not None:
+        wanted, here = ({inside(name, components) for name in names} for names in (theirs, ours))
+        # A module's second attention, named after it, is called by some inputs only.
+        new = sorted(name for name in here - wanted if not name.startswith(tuple(wanted)))
         missing = sorted(name for name in wanted - here if not name.startswith(tuple(here)))
         if missing or new:
             parts = []
@@ -47,7 +55,10 @@ def mismatch(expected: Mapping[str, Any] | None, found: Mapping[str, Any]) -> st
             if new:
                 parts.append(f"{len(new)} layers here are unknown to it ({new[0]} ..)")
             return "; ".join(parts)
-    dims, here_dims = expected.get("head_dims") or {}, found.get("head_dims") or {}
+    dims, here_dims = (
+        {inside(name, components): dim for name, dim in (each.get("head_dims") or {}).items()}
+        for each in (expected, found)
+    )
     for name in sorted(set(dims) & set(here_dims)):
         if dims[name] != here_dims[name]:
             return f"{name} has head dim {here_dims[name]}, the plan expects {dims[name]}"

@@ -15,14 +15,14 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sage_diffusion.files import write_text
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.fingerprint import mismatch
-from sage_diffusion.plan.rules import VERSION, PlanError, Rule, progress, rule_to_dict
+from sage_diffusion.plan.names import LayerName, inside, means
+from sage_diffusion.plan.rules import UNITS, VERSION, PlanError, Rule, progress, rule_to_dict
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class PrecisionPlan:
         name: short title for people.
         schedule: descending sigmas (or timesteps) that the plan was made with; progress is
             looked up in it by sigma when the host runs another schedule (:meth:`remap`).
+        schedule_unit: what its numbers are, one of :data:`UNITS`, so that
+            they can be compared with another sampler's; None in old plans.
         fingerprint: what the model must look like (class, layer names, head dims); checked where
             it is present.
         calibration: where the plan comes from.  Provenance only, never read by the runtime.
@@ -48,6 +50,9 @@ class PrecisionPlan:
     schedule: tuple[float, ...] | None = None
     fingerprint: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    schedule_unit: str | None = None
+    #: What stands before the first dot of a layer that the plan names: components, perhaps.
+    _heads: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", AttentionSpec.parse(self.default))
@@ -56,11 +61,22 @@ class PrecisionPlan:
             for j, earlier in enumerate(self.rules[:i]):
                 if earlier.covers(rule):
                     raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
+        known = (self.fingerprint or {}).get("layers") or ()
+        globs = [rule.layers for rule in self.rules]
+        heads = frozenset(name.partition(".")[0] for name in (*globs, *known))
+        object.__setattr__(self, "_heads", heads)
         if self.schedule is not None:
             values = tuple(float(x) for x in self.schedule)
-            if len(values) < 2 or any(b >= a for a, b in itertools.pairwise(values)):
-                raise PlanError("schedule must have at least two strictly descending values")
+            rises = self.schedule_unit == "log-snr"
+            steps = itertools.pairwise(values[::-1] if rises else values)
+            if len(values) < 2 or any(b >= a for a, b in steps):
+                order = "ascending" if rises else "descending"
+                raise PlanError(f"schedule must have at least two strictly {order} values")
             object.__setattr__(self, "schedule", values)
+        if self.schedule_unit not in (None, *UNITS):
+            raise PlanError(
+                f"schedule_unit must be one of {', '.join(UNITS)}, got {self.schedule_unit!r}"
+            )
 
     @classmethod
     def of(cls, source: PrecisionPlan | AttentionSpec | str | Path) -> PrecisionPlan:
@@ -79,6 +95,12 @@ class PrecisionPlan:
             return cls.load(Path(source))
         return cls(AttentionSpec.parse(source))
 
+    def _named(self, layer: str) -> str:
+        """A layer as this plan means it: a plan that names a component names its layers in full."""
+        if isinstance(layer, LayerName) and layer.path != layer and layer.component in self._heads:
+            return str(layer)
+        return layer
+
     def resolve(
         self,
         layer: str,
@@ -88,6 +110,7 @@ class PrecisionPlan:
         tokens: int | None = None,
     ) -> AttentionSpec:
         """The spec of one call."""
+        layer = self._named(layer)
         for rule in self.rules:
             if rule.matches(layer, progress, branch, tokens):
                 return rule.spec
@@ -100,11 +123,11 @@ class PrecisionPlan:
 
     def unmatched(self, layers: Iterable[str]) -> list[int]:
         """Indices of the rules whose glob matches none of ``layers``."""
-        names = list(layers)
+        names = [self._named(name) for name in layers]
         return [
             i
             for i, rule in enumerate(self.rules)
-            if not any(fnmatchcase(name, rule.layers) for name in names)
+            if not any(means(rule.layers, name) for name in names)
         ]
 
     def check(
@@ -143,8 +166,11 @@ class PrecisionPlan:
             reason = mismatch(self.fingerprint, here)
             if reason is not None:
                 reason = f"the plan was calibrated on another model: {reason}"
-                known = set(self.fingerprint.get("layers") or layers)
-                here["layers"] = [name for name in layers if name in known]
+                components = {name.component for name in layers if isinstance(name, LayerName)}
+                known = {inside(name, components) for name in self.fingerprint.get("layers") or ()}
+                here["layers"] = [
+                    name for name in layers if not known or inside(name, components) in known
+                ]
                 if mismatch(self.fingerprint, here) is not None:
                     raise PlanError(f"{reason}; without its fingerprint it is not checked")
                 warnings.append(reason)
@@ -156,6 +182,8 @@ class PrecisionPlan:
         """Progress in the plan's own schedule of a sigma met under another schedule."""
         if self.schedule is None:
             raise PlanError("the plan stores no schedule to look a sigma up in")
+        if self.schedule_unit == "log-snr":
+            return progress(-sigma, [-value for value in self.schedule])
         return progress(sigma, self.schedule)
 
     # ------------------------------------------------------------------ JSON
@@ -169,6 +197,8 @@ class PrecisionPlan:
         data["rules"] = [rule_to_dict(rule) for rule in self.rules]
         if self.schedule is not None:
             data["schedule"] = list(self.schedule)
+        if self.schedule_unit is not None:
+            data["schedule_unit"] = self.schedule_unit
         for key in ("fingerprint", "calibration"):
             if getattr(self, key) is not None:
                 data[key] = dict(getattr(self, key))

@@ -40,6 +40,7 @@ class _Plan(_Strict):
     name: str | None = None
     model: str | None = None
     schedule: list[float] | None = None
+    schedule_unit: str | None = None
     fingerprint: _Fingerprint | None = None
     calibration: dict[str, Any] | None = None
 
@@ -86,6 +87,7 @@ def parse_plan(text: str) -> dict[str, Any]:
         "model": parsed.model,
         "name": parsed.name,
         "schedule": None if parsed.schedule is None else tuple(parsed.schedule),
+        "schedule_unit": parsed.schedule_unit,
         "fingerprint": data.get("fingerprint"),
         "calibration": parsed.calibration,
     }

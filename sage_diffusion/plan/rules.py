@@ -9,8 +9,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan.names import means
 
 VERSION = 1
+
+#: What the numbers of a schedule may be, see :mod:`sage_diffusion.plan.noise`.
+UNITS = ("timesteps", "sigmas", "flow-sigmas", "log-snr")
 
 #: Branches of classifier-free guidance that a rule can name.
 BRANCHES = ("cond", "uncond")
@@ -26,7 +30,9 @@ class Rule:
 
     Attributes:
         spec: an :class:`AttentionSpec` or its name.
-        layers: case-sensitive glob on layer names (``fnmatch``: ``*``, ``?``, ``[seq]``).
+        layers: case-sensitive glob on layer names (``fnmatch``: ``*``, ``?``, ``[seq]``); in a
+            pipeline on the path inside of a component, the component's name before it is optional
+            (:class:`.names.LayerName`).
         start, end: half-open range of progress; ``end`` = 1 includes the last step.
         branch: "cond" or "uncond" where the host tells them apart, None for both.
         min_tokens: the call must have at least this many keys.
@@ -68,7 +74,7 @@ class Rule:
             return False
         if not (self.start <= progress < self.end or (self.end == 1.0 and progress >= 1.0)):
             return False
-        return fnmatchcase(layer, self.layers)
+        return means(self.layers, layer)
 
     def covers(self, other: Rule) -> bool:
         """True if this rule, standing first, leaves nothing for ``other``."""

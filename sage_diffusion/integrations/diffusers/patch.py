@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,31 +31,21 @@ except ImportError as error:
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
+from sage_diffusion.integrations.diffusers.guidance import Guidance, is_pipeline
 from sage_diffusion.integrations.diffusers.processors import is_routed, layer_names, route, unroute
 from sage_diffusion.integrations.diffusers.rebind import attention_sites
-from sage_diffusion.integrations.diffusers.schedule import (
-    BranchHook,
-    HostMethod,
-    ScheduleDriver,
-    guidance_chunks,
-)
+from sage_diffusion.integrations.diffusers.schedule import HostMethod, ScheduleDriver, ends_with
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.plan.names import LayerName
 
 log = logging.getLogger("sage_diffusion")
 
-# Components that run once, outside of sampling, or decode pictures: never touched.
-_NOT_DENOISERS = (
-    "vae",
-    "vq",
-    "text_encoder",
-    "image_encoder",
-    "condition_encoder",
-    "safety",
-    "vocoder",
-    "connector",
-    "tokenizer",
-)
+#: What pipelines call their main denoiser; where they call it otherwise, it is the first.
+_MAIN = ("transformer", "unet")
+
+#: Parameters by which a denoiser is told how much noise there is.
+_TIME = re.compile(r"time|sigma|noise_level|^t$")
 
 
 @dataclass(frozen=True)
@@ -93,12 +85,14 @@ class Patch:
     def __init__(self, target: Any, session: AttentionSession, only: frozenset[str] | None = None):
         self.target = target
         self.session = session
+        _denoisers(target)  # is it a target at all?
         self.skipped: dict[str, str] = {}
         self._only = only
         self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
         self._routed: list[tuple[nn.Module, Any]] = []
         self._methods: list[HostMethod] = []
-        self._driver: ScheduleDriver | None = None
+        self._guidance = Guidance(session, target)
+        self._driver = ScheduleDriver(session, self._guidance, target, self._sampling_begins)
         self._live = False
         self._check()
 
@@ -118,31 +112,36 @@ class Patch:
         for warning in plan.check(names, model=model, strict=self.session.strict):
             log.warning("%s", warning)
 
-    def _attention_modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def _attention_modules(self) -> Iterator[tuple[LayerName, nn.Module]]:
         """Layer name and module of everything that has an attention processor."""
         denoisers = _denoisers(self.target, self._known)
         self._known.update(denoisers)
+        main = next((name for name in _MAIN if name in denoisers), next(iter(denoisers), ""))
         for component, model in denoisers.items():
-            prefix = f"{component}." if len(denoisers) > 1 else ""
             for path, module in model.named_modules():
                 if _processor(module) is not None and (self._only is None or path in self._only):
-                    yield prefix + path, module
+                    yield LayerName(path, component, component == main), module
 
     # ------------------------------------------------------------------ install
     def install(self) -> Patch:
         """Patch; what another patch holds of the target is taken over."""
         self._live = True
-        for model in _denoisers(self.target).values():
-            if callable(getattr(model, "cache_context", None)):
-                hook = BranchHook(self.session).cache_context
-                self._methods.append(HostMethod(model, "cache_context", hook, model).install())
-        if _is_pipeline(self.target):
-            self._follow_scheduler()
-            if callable(getattr(self.target, "progress_bar", None)):
-                method = HostMethod(self.target, "progress_bar", self._loop_begins, self.target)
-                self._methods.append(method.install())
+        if is_pipeline(self.target):
+            self._driver.follow(_schedulers(self.target))
+            self._watch_loop(self.target)
         self.refresh()
         return self
+
+    def _stand_before(self, host: Any, name: str, handler: Callable[..., Any]) -> None:
+        if callable(getattr(host, name, None)) and not isinstance(vars(host).get(name), HostMethod):
+            self._methods.append(HostMethod(host, name, handler, host).install())
+
+    def _watch_loop(self, pipe: Any) -> None:
+        """Notice where a pipeline's loop begins and ends, and its branches of guidance."""
+        self._stand_before(pipe, "progress_bar", self._loop_begins)
+        guider = pipe.components.get("guider")
+        for name in ("prepare_models", "cleanup_models"):
+            self._stand_before(guider, name, getattr(self._guidance, name))
 
     def refresh(self) -> None:
         """Patch anew what the host has changed since; done by itself when sampling begins.
@@ -152,6 +151,8 @@ class Patch:
         if not self._live:
             return
         self.skipped.clear()
+        for model in _denoisers(self.target).values():
+            self._stand_before(model, "cache_context", self._guidance.cache_context)
         for name, module in self._attention_modules():
             processor = _processor(module)
             if is_routed(processor):
@@ -167,31 +168,23 @@ class Patch:
             module.processor = routed
             self._routed.append((module, routed))
 
-    def _follow_scheduler(self) -> None:
-        scheduler = _scheduler(self.target)
-        if self._driver is not None:
-            self._driver.remove()
-        self._driver = (
-            None
-            if scheduler is None
-            else ScheduleDriver(self.session, scheduler, self.target, self._sampling_begins)
-        )
-
     def _sampling_begins(self) -> None:
         self.refresh()
-        self.session.set_branch(None, guidance_chunks(self.target))
+        pipe = self._guidance.look()
+        if self._live and pipe is not None and is_pipeline(pipe):
+            self._watch_loop(pipe)
 
     def _loop_begins(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # After set_timesteps, before the first step: the last moment to notice another scheduler
         # or swapped processors (perturbed-attention guidance).
-        known = None if self._driver is None else self._driver.scheduler
-        if _scheduler(self.target) is not known:
-            self._follow_scheduler()
-            if self._driver is not None:
-                self._driver.start()
+        driver = self._driver
+        new = is_pipeline(self.target) and driver.follow(_schedulers(self.target))
+        track = driver.tracks[-1] if new else driver.current
+        if track is not None and (new or self.session.step < 0):
+            driver.start(track)
         else:
             self._sampling_begins()
-        return original(*args, **kwargs)
+        return ends_with(original(*args, **kwargs), self.session)
 
     # ------------------------------------------------------------------ undo
     def remove(self) -> None:
@@ -199,8 +192,7 @@ class Patch:
         if not self._live:
             return
         self._live = False
-        if self._driver is not None:
-            self._driver.remove()
+        self._driver.remove()
         for method in self._methods:
             method.remove()
         for module, routed in self._routed:
@@ -213,7 +205,17 @@ class Patch:
             routed._sage_slot.live = False
         self._routed.clear()
         self._methods.clear()
-        self._driver = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_driver"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The target is still being read: its schedulers are followed when a loop begins.
+        vars(self).update(state)
+        self._guidance.aim(self.target)
+        self._driver = ScheduleDriver(
+            self.session, self._guidance, self.target, self._sampling_begins
+        )
 
     def __enter__(self) -> Patch:
         return self
@@ -225,7 +227,12 @@ class Patch:
     @property
     def schedule(self) -> tuple[float, ...]:
         """Descending sigmas, or timesteps, of the last sampling; empty before the first."""
-        return () if self._driver is None else self._driver.schedule
+        return self._driver.schedule
+
+    @property
+    def schedule_unit(self) -> str | None:
+        """What :attr:`schedule` counts, as in :attr:`PrecisionPlan.schedule_unit`."""
+        return self.session.noise.unit
 
     def summary(self) -> PatchSummary:
         """Which layer ran what, and what fell back and why."""
@@ -314,7 +321,7 @@ def enable(pipe: Any) -> Any:
     Raises:
         TypeError: it is no pipeline.
     """
-    if not _is_pipeline(pipe):
+    if not is_pipeline(pipe):
         raise TypeError(
             f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; for a single model use "
             "sage_diffusion.integrations.diffusers.apply(model, session)"
@@ -427,29 +434,29 @@ def _session(
     return AttentionSession(source, backend=backend, strict=strict, guard=guard)
 
 
-def _is_pipeline(target: Any) -> bool:
-    # Modular pipelines share no base class with the others.
-    return not isinstance(target, nn.Module) and isinstance(
-        getattr(target, "components", None), Mapping
-    )
-
-
 def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
     """The models to patch by component name, ``known`` ones included; a lone model's is ""."""
     if isinstance(target, nn.Module):
         return {"": _unwrapped(target)}
-    if not _is_pipeline(target):
+    if not is_pipeline(target):
         raise TypeError(
             f"target must be a diffusers pipeline or model, got {type(target).__name__}"
         )
     found = {}
     for name, component in target.components.items():
         model = _unwrapped(component)
-        if not isinstance(model, diffusers.ModelMixin) or any(x in name for x in _NOT_DENOISERS):
-            continue
-        if name in known or any(attention_sites(_class_of(_processor(m))) for m in model.modules()):
+        if isinstance(model, diffusers.ModelMixin) and (
+            name in known or any(attention_sites(_class_of(_processor(m))) for m in model.modules())
+        ):
             found[name] = model
-    return found
+    timed = {name: model for name, model in found.items() if _takes_time(model)}
+    # Masked transformers (aMUSEd) take tokens and no time.
+    return timed or {name: model for name, model in found.items() if not hasattr(model, "decode")}
+
+
+def _takes_time(model: nn.Module) -> bool:
+    """Is a model told how much noise there is?  Text conditioners and decoders are not."""
+    return any(map(_TIME.search, inspect.signature(type(model).forward).parameters))
 
 
 def model_name(target: Any) -> str:
@@ -461,13 +468,14 @@ def _unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
 
-def _scheduler(pipe: Any) -> Any:
-    """The pipeline's scheduler, None if it has none that steps."""
-    candidates = [getattr(pipe, "scheduler", None), *pipe.components.values()]
-    for candidate in candidates:
-        if hasattr(candidate, "set_timesteps") and hasattr(candidate, "step"):
-            return candidate
-    return None
+def _schedulers(pipe: Any) -> list[Any]:
+    """The pipeline's schedulers that step; combined pipelines have several."""
+    found: list[Any] = []
+    for candidate in [getattr(pipe, "scheduler", None), *pipe.components.values()]:
+        steps = hasattr(candidate, "set_timesteps") and hasattr(candidate, "step")
+        if steps and not any(candidate is each for each in found):
+            found.append(candidate)
+    return found
 
 
 def _processor(module: nn.Module) -> Any:

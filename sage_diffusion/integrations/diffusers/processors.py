@@ -1,6 +1,6 @@
 """Attention processors of diffusers whose attention calls come to a session.
 
-A module's own processor is shallow-copied and its class replaced by a subclass that runs the same
+A module's own processor is shallow-copied into a subclass of its class that runs the same
 code with our attention functions (``_rebind``).  So one mechanism serves every model family and
 third-party processors, parameters (IP-Adapter) stay shared, and putting the original processor back
 restores the model bit for bit.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ from sage_diffusion.integrations.diffusers.rotary import (
     rotate_pairs,
     taken_apart,
 )
+from sage_diffusion.integrations.diffusers.standin import Alike
 from sage_diffusion.kernels.rope import Rope
+from sage_diffusion.plan.names import LayerName
 
 try:
     from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
@@ -45,21 +48,6 @@ except ImportError:  # another diffusers
 # ---------------------------------------------------------------------- dynamic classes
 class _Routed:
     """Marks the classes made here."""
-
-
-class _Alike(type):
-    """Makes a routed class equal to the class that it stands for.
-
-    diffusers looks processors up by their exact class (``set_default_attn_processor``, its hooks).
-    """
-
-    _sage_base: type
-
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or other is cls._sage_base
-
-    def __hash__(cls) -> int:
-        return hash(cls._sage_base)
 
 
 _lock = threading.RLock()
@@ -78,21 +66,55 @@ def _routed_class(cls: Any) -> type:
         "__module__": cls.__module__,
         "__call__": _publishing(core.__call__),
         "__reduce_ex__": _reduce,
+        "__setstate__": _set_state,
         "_sage_slot": None,
         "_sage_base": cls,
     }
-    meta: Any = _Alike if type(cls) is type else type(cls)
+    meta: Any = Alike if type(cls) is type else type(cls)
     return meta("Sage" + cls.__name__, (core, _Routed), namespace)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     # Dynamic classes can't be imported: pickle (and copy) the original class and make it again.
-    return _restore, (self._sage_base,), dict(vars(self))
+    return _restore, (self._sage_base,), _state(self)
 
 
 def _restore(cls: type) -> Any:
-    routed: Any = routed_class(cls)
-    return routed.__new__(routed)
+    return object.__new__(routed_class(cls))
+
+
+def _slots(cls: type) -> set[str]:
+    members = ((name, x) for base in cls.__mro__ for name, x in vars(base).items())
+    return {name for name, x in members if isinstance(x, types.MemberDescriptorType)}
+
+
+def _state(processor: Any) -> dict[str, Any]:
+    """Everything that is set on a processor, in slots or not."""
+    found = {
+        name: getattr(processor, name)
+        for name in _slots(type(processor))
+        if hasattr(processor, name)
+    }
+    return {**found, **getattr(processor, "__dict__", {})}
+
+
+def _set_state(processor: Any, state: dict[str, Any]) -> None:
+    """Set these and nothing else; of frozen classes too."""
+    slots, own = _slots(type(processor)), getattr(processor, "__dict__", None)
+    for name in _state(processor).keys() - state.keys():
+        object.__delattr__(processor, name)
+    for name, value in state.items():
+        if name in slots:
+            object.__setattr__(processor, name, value)
+        elif own is not None:  # else the host has set it on our copy, and the class has no place
+            own[name] = value
+
+
+def _as(cls: type, processor: Any) -> Any:
+    """A shallow copy of a processor in another class."""
+    new: Any = object.__new__(cls)
+    _set_state(new, _state(processor))
+    return new
 
 
 def is_routed(processor: Any) -> bool:
@@ -187,16 +209,15 @@ class Slot:
             layer.native = HostAttention(dispatches(type(self.original)), self)
 
 
-def layer_names(path: str, cls: type) -> list[str]:
+def layer_names(path: str, cls: type) -> list[LayerName]:
     """Names of the layers of one attention module, the certain one first."""
-    return [path if i == 0 else f"{path}.{i}" for i in range(attention_sites(cls))]
+    name = path if isinstance(path, LayerName) else LayerName(path)
+    return [name if i == 0 else name.sub(i) for i in range(attention_sites(cls))]
 
 
 def route(processor: Any, session: AttentionSession, path: str) -> Any:
     """A copy of ``processor`` whose attention comes to ``session``; parameters stay shared."""
-    routed = copy.copy(processor)
-    cls = routed_class(type(processor))
-    routed.__class__ = cls
+    routed = _as(routed_class(type(processor)), processor)
     vars(routed)["_sage_slot"] = Slot(session, path, processor, routed)
     return routed
 
@@ -205,15 +226,12 @@ def unroute(processor: Any) -> Any:
     """The original of a routed processor, with what the host has set on the copy since."""
     slot = processor._sage_slot
     if slot is None:  # the host made a new one of a routed processor's class
-        processor.__class__ = processor._sage_base
-        return processor
+        return _as(processor._sage_base, processor)
     slot.live = False
-    original = slot.original
-    state = {key: value for key, value in vars(processor).items() if key != "_sage_slot"}
-    for key in [key for key in vars(original) if key not in state]:
-        del vars(original)[key]
-    vars(original).update(state)
-    return original
+    state = _state(processor)
+    del state["_sage_slot"]
+    _set_state(slot.original, state)
+    return slot.original
 
 
 # ---------------------------------------------------------------------- the running processor
