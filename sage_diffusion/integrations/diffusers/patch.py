@@ -35,6 +35,7 @@ from sage_diffusion.integrations.diffusers.guidance import Guidance, is_pipeline
 from sage_diffusion.integrations.diffusers.processors import is_routed, layer_names, route, unroute
 from sage_diffusion.integrations.diffusers.rebind import attention_sites
 from sage_diffusion.integrations.diffusers.schedule import HostMethod, ScheduleDriver, ends_with
+from sage_diffusion.integrations.diffusers.weak import WeakCall, WeakLink
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.names import LayerName
@@ -83,18 +84,27 @@ class Patch:
     """
 
     def __init__(self, target: Any, session: AttentionSession, only: frozenset[str] | None = None):
-        self.target = target
+        self._target = WeakLink(target)
         self.session = session
         _denoisers(target)  # is it a target at all?
         self.skipped: dict[str, str] = {}
         self._only = only
         self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
-        self._routed: list[tuple[nn.Module, Any]] = []
-        self._methods: list[HostMethod] = []
+        self._routed: list[tuple[WeakLink, Any]] = []
+        self._methods: list[WeakLink] = []
         self._guidance = Guidance(session, target)
-        self._driver = ScheduleDriver(session, self._guidance, target, self._sampling_begins)
+        self._driver = self._new_driver()
         self._live = False
         self._check()
+
+    @property
+    def target(self) -> Any:
+        """The pipeline or model, not owned; None once it is gone."""
+        return self._target()
+
+    def _new_driver(self) -> ScheduleDriver:
+        begins = WeakCall(self, "_sampling_begins")
+        return ScheduleDriver(self.session, self._guidance, self.target, begins)
 
     def _check(self) -> None:
         names = [
@@ -134,7 +144,7 @@ class Patch:
 
     def _stand_before(self, host: Any, name: str, handler: Callable[..., Any]) -> None:
         if callable(getattr(host, name, None)) and not isinstance(vars(host).get(name), HostMethod):
-            self._methods.append(HostMethod(host, name, handler, host).install())
+            self._methods.append(WeakLink(HostMethod(host, name, handler, host).install()))
 
     def _watch_loop(self, pipe: Any) -> None:
         """Notice where a pipeline's loop begins and ends, and its branches of guidance."""
@@ -148,7 +158,7 @@ class Patch:
 
         Hosts replace processors when they fuse projections, load IP-Adapters or reset to defaults.
         """
-        if not self._live:
+        if not self._live or self.target is None:
             return
         self.skipped.clear()
         for model in _denoisers(self.target).values():
@@ -166,7 +176,7 @@ class Patch:
                 continue
             routed = route(processor, self.session, name)
             module.processor = routed
-            self._routed.append((module, routed))
+            self._routed.append((WeakLink(module), routed))
 
     def _sampling_begins(self) -> None:
         self.refresh()
@@ -193,9 +203,12 @@ class Patch:
             return
         self._live = False
         self._driver.remove()
-        for method in self._methods:
-            method.remove()
-        for module, routed in self._routed:
+        for link in self._methods:
+            if (method := link()) is not None:
+                method.remove()
+        for link, routed in self._routed:
+            if (module := link()) is None:
+                continue
             current = _processor(module)
             if is_routed(current):
                 slot = current._sage_slot
@@ -213,9 +226,7 @@ class Patch:
         # The target is still being read: its schedulers are followed when a loop begins.
         vars(self).update(state)
         self._guidance.aim(self.target)
-        self._driver = ScheduleDriver(
-            self.session, self._guidance, self.target, self._sampling_begins
-        )
+        self._driver = self._new_driver()
 
     def __enter__(self) -> Patch:
         return self
@@ -261,8 +272,13 @@ class PipeControl:
     """What :func:`enable` gives a pipeline, as ``pipe.sage``."""
 
     def __init__(self, pipe: Any):
-        self.pipe = pipe
+        self._pipe = WeakLink(pipe)
         self.patch: Patch | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, which owns this object; None once it is gone."""
+        return self._pipe()
 
     @property
     def session(self) -> AttentionSession | None:

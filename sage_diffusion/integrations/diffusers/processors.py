@@ -12,6 +12,7 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ from sage_diffusion.integrations.diffusers.rotary import (
     taken_apart,
 )
 from sage_diffusion.integrations.diffusers.standin import Alike
+from sage_diffusion.integrations.diffusers.weak import WeakLink
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.plan.names import LayerName
 
@@ -131,7 +133,7 @@ class HostAttention:
 
     def __init__(self, dispatches: bool, slot: Slot | None = None):
         self.dispatches = dispatches
-        self.slot = slot
+        self._slot = None if slot is None else weakref.ref(slot)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool, scale: float | None
@@ -142,6 +144,7 @@ class HostAttention:
             return nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa
             )
+        slot = None if self._slot is None else self._slot()
         out = DISPATCH(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -150,7 +153,7 @@ class HostAttention:
             is_causal=is_causal,
             scale=scale,
             enable_gqa=gqa,
-            backend=None if self.slot is None else self.slot.backend,
+            backend=None if slot is None else slot.backend,
         )
         return out.transpose(1, 2)
 
@@ -172,7 +175,7 @@ class Slot:
         self.session = session
         self.path = path
         self.original = original
-        self.processor = processor
+        self._processor = WeakLink(processor)
         self.live = True
         self.layers: list[Layer] = []
         for name in layer_names(path, type(original)):
@@ -187,7 +190,7 @@ class Slot:
     @property
     def backend(self) -> Any:
         """diffusers' attention backend of this module, None for the active one."""
-        return getattr(self.processor, "_attention_backend", None)
+        return getattr(self._processor(), "_attention_backend", None)
 
     def layer(self, call: int) -> Layer:
         """The layer of the n-th attention call of one forward."""

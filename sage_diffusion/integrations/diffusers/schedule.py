@@ -17,6 +17,7 @@ from torch import Tensor
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers.followed import follow, listener_of, unfollow
 from sage_diffusion.integrations.diffusers.guidance import Guidance
+from sage_diffusion.integrations.diffusers.weak import WeakLink
 from sage_diffusion.plan.noise import NoiseScale
 
 
@@ -32,13 +33,18 @@ class HostMethod:
     """
 
     def __init__(self, host: Any, name: str, handler: Callable[..., Any] | None, anchor: Any):
-        self.host = host
+        self._host = WeakLink(host)
         self.name = name
         self.handler = handler
-        self.anchor = anchor
+        self._anchor = WeakLink(anchor)
         self.before = vars(host).get(name)
         if isinstance(self.before, HostMethod):
             self.before = self.before.before  # takes another patch's place
+
+    @property
+    def host(self) -> Any:
+        """The object that this is an attribute of."""
+        return self._host()
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -74,11 +80,11 @@ class HostMethod:
     def __deepcopy__(self, memo: dict[int, Any]) -> HostMethod:
         new = HostMethod.__new__(HostMethod)
         memo[id(self)] = new
-        together = self.handler is not None and id(self.anchor) in memo
-        new.host = copy.deepcopy(self.host, memo)
+        together = self.handler is not None and id(self._anchor()) in memo
+        new._host = copy.deepcopy(self._host, memo)
         new.name = self.name
         new.before = copy.deepcopy(self.before, memo)
-        new.anchor = copy.deepcopy(self.anchor, memo) if together else None
+        new._anchor = copy.deepcopy(self._anchor, memo) if together else new._host
         new.handler = copy.deepcopy(self.handler, memo) if together else None
         return new
 
