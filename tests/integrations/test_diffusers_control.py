@@ -95,8 +95,6 @@ def test_pipelines_made_of_the_parts_have_the_same_sage():
     second = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(tiny.pipe)
     assert second.sage is tiny.pipe.sage
     stranger = build("sd15").pipe
-    with pytest.raises(AttributeError, match=r"call sage_diffusion.enable\(pipe\)"):
-        stranger.sage  # noqa: B018
     assert not hasattr(stranger, "sage")
 
 
@@ -111,10 +109,10 @@ class ByHand:
 
 
 class Linear(ByHand):
-    """No softmax: nothing to say of it."""
+    """No softmax: nothing to say of it, whatever stands in its base class."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        return attn.to_out[0](attn.to_v(hidden_states))
+        return attn.to_out[0](hidden_states)
 
 
 def slices(unet):
