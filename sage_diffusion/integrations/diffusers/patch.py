@@ -18,15 +18,8 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 from torch import nn
-
-try:
-    import diffusers
-except ImportError as error:
-    raise ImportError(
-        "sage_diffusion.integrations.diffusers needs diffusers: "
-        "pip install 'sage-diffusion[diffusers]'"
-    ) from error
 
 from sage_diffusion.attend.session import AttentionRefused, AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
@@ -229,11 +222,13 @@ class Patch:
         self._methods.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_driver"}
+        state = {key: value for key, value in vars(self).items() if key != "_driver"}
+        return {**state, "_methods": list(self._methods)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The target is still being read: its schedulers are followed when a loop begins.
+        # The target is still being read, or copied: its schedulers are followed when a loop begins.
         vars(self).update(state)
+        self._methods = weakref.WeakSet(state["_methods"])
         self._guidance.aim(self.target)
         self._driver = ScheduleDriver(
             self.session, self._guidance, self.target, self._sampling_begins

@@ -283,20 +283,6 @@ class ScheduleDriver:
             self._forget_dead()
             self.tracks.append(Track(scheduler, copied=True))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScheduleDriver:
-        anchor = self._anchor()
-        new = ScheduleDriver.__new__(ScheduleDriver)
-        memo[id(self)] = new
-        new.__init__(  # type: ignore[misc]
-            copy.deepcopy(self.session, memo),
-            copy.deepcopy(self.guidance, memo),
-            memo.get(id(anchor), anchor),
-            copy.deepcopy(self.on_start, memo),
-        )
-        own = [track.scheduler() for track in self.tracks if not track.copied]
-        new.follow([copy.deepcopy(scheduler, memo) for scheduler in own])
-        return new
-
     # ------------------------------------------------------------------ what is heard
     def hear(
         self, scheduler: Any, name: str, original: Callable[..., Any], args: Any, kwargs: Any
