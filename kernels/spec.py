@@ -22,6 +22,9 @@ LADDER = (
     "fp4/fp4",
 )
 
+#: Short names: the format of Q and K, with what goes with it.
+ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4": "fp4/fp4"}
+
 _FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "clip")
 _QK = ("fp16", "fp8", "int8", "int4", "fp4")
 _PV = ("fp16", "fp8", "int8", "fp4")
@@ -96,6 +99,8 @@ class AttentionSpec:
     def parse(cls, text: str | AttentionSpec) -> AttentionSpec:
         """A ladder name such as ``"int8/fp8"``, with switches: ``"int8/fp16+rotate-smooth_k"``.
 
+        ``int8``, ``int4``, ``fp8`` and ``fp4`` are short for :data:`ALIASES`.
+
         A name that begins with int4 or fp4 switches on smooth_q, smooth_k, rotate and clip, one
         with int8 or fp8 smooth_k.
 
@@ -156,6 +161,9 @@ _NAME = re.compile(
 def _parse(text: str) -> AttentionSpec:
     hint = f"the ladder is {', '.join(LADDER)}"
     match = _NAME.fullmatch(text.strip().lower())
+    if match is not None and match["pv"] is None and not match["fast"]:
+        name = ALIASES.get(match["qk"], match["qk"]) + match["switches"]
+        match = _NAME.fullmatch(name)
     if match is None or (match["pv"] is None and match["qk"] != "fp16"):
         raise ValueError(f"{text!r} is not an attention spec; {hint}")
     pv = match["pv"] or "fp16"

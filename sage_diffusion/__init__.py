@@ -35,6 +35,7 @@ _HOMES = {
     "calibrate": "sage_diffusion.adapt.calibrate",
     "make_plan": "sage_diffusion.adapt.planner",
     "SageAttnProcessor": "sage_diffusion.integrations.diffusers",
+    "apply": "sage_diffusion.integrations.diffusers",
     "enable": "sage_diffusion.integrations.diffusers",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "Rule",
     "SageAttnProcessor",
     "ScoreTable",
+    "apply",
     "attention",
     "calibrate",
     "enable",
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from sage_diffusion.attend.dispatch import attention
     from sage_diffusion.attend.guard import Guard
     from sage_diffusion.attend.session import AttentionSession
-    from sage_diffusion.integrations.diffusers import SageAttnProcessor, enable
+    from sage_diffusion.integrations.diffusers import SageAttnProcessor, apply, enable
     from sage_diffusion.kernels.formats import Precision
     from sage_diffusion.kernels.rope import Rope
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec

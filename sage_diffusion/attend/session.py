@@ -218,8 +218,17 @@ class AttentionSession:
         self.warnings: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
+        self._placed = False  # inside of a block that says where its calls happen
         self.noise = NoiseScale()
         self._place: Callable[[float], float] | None = None
+
+    def __repr__(self) -> str:
+        plan = self._plan
+        rules = f", {len(plan.rules)} rules" if plan.rules else ""
+        named = f"{plan.name!r}, " if plan.name else ""
+        where = f"step {self.step} of {self.steps}" if self.step >= 0 else "not sampling"
+        layers = f"{len(self.layers)} layers"
+        return f"<AttentionSession {named}{plan.default}{rules}: {layers}, {where}>"
 
     # ------------------------------------------------------------------ plan and layers
     @property
@@ -335,11 +344,13 @@ class AttentionSession:
         """Calls inside the block happen at this progress."""
         before = self.progress, self.step, self.branch
         self.progress, self.step, self.branch = progress, step, branch
+        placed, self._placed = self._placed, True
         self._specs.clear()
         try:
             yield
         finally:
             self.progress, self.step, self.branch = before
+            self._placed = placed
             self._specs.clear()
 
     def finish(self, judge: bool = True) -> RunLog | None:
@@ -402,6 +413,12 @@ class AttentionSession:
         spec = self._specs.get(key)
         if spec is None:
             spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
+            if self.step < 0 and not (self._placed or self.sampled) and self._plan.timed:
+                self.warn(
+                    "the plan has rules with start or end, and nobody says where sampling stands: "
+                    "all calls count as its beginning. Patch the pipeline (enable), or tell the "
+                    "session (start and begin_step, or at)"
+                )
             apart = self.step < 0 and self.sampled and _component(layer) not in self.sampled
             native = apart or self.verdicts.runs_natively(layer)
             spec = FP16 if native else self.guard.spec(layer, spec)

@@ -17,17 +17,50 @@ app = typer.Typer(help="Show, check, merge and move precision plans.", no_args_i
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PATH", help="A plan, a JSON file.")]
+PlanOrName = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="A plan, a JSON file, or a name of `plan list`.")
+]
+
+
+@app.command("list")
+def list_plans(as_json: AsJson = False) -> None:
+    """The plans that come with the package; their names go wherever a plan does."""
+    from rich.table import Table
+
+    from sage_diffusion.plan.catalog import shipped
+    from sage_diffusion.plan.shelf import shipped_plan
+
+    plans = {name: shipped_plan(name) for name in shipped()}
+    table = Table("plan", "made for", "calibrated", "rules")
+    for name, plan in plans.items():
+        calibrated = "no" if plan.calibration is None else "yes"
+        table.add_row(name, plan.model or "any model", calibrated, str(len(plan.rules)))
+    emit(
+        as_json,
+        {
+            name: {
+                "name": plan.name,
+                "model": plan.model,
+                "calibrated": plan.calibration is not None,
+                "rules": len(plan.rules),
+            }
+            for name, plan in plans.items()
+        },
+        table,
+    )
 
 
 @app.command("show")
-def show(path: PlanPath, as_json: AsJson = False) -> None:
+def show(path: PlanOrName, as_json: AsJson = False) -> None:
     """Print a plan's rules in the order in which they are tried."""
     from rich.table import Table
 
     from sage_diffusion.accuracy.render import rules_of
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.catalog import shipped
 
-    plan = PrecisionPlan.load(path)
+    named = str(path) in shipped()
+    plan = PrecisionPlan.of(str(path)) if named else PrecisionPlan.load(path)
     table = Table(title=plan.name or str(path), title_justify="left")
     for heading in ("rule", "layers", "progress", "only", "spec"):
         table.add_column(heading)

@@ -20,6 +20,7 @@ from typing import Any
 
 from sage_diffusion.files import write_text
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan.catalog import FOLDER, shipped
 from sage_diffusion.plan.fingerprint import mismatch
 from sage_diffusion.plan.names import LayerName, inside, means
 from sage_diffusion.plan.rules import UNITS, VERSION, PlanError, Rule, progress, rule_to_dict
@@ -80,7 +81,14 @@ class PrecisionPlan:
 
     @classmethod
     def of(cls, source: PrecisionPlan | AttentionSpec | str | Path) -> PrecisionPlan:
-        """A plan from whatever users write: a plan, a spec, a spec's name, or a path of JSON."""
+        """A plan from whatever users write: a plan, a spec, a spec's name, a path of JSON, or the
+        name of a plan that comes with the package ("wan").
+
+        Raises:
+            PlanError: the file can't be read, or is no plan.
+            ValueError: the text is none of these.
+            TypeError: ``source`` is of another type.
+        """
         if isinstance(source, PrecisionPlan):
             return source
         if isinstance(source, AttentionSpec):
@@ -93,7 +101,12 @@ class PrecisionPlan:
             )
         if source.endswith(".json"):
             return cls.load(Path(source))
-        return cls(AttentionSpec.parse(source))
+        if source in shipped():
+            return cls.load(FOLDER / f"{source}.json")
+        try:
+            return cls(AttentionSpec.parse(source))
+        except ValueError as error:
+            raise ValueError(f"{error}; plans by name are {', '.join(shipped())}") from None
 
     def _named(self, layer: str) -> str:
         """A layer as this plan means it: a plan that names a component names its layers in full."""
@@ -115,6 +128,22 @@ class PrecisionPlan:
             if rule.matches(layer, progress, branch, tokens):
                 return rule.spec
         return self.default
+
+    def may_quantize(self, layer: str) -> bool:
+        """Is there a step, a branch or a size at which the plan quantizes this layer?"""
+        layer = self._named(layer)
+        for rule in self.rules:
+            if means(rule.layers, layer):
+                if rule.spec.quantized:
+                    return True
+                if (rule.start, rule.end, rule.branch, rule.min_tokens) == (0, 1, None, 0):
+                    return False  # nothing passes it
+        return self.default.quantized
+
+    @property
+    def timed(self) -> bool:
+        """Does what runs depend on where sampling stands?"""
+        return any((rule.start, rule.end) != (0, 1) for rule in self.rules)
 
     @property
     def constant(self) -> bool:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from sage_diffusion.plan.catalog import FOLDER, shipped
 from sage_diffusion.plan.plan import PrecisionPlan
 from sage_diffusion.plan.rules import PlanError
-
-FOLDER = Path(__file__).resolve().parent / "shipped"
-
-
-def shipped() -> list[str]:
-    """Names of the plans."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def shipped_plan(name: str) -> PrecisionPlan:

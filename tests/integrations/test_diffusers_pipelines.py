@@ -340,11 +340,6 @@ def test_targets_that_are_no_pipelines_are_refused(target):
         apply(target, AttentionSession("fp16"))
 
 
-def test_enable_of_a_model_says_what_to_use():
-    with pytest.raises(TypeError, match=r"apply\(model, session\)"):
-        enable(build("flux").pipe.transformer)
-
-
 def test_the_vae_is_never_touched():
     tiny = build("sd15")
     apply(tiny.pipe, AttentionSession("int8/fp8"))

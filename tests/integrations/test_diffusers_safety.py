@@ -304,6 +304,7 @@ def test_a_deep_copied_pipe_has_a_session_and_a_schedule_of_its_own():
     other.pipe.set_attn_processor(None)
     assert torch.equal(other(steps=2), plain("wan"))
     assert routed(other.denoiser) == 0 < routed(tiny.denoiser)
+    assert "progress_bar" in vars(tiny.pipe) and "progress_bar" not in vars(other.pipe)
 
 
 def test_a_deep_copied_model_has_a_session_of_its_own():
@@ -333,6 +334,7 @@ def test_pickled_models_and_pipes_come_back():
     expected = tiny(steps=1)
     other = Tiny(pickle.loads(pickle.dumps(tiny.pipe)), tiny.kwargs)
     assert torch.equal(other(steps=1), expected)
+    assert other.pipe.sage.session.steps == 1  # it follows its own scheduler
     assert other.denoiser.transformer_blocks[0].attn.processor._sage_slot.layers[0].ran
     other.pipe.set_attn_processor("fp16")
     assert torch.equal(other(steps=2), plain("flux"))

@@ -10,34 +10,23 @@ pipe.set_attn_processor(None)                   # as it was, bit for bit
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 from torch import nn
 
-try:
-    import diffusers
-except ImportError as error:
-    raise ImportError(
-        "sage_diffusion.integrations.diffusers needs diffusers: "
-        "pip install 'sage-diffusion[diffusers]'"
-    ) from error
-
-from sage_diffusion.attend.guard import Guard
-from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.attend.session import AttentionRefused, AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
 from sage_diffusion.integrations.diffusers.guidance import Guidance, is_pipeline
 from sage_diffusion.integrations.diffusers.processors import is_routed, layer_names, route, unroute
-from sage_diffusion.integrations.diffusers.rebind import attention_sites
+from sage_diffusion.integrations.diffusers.rebind import attention_sites, computes_softmax
 from sage_diffusion.integrations.diffusers.schedule import HostMethod, ScheduleDriver, ends_with
 from sage_diffusion.integrations.diffusers.weak import WeakCall, WeakLink
-from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.names import LayerName
 
 log = logging.getLogger("sage_diffusion")
@@ -91,6 +80,7 @@ class Patch:
         self._only = only
         self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
         self._routed: list[tuple[WeakLink, Any]] = []
+        # Owned by their hosts: a second pipeline over the same parts may go before the patch does.
         self._methods: list[WeakLink] = []
         self._guidance = Guidance(session, target)
         self._driver = self._new_driver()
@@ -107,17 +97,14 @@ class Patch:
         return ScheduleDriver(self.session, self._guidance, self.target, begins)
 
     def _check(self) -> None:
+        modules = list(self._attention_modules())
         names = [
             layer
-            for name, module in self._attention_modules()
+            for name, module in modules
             for layer in layer_names(name, _class_of(_processor(module)))
         ]
         if not names:
-            raise ValueError(
-                f"{type(self.target).__name__} has no attention to quantize: none of its denoisers "
-                f"({', '.join(_denoisers(self.target)) or 'it has none'}) has a processor that "
-                "calls scaled_dot_product_attention or diffusers' dispatcher"
-            )
+            raise ValueError(_nothing_to_route(self.target))
         plan, model = self.session.plan, model_name(self.target)
         for warning in plan.check(names, model=model, strict=self.session.strict):
             log.warning("%s", warning)
@@ -134,16 +121,27 @@ class Patch:
 
     # ------------------------------------------------------------------ install
     def install(self) -> Patch:
-        """Patch; what another patch holds of the target is taken over."""
+        """Patch; what another patch holds of the target is taken over.
+
+        Raises:
+            AttentionRefused: the session is strict, and softmax attention that the plan quantizes
+                can't be routed.  Nothing is patched then.
+        """
         self._live = True
-        if is_pipeline(self.target):
-            self._driver.follow(_schedulers(self.target))
-            self._watch_loop(self.target)
-        self.refresh()
+        try:
+            if is_pipeline(self.target):
+                self._driver.follow(_schedulers(self.target))
+                self._watch_loop(self.target)
+            self.refresh()
+        except BaseException:
+            self.remove()
+            raise
         return self
 
     def _stand_before(self, host: Any, name: str, handler: Callable[..., Any]) -> None:
-        if callable(getattr(host, name, None)) and not isinstance(vars(host).get(name), HostMethod):
+        there = vars(host).get(name) if host is not None else None
+        ours = isinstance(there, HostMethod) and there.handler == handler
+        if callable(getattr(host, name, None)) and not ours:
             self._methods.append(WeakLink(HostMethod(host, name, handler, host).install()))
 
     def _watch_loop(self, pipe: Any) -> None:
@@ -161,6 +159,7 @@ class Patch:
         if not self._live or self.target is None:
             return
         self.skipped.clear()
+        passing: dict[type, list[str]] = {}
         for model in _denoisers(self.target).values():
             self._stand_before(model, "cache_context", self._guidance.cache_context)
         for name, module in self._attention_modules():
@@ -172,11 +171,26 @@ class Patch:
                     continue
                 processor = slot.original if ours else unroute(processor)
             if not attention_sites(type(processor)):
-                self.skipped[name] = type(processor).__name__
+                cls: Any = type(processor)
+                self.skipped[name] = cls.__name__
+                if computes_softmax(cls) and self.session.plan.may_quantize(name):
+                    passing.setdefault(cls, []).append(name)
                 continue
             routed = route(processor, self.session, name)
             module.processor = routed
             self._routed.append((WeakLink(module), routed))
+        self._tell_of(passing)
+
+    def _tell_of(self, passing: Mapping[type, Sequence[str]]) -> None:
+        """Softmax attention that passes us by is one warning; in a strict session an error."""
+        for cls, names in passing.items():
+            message = (
+                f"{len(names)} attention modules ({names[0]} ..) are not quantized: "
+                f"{cls.__name__} computes softmax attention by itself; {_cure(cls)}"
+            )
+            if self.session.strict:
+                raise AttentionRefused(message)
+            self.session.warn(message)
 
     def _sampling_begins(self) -> None:
         self.refresh()
@@ -223,10 +237,14 @@ class Patch:
         return {key: value for key, value in vars(self).items() if key != "_driver"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The target is still being read: its schedulers are followed when a loop begins.
+        # The target is still being read, or copied: its schedulers are followed when a loop begins.
         vars(self).update(state)
         self._guidance.aim(self.target)
         self._driver = self._new_driver()
+
+    def __repr__(self) -> str:
+        state = repr(self.session) if self._live else "removed"
+        return f"<Patch of {type(self.target).__name__}: {state}>"
 
     def __enter__(self) -> Patch:
         return self
@@ -245,6 +263,10 @@ class Patch:
         """What :attr:`schedule` counts, as in :attr:`PrecisionPlan.schedule_unit`."""
         return self.session.noise.unit
 
+    def models(self) -> list[nn.Module]:
+        """The patched models, as the pipeline holds them."""
+        return list(_denoisers(self.target, self._known).values())
+
     def summary(self) -> PatchSummary:
         """Which layer ran what, and what fell back and why."""
         summary = self.session.summary()
@@ -252,204 +274,7 @@ class Patch:
         return PatchSummary(**fields, skipped=dict(self.skipped))
 
 
-def apply(target: Any, session: AttentionSession | PrecisionPlan | AttentionSpec | str) -> Patch:
-    """Send the attention of a pipeline's denoisers, or of one model, through a session.
-
-    Args:
-        target: a ``DiffusionPipeline`` or ``ModelMixin``.  A pipeline's scheduler steers the
-            session; a model alone leaves that to the caller (:meth:`AttentionSession.at`).
-        session: a session, or what one can be made of.
-
-    Raises:
-        PlanError: the plan was made for another model.
-        TypeError: the target is neither a pipeline nor a model.
-        ValueError: it has no attention that can be routed.
-    """
-    return Patch(target, _session(session)).install()
-
-
-class PipeControl:
-    """What :func:`enable` gives a pipeline, as ``pipe.sage``."""
-
-    def __init__(self, pipe: Any):
-        self._pipe = WeakLink(pipe)
-        self.patch: Patch | None = None
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline, which owns this object; None once it is gone."""
-        return self._pipe()
-
-    @property
-    def session(self) -> AttentionSession | None:
-        """The session that runs the pipeline's attention, None while nothing is set."""
-        return None if self.patch is None else self.patch.session
-
-    def set_attn_processor(
-        self,
-        source: Any,
-        *,
-        backend: str = "auto",
-        strict: bool = False,
-        guard: Guard | None = None,
-    ) -> Patch | None:
-        """Quantize the pipeline's attention.
-
-        Args:
-            source: a spec ("int8/fp8"), a plan, the path of one, a session, a
-                :class:`SageAttnProcessor`, or None to restore the model.
-            backend: as in :func:`sage_diffusion.attention`.
-            strict: raise where a call can't be quantized as planned.
-            guard: drift checks; a layer that strays from exact attention is stepped up.
-
-        Returns:
-            The patch, which works as a context manager; None when restored.
-        """
-        if source is None:
-            self.unset_attn_processor()
-            return None
-        patch = Patch(self.pipe, _session(source, backend, strict, guard))
-        self.unset_attn_processor()
-        self.patch = patch.install()
-        return patch
-
-    def unset_attn_processor(self) -> None:
-        """Restore the model, bit for bit."""
-        if self.patch is not None:
-            self.patch.remove()
-            self.patch = None
-
-    def summary(self) -> PatchSummary:
-        """Which layer ran what, and what fell back and why."""
-        if self.patch is None:
-            return PatchSummary(())
-        return self.patch.summary()
-
-
-def enable(pipe: Any) -> Any:
-    """Give a pipeline ``set_attn_processor``, ``unset_attn_processor`` and ``sage``.
-
-    Nothing changes until ``set_attn_processor`` is called.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        TypeError: it is no pipeline.
-    """
-    if not is_pipeline(pipe):
-        raise TypeError(
-            f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; for a single model use "
-            "sage_diffusion.integrations.diffusers.apply(model, session)"
-        )
-    if not isinstance(vars(pipe).get("sage"), PipeControl):
-        control = PipeControl(pipe)
-        pipe.sage = control
-        pipe.set_attn_processor = control.set_attn_processor
-        pipe.unset_attn_processor = control.unset_attn_processor
-    return pipe
-
-
-# ---------------------------------------------------------------------- a marker for models
-class SageAttnProcessor:
-    """For a model's own method: ``unet.set_attn_processor(SageAttnProcessor("int8/fp8"))``.
-
-    Every attention module keeps its own processor, routed to :attr:`session`; any processor that is
-    set afterwards takes its place.  Without a pipeline nobody says where sampling stands: progress
-    stays 0 unless ``session.at``, ``session.start`` and ``session.begin_step`` are used.
-
-    Args:
-        plan: as in ``pipe.set_attn_processor``.
-        backend: as in :func:`sage_diffusion.attention`.
-        strict: raise where a call can't be quantized as planned.
-        guard: as in ``pipe.set_attn_processor``.
-    """
-
-    def __init__(
-        self,
-        plan: Any,
-        *,
-        backend: str = "auto",
-        strict: bool = False,
-        guard: Guard | None = None,
-    ):
-        self.session = _session(plan, backend, strict, guard)
-        self._direct = 0
-        _accept_markers()
-
-    def summary(self) -> SessionSummary:
-        """Which layer ran what, and what fell back and why."""
-        return self.session.summary()
-
-    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """First call of a module that was given this object directly."""
-        default = getattr(attn, "_default_processor_cls", None)
-        if default is None:
-            raise TypeError(
-                f"{type(attn).__name__} names no default processor: give SageAttnProcessor to the "
-                "model's set_attn_processor, or use sage_diffusion.enable(pipe)"
-            )
-        name = f"{type(attn).__name__}.{self._direct}"
-        self._direct += 1
-        routed = route(default(), self.session, name)
-        attn.processor = routed
-        return routed(attn, *args, **kwargs)
-
-
-def _accept_markers() -> None:
-    """Make ``set_attn_processor`` of every model class understand :class:`SageAttnProcessor`.
-
-    diffusers would put the one object into each module and lose the modules' own processors.
-    """
-    from diffusers.models import attention
-
-    classes: list[type] = [diffusers.ModelMixin]
-    for cls in classes:
-        classes += cls.__subclasses__()
-    mixin = getattr(attention, "AttentionMixin", None)
-    for cls in [*([mixin] if mixin is not None else []), *classes]:
-        original = vars(cls).get("set_attn_processor")
-        if original is not None and not hasattr(original, "_sage_original"):
-            cls.set_attn_processor = _marker_aware(original)
-
-
-def _marker_aware(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def set_attn_processor(self: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(processor, SageAttnProcessor):
-            Patch(self, processor.session).install()
-            return None
-        if not isinstance(processor, dict):
-            return original(self, processor, *args, **kwargs)
-        sessions: dict[int, tuple[AttentionSession, set[str]]] = {}
-        kept = dict(processor)
-        for key, value in processor.items():
-            if isinstance(value, SageAttnProcessor):
-                kept[key] = self.attn_processors[key]
-                names = sessions.setdefault(id(value), (value.session, set()))[1]
-                names.add(key.removesuffix(".processor"))
-        result = original(self, kept, *args, **kwargs)
-        for session, names in sessions.values():
-            Patch(self, session, frozenset(names)).install()
-        return result
-
-    set_attn_processor._sage_original = original  # type: ignore[attr-defined]
-    return set_attn_processor
-
-
 # ---------------------------------------------------------------------- helpers
-def _session(
-    source: Any, backend: str = "auto", strict: bool = False, guard: Guard | None = None
-) -> AttentionSession:
-    if isinstance(source, SageAttnProcessor):
-        source = source.session
-    if isinstance(source, AttentionSession):
-        if backend != "auto" or strict or guard is not None:
-            raise ValueError("a session has its own backend, strict and guard: set them there")
-        return source
-    return AttentionSession(source, backend=backend, strict=strict, guard=guard)
-
-
 def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
     """The models to patch by component name, ``known`` ones included; a lone model's is ""."""
     if isinstance(target, nn.Module):
@@ -468,6 +293,39 @@ def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
     timed = {name: model for name, model in found.items() if _takes_time(model)}
     # Masked transformers (aMUSEd) take tokens and no time.
     return timed or {name: model for name, model in found.items() if not hasattr(model, "decode")}
+
+
+#: In a processor's name -> what gives the model one back that can be routed.
+_CURES = {
+    "Sliced": "call pipe.disable_attention_slicing(): quantized attention needs no slices",
+    "XFormers": "call pipe.disable_xformers_memory_efficient_attention()",
+}
+
+
+def _cure(cls: type) -> str:
+    return next(
+        (cure for part, cure in _CURES.items() if part in cls.__name__),
+        "set a processor that calls torch.nn.functional.scaled_dot_product_attention, such as "
+        "diffusers' AttnProcessor2_0",
+    )
+
+
+def _nothing_to_route(target: Any) -> str:
+    """Why a target can't be patched at all, and what helps."""
+    models = [target] if isinstance(target, nn.Module) else list(target.components.values())
+    found = {
+        type(_processor(module))
+        for model in map(_unwrapped, models)
+        if isinstance(model, diffusers.ModelMixin) and _takes_time(model)
+        for module in model.modules()
+    }
+    odd = [cls for cls in found if computes_softmax(cls) and not attention_sites(cls)]
+    message = f"{type(target).__name__} has no attention to quantize: none of its denoisers ("
+    message += ", ".join(_denoisers(target)) or "it has none"
+    message += ") has a processor that calls scaled_dot_product_attention or diffusers' dispatcher"
+    for cls in odd:
+        message += f"; {cls.__name__} computes softmax attention by itself: {_cure(cls)}"
+    return message
 
 
 def _takes_time(model: nn.Module) -> bool:

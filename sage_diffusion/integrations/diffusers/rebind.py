@@ -124,6 +124,32 @@ def _attention_sites(cls: type) -> int:
     return sum(_calls(function) for base in cls.__mro__ for _, function, _ in _own(base))
 
 
+#: What a processor calls that computes the softmax by hand, or has xFormers do it.
+_BY_HAND = frozenset(("get_attention_scores", "softmax", "memory_efficient_attention"))
+
+
+def computes_softmax(cls: Any) -> bool:
+    """Does a processor class compute softmax attention where nothing can be routed?"""
+    return _computes_softmax(cls)
+
+
+@functools.cache
+def _computes_softmax(cls: type) -> bool:
+    named: dict[str, list[types.FunctionType]] = {}  # the one that is called, then those below it
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for name, value in vars(base).items():
+                if isinstance(value, types.FunctionType):
+                    named.setdefault(name, []).append(value)
+    return any(_by_hand(functions) for functions in named.values())
+
+
+def _by_hand(functions: list[types.FunctionType]) -> bool:
+    first, *below = functions
+    reached = {name for each in (first, *_helpers(first)) for name, _ in _loads(each)}
+    return bool(reached & _BY_HAND) or ("super" in reached and bool(below) and _by_hand(below))
+
+
 def dispatches(cls: Any) -> bool:
     """Does the class call diffusers' dispatcher (``[B, L, H, D]``) and not PyTorch?"""
     return _dispatches(cls)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sage_diffusion.accuracy.compare import Generation
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.diffusers.patch import _denoisers, apply, model_name
+from sage_diffusion.integrations.diffusers.control import apply
+from sage_diffusion.integrations.diffusers.patch import _denoisers, model_name
 from sage_diffusion.integrations.diffusers.pipelines import PipelineRun
 
 #: Arguments of these types are kept with a score table.

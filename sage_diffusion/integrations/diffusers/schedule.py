@@ -7,6 +7,7 @@ that lies outside of compiled code.  Its schedule is copied to the CPU once per 
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,12 +109,16 @@ class _Closing:
         self.own = own
         self.session = session
         self.run = session.run
+        self.handled = sys.exc_info()[1]  # a pipeline may be called where an error is handled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Deleted long afterwards, the bar must not end the next run.
         if self.run is not None and self.session.run is self.run:
             self.run = None
-            self.session.finish()
+            if sys.exc_info()[1] in (None, self.handled):
+                self.session.finish()
+            else:  # the loop failed: its error is the one that counts
+                self.session.break_off()
         bar = self.bar()
         return None if bar is None else self.own(bar, *args, **kwargs)
 
@@ -283,20 +288,6 @@ class ScheduleDriver:
         if id(self._anchor()) not in memo and follow(scheduler, self):
             self._forget_dead()
             self.tracks.append(Track(scheduler, copied=True))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScheduleDriver:
-        anchor = self._anchor()
-        new = ScheduleDriver.__new__(ScheduleDriver)
-        memo[id(self)] = new
-        new.__init__(  # type: ignore[misc]
-            copy.deepcopy(self.session, memo),
-            copy.deepcopy(self.guidance, memo),
-            memo.get(id(anchor), anchor),
-            copy.deepcopy(self.on_start, memo),
-        )
-        own = [track.scheduler() for track in self.tracks if not track.copied]
-        new.follow([copy.deepcopy(scheduler, memo) for scheduler in own])
-        return new
 
     # ------------------------------------------------------------------ what is heard
     def hear(
