@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 from sage_diffusion import cli, cost
 from sage_diffusion.adapt.costs import card_costs, relative_cost

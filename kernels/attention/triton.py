@@ -27,6 +27,7 @@ from ..formats import (
 from ..rope import Rope
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int
+from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .operands import quantize_operands
 from .reference import MASK_FLOOR, half_value, smoothed_lse
@@ -92,6 +93,7 @@ def _attend_range(
     for n in tl.range(start, stop, BLOCK_N):
         inside = n + o_n < k_len
         k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
+        fence_copies()
         s = int_to_float(tl.dot(q, k), SHIFT)
         if K_BLOCK % BLOCK_N == 0:
             s *= tl.load(p_k_scale + n // K_BLOCK)
@@ -129,6 +131,7 @@ def _attend_range(
         else:
             p = tl.exp2(s * q_scale[:, None] - shift[:, None])
         seen_total = tl.sum(p, 1)
+        fence_copies()
         if PV == "half":
             v = _load_tile(p_v, inside[:, None], o_d[None, :] < D, EDGE, D != DP)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
@@ -144,9 +147,7 @@ def _attend_range(
                 # A fresh accumulator per tile, joined by an fma that the compiler cannot fold back
                 # into the product: Ada and Hopper keep 14 bits of a float32 sum of FP8 products.
                 FAST: tl.constexpr = PV == "fp8-fast"
-                product = tl.dot(
-                    p.to(tl.float8e4nv), v, out_dtype=tl.float16 if FAST else tl.float32
-                )
+                product = tl.dot(to_e4m3(p), v, out_dtype=tl.float16 if FAST else tl.float32)
                 acc = tl.fma(
                     acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32)
                 )
@@ -230,6 +231,8 @@ def _attention_fwd_kernel(
             p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
         else:
             p_mask += o_n[None, :] * stride_mn
+    else:
+        p_mask = p_k_scale  # before Triton 3.7 a jit function can't return None
 
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
