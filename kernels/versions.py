@@ -156,8 +156,6 @@ def _gather(x: Any, kind: Any, frame: _Frame, semantic: Any) -> Any:
     """The other way round: the first registers, as a tensor of this type."""
     warp, lane, register = _bits(kind, semantic)
     bits = [*reversed(warp), *reversed(lane), *reversed(register)]
-    if None in bits:
-        raise TypeError(f"a result must not repeat values over warps, lanes or registers: {kind}")
     front = frame.warp + 5
     for _ in range(frame.register - len(register)):  # the highest register bit is 0
         rank = len(x.shape)
@@ -180,13 +178,16 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
     several = isinstance(_plain(result_types), list)
     kinds = _plain(result_types) if several else [_plain(result_types)]
     types = [x.type if isinstance(x.type, distributed_type) else None for x in args]
-    counts = [_bits(kind, _semantic) for kind in (*kinds, *types) if kind is not None]
-    frame = _Frame(len(counts[0].warp), max(len(one.register) for one in counts))
+    bits = [None if kind is None else _bits(kind, _semantic) for kind in (*kinds, *types)]
+    for kind, of in zip(kinds, bits, strict=False):
+        if None in (*of.warp, *of.lane, *of.register):
+            raise TypeError(f"a result must not repeat values, got {kind}")
+    frame = _Frame(len(bits[0].warp), max(len(of.register) for of in bits if of is not None))
     size = 1 << frame.register
 
     names = []
-    for i, kind in enumerate((*kinds, *types)):
-        used = 1 if kind is None else 1 << len(_bits(kind, _semantic).register)
+    for i, of in enumerate(bits):
+        used = 1 if of is None else 1 << len(of.register)
         names.append(tuple(f"${i * size + j}" for j in range(used)))
     text = _plain(asm(tuple(names[: len(kinds)]), tuple(names[len(kinds) :])))
     builder = _semantic.builder
