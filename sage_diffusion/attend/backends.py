@@ -56,39 +56,37 @@ def _refuse_triton(call: AttentionCall) -> str | None:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
+    from sage_diffusion.kernels.attention import tuning
+
+    return _refuse_triton_version(tuning.TRITON_VERSION) or tuning.unsupported(
+        call.spec, call.capability, call.hip_arch
+    )
+
+
+def _refuse_triton_version(needed: tuple[int, int]) -> str | None:
+    """Of a kernel that needs this version of Triton or a newer one."""
     version = triton_version()
     if version is None:
         return "triton is not installed (Windows: pip install triton-windows)"
-    if version < (3, 4):
-        return f"needs triton 3.4 or newer, found {version[0]}.{version[1]}"
-    from sage_diffusion.kernels.attention import tuning
+    if version < needed:
+        found = f"found {version[0]}.{version[1]}"
+        return f"needs triton {needed[0]}.{needed[1]} or newer, {found}"
+    return None
 
-    return tuning.unsupported(call.spec, call.capability, call.hip_arch)
 
-
-def _refuse_without_gluon(call: AttentionCall) -> str | None:
+def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int]) -> str | None:
     """What both kernels in Gluon need."""
-    from sage_diffusion.kernels.attention import gluon_support
-
     if not call.spec.quantized:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA device, the tensors are on {call.device}"
-    version, needed = triton_version(), gluon_support.TRITON_VERSION
-    if version is None:
-        return "triton is not installed (Windows: pip install triton-windows)"
-    if version < needed:
-        return (
-            f"needs triton {needed[0]}.{needed[1]} or newer for inline assembly, "
-            f"found {version[0]}.{version[1]}"
-        )
-    return None
+    return _refuse_triton_version(needed)
 
 
 def _refuse_gluon(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import gluon_support
 
-    return _refuse_without_gluon(call) or gluon_support.unsupported(
+    return _refuse_without_gluon(call, gluon_support.TRITON_VERSION) or gluon_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -96,7 +94,7 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
 def _refuse_hopper(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import hopper_support
 
-    return _refuse_without_gluon(call) or hopper_support.unsupported(
+    return _refuse_without_gluon(call, hopper_support.TRITON_VERSION) or hopper_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
