@@ -10,11 +10,11 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.accuracy.environment import version
 from sage_diffusion.files import user_cache, write_text
@@ -24,8 +24,6 @@ from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
 
-VERSION: Literal[1] = 1
-
 #: What may differ between launches of a backend's kernel.
 KNOBS = {
     "triton": ("block_m", "num_warps", "num_stages"),
@@ -33,14 +31,13 @@ KNOBS = {
     "hopper": ("num_warps", "stages"),
 }
 
-Small = Annotated[int, Field(ge=1, le=1024, strict=True)]
-
 
 class TableError(ValueError):
     """A file is no table of launches; the message says what is wrong with it."""
 
 
-class Entry(BaseModel):
+@dataclass(frozen=True)
+class Entry:
     """The best launch of one kernel on one card.
 
     Attributes:
@@ -55,29 +52,20 @@ class Entry(BaseModel):
         value: milliseconds, or cycles of the predicted bound.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpu: Annotated[str, Field(min_length=1)]
+    gpu: str
     triton: str
     arch: str
-    backend: Literal["triton", "gluon", "hopper"]
+    backend: str
     formats: str
-    head_dim: Literal[64, 128, 256]
-    launch: dict[str, Small]
-    source: Literal["measured", "predicted bound"]
-    value: Annotated[float, Field(gt=0, strict=True)]
+    head_dim: int
+    launch: dict[str, int]
+    source: str
+    value: float
 
     @property
     def key(self) -> tuple[object, ...]:
         """Entries of the same key replace each other."""
         return self.gpu, self.triton, self.backend, self.formats, self.head_dim
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    version: Literal[1]
-    entries: list[Entry]
 
 
 def default_path() -> Path:
@@ -97,19 +85,15 @@ def read(path: Path) -> list[Entry]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise TableError(f"{path} can't be read: {error}") from None
+    # Only who has a table needs what checks it: PyTorch and Triton alone run every kernel.
     try:
-        entries = _File.model_validate_json(text).entries
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise TableError(f"{path} is no table of launches: {where}: {first['msg']}") from None
-    for entry in entries:
-        if set(entry.launch) != set(KNOBS[entry.backend]):
-            raise TableError(
-                f"{path} is no table of launches: a launch of {entry.backend} must have "
-                f"{', '.join(KNOBS[entry.backend])}, got {', '.join(entry.launch)}"
-            )
-    return entries
+        from sage_diffusion.launches_json import parse_table
+    except ImportError as error:
+        raise TableError(f"{path} can't be read: {error}") from None
+    try:
+        return parse_table(text)
+    except TableError as error:
+        raise TableError(f"{path} is no table of launches: {error}") from None
 
 
 def write(path: Path, entries: list[Entry]) -> None:
@@ -118,9 +102,10 @@ def write(path: Path, entries: list[Entry]) -> None:
     Raises:
         TableError: there is a file that is no table; it stays as it is.
     """
+    from sage_diffusion.launches_json import format_table
+
     merged = {entry.key: entry for entry in (*read(path), *entries)}
-    document = _File(version=VERSION, entries=list(merged.values()))
-    write_text(path, document.model_dump_json(indent=2) + "\n")
+    write_text(path, format_table(list(merged.values())))
 
 
 def formats(spec: AttentionSpec) -> str:
