@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sage_diffusion import backends, compilation, ops
 from sage_diffusion.calls import AttentionEvent, Call, Native, Observer, torch_native
-from sage_diffusion.finite import FiniteWatch, reads_at_once
+from sage_diffusion.finite import FiniteWatch
 from sage_diffusion.guard import Guard, GuardState
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -463,13 +463,11 @@ class AttentionSession:
             return None
         finite = self.watch.look(layer.name, self.step, out)
         if not self.strict:
-            if reads_at_once(finite):
-                if not finite:
-                    layer.decline("the quantized output was not finite, run again natively")
-                    return None
-            elif chosen.name != "triton":
-                # Waiting for the flag would cost more than a pass over the output.  Our own kernels
-                # make no NaN of finite inputs and are spared it.
+            if finite is False:
+                layer.decline("the quantized output was not finite, run again natively")
+                return None
+            if finite is None and not chosen.finite:
+                # Waiting for the answer would cost more than another pass over the output.
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
         if self.guard.due(layer.name, layer.index, self.step):
