@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_diffusion import backends
 from sage_diffusion.backends import AttentionCall
+from sage_diffusion.compilation import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.timing import Timer
 
@@ -272,8 +273,8 @@ def _row(
         if qkv[0].device.type == "cuda":
             torch.cuda.empty_cache()
         return row(NO_MEMORY, reason=str(caught).partition(".")[0])
-    except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as caught:
-        # Of other packages and of PyTorch where one of its kernels does not serve the call.
+    except (*compiler_errors(), ValueError, TypeError, AssertionError, ImportError) as caught:
+        # Of a compiler, of other packages, and of PyTorch where none of its kernels serves a call.
         return row(FAILED, reason=" ".join(str(caught).split()) or type(caught).__name__)
     milliseconds = timing.median
     work = operations(batch, heads, length, head_dim, is_causal)
