@@ -250,6 +250,11 @@ def _of_shape(
         yield _row(entrant, timer, (q, k, v), is_causal, exact)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """Of a compiler, of other packages, and of PyTorch where its kernel does not serve a call."""
+    return (*compiler_errors(), ValueError, TypeError, AssertionError, ImportError)
+
+
 def _row(
     entrant: Contestant,
     timer: Timer,
@@ -273,8 +278,7 @@ def _row(
         if qkv[0].device.type == "cuda":
             torch.cuda.empty_cache()
         return row(NO_MEMORY, reason=str(caught).partition(".")[0])
-    except (*compiler_errors(), ValueError, TypeError, AssertionError, ImportError) as caught:
-        # Of a compiler, of other packages, and of PyTorch where none of its kernels serves a call.
+    except _failures() as caught:
         return row(FAILED, reason=" ".join(str(caught).split()) or type(caught).__name__)
     milliseconds = timing.median
     work = operations(batch, heads, length, head_dim, is_causal)
