@@ -178,11 +178,14 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
     several = isinstance(_plain(result_types), list)
     kinds = _plain(result_types) if several else [_plain(result_types)]
     types = [x.type if isinstance(x.type, distributed_type) else None for x in args]
-    bits = [None if kind is None else _bits(kind, _semantic) for kind in (*kinds, *types)]
-    for kind, of in zip(kinds, bits, strict=False):
+    results = [_bits(kind, _semantic) for kind in kinds]
+    for kind, of in zip(kinds, results, strict=True):
         if None in (*of.warp, *of.lane, *of.register):
             raise TypeError(f"a result must not repeat values, got {kind}")
-    frame = _Frame(len(bits[0].warp), max(len(of.register) for of in bits if of is not None))
+    operands = [None if kind is None else _bits(kind, _semantic) for kind in types]
+    bits = [*results, *operands]
+    widest = max(len(of.register) for of in bits if of is not None)
+    frame = _Frame(len(results[0].warp), widest)
     size = 1 << frame.register
 
     names = []

@@ -370,9 +370,9 @@ def attend_quantized(
         v_strides = (*values.stride()[:2], 1, values.stride(2))
         pv = v.precision.value
     else:
-        values, v_scale = half_value(v)
-        if v.dtype in (torch.float16, torch.bfloat16):
-            v_scale = None
+        values, v_scale = v, None
+        if v.dtype not in (torch.float16, torch.bfloat16):
+            values, v_scale = half_value(v)
         v_mean, head_dim, v_strides, pv = None, v.shape[-1], values.stride(), "half"
     p_range = _P_RANGE[pv]
     if fp16_accumulator:

@@ -30,6 +30,8 @@ class Backend:
         refuse: None if it can run the call, else the reason in words.
         load: imports the implementation on first use.
         folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
+        finite: of finite inputs it makes finite outputs; those of the others are searched for NaN
+            before a model sees them.
         automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
     """
 
@@ -39,6 +41,7 @@ class Backend:
     load: Callable[[], Run]
     automatic: Callable[[AttentionCall], bool] = lambda call: True
     folds_rope: bool = False
+    finite: bool = False
 
 
 class BackendUnavailable(RuntimeError):
@@ -199,6 +202,7 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_gluon,
             _load_gluon,
             folds_rope=True,
+            finite=True,
         ),
         Backend(
             "hopper",
@@ -206,8 +210,16 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_hopper,
             _load_hopper,
             folds_rope=True,
+            finite=True,
         ),
-        Backend("triton", "this package's kernels", _refuse_triton, _load_triton, folds_rope=True),
+        Backend(
+            "triton",
+            "this package's kernels",
+            _refuse_triton,
+            _load_triton,
+            folds_rope=True,
+            finite=True,
+        ),
         Backend(
             "sageattention",
             "the sageattention package, where its numerics equal the spec",
@@ -228,6 +240,7 @@ def _backends() -> tuple[Backend, ...]:
             _load_reference,
             _twin_is_automatic,
             folds_rope=True,
+            finite=True,
         ),
     )
 
