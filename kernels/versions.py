@@ -189,8 +189,8 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
     size = 1 << frame.register
 
     names = []
-    for i, of in enumerate(bits):
-        used = 1 if of is None else 1 << len(of.register)
+    for i, own in enumerate(bits):
+        used = 1 if own is None else 1 << len(own.register)
         names.append(tuple(f"${i * size + j}" for j in range(used)))
     text = _plain(asm(tuple(names[: len(kinds)]), tuple(names[len(kinds) :])))
     builder = _semantic.builder
