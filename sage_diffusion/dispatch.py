@@ -66,7 +66,6 @@ def attention(
             k,
             v,
             mask,
-            None,
             str(parsed),
             is_causal,
             scale,
