@@ -67,7 +67,6 @@ def attention(
             k,
             v,
             mask,
-            None,
             str(parsed),
             is_causal,
             scale,

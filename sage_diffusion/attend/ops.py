@@ -1,15 +1,18 @@
-"""The one custom operator: what ``torch.compile`` sees of an attention call.
+"""The custom operators: what ``torch.compile`` sees of an attention call.
 
-The precision is decided inside the operator, so a compiled graph neither breaks nor recompiles
-while it changes from step to step.  The layer is named by a 0-dim CPU tensor: a Python int would be
-a constant of the graph and cost one recompilation per layer.
+:func:`attention` computes the spec that it is given, and may be captured in a CUDA graph.
+:func:`layer_attention` asks a session, so a compiled graph neither breaks nor recompiles while the
+precision changes from step to step.  A captured graph would repeat one step's decision without
+asking again: the operator says so by a tag, and inductor runs it between graphs.  The layer is
+named by a 0-dim CPU tensor: a Python int would be a constant of the graph and cost one
+recompilation per layer.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +49,14 @@ _LAYERS: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary
 _NEXT = itertools.count(1)
 
 
+# What ``mode="reduce-overhead"`` makes of an operator that decides in Python: from PyTorch 2.9 on
+# inductor captures what stands between such operators, 2.8 captures nothing of their graph, and 2.7
+# and older, which know no tag, capture nothing of a graph with a CPU tensor, the layer's handle.
+_DECIDES_IN_PYTHON: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _DECIDES_IN_PYTHON["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
 def register(layer: Attends) -> Tensor:
     """A handle by which the operator finds ``layer``: a 0-dim int64 CPU tensor."""
     number = next(_NEXT)
@@ -67,7 +78,7 @@ def _find(handle: Tensor) -> Attends:
 def tables(
     rope_q: Rope | None, rope_k: Rope | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, bool]:
-    """The last arguments of :func:`attention`: an operator takes tensors and constants only."""
+    """The last arguments of the operators, which take tensors and constants only."""
     return (
         None if rope_q is None else rope_q.cos,
         None if rope_q is None else rope_q.sin,
@@ -78,13 +89,27 @@ def tables(
     )
 
 
+def _ropes(
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
+    q_interleaved: bool,
+    k_interleaved: bool,
+) -> tuple[Rope | None, Rope | None]:
+    """The other way round."""
+    return (
+        None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved),
+        None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved),
+    )
+
+
 @torch.library.custom_op("sage_diffusion::attention", mutates_args=())
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    layer: Tensor | None,
     spec: str,
     is_causal: bool,
     scale: float | None,
@@ -97,30 +122,14 @@ def attention(
     q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by spec, or, where ``layer`` is given, as its session decides.
+    """:func:`sage_diffusion.attention`; without ``return_lse`` the second result is empty.
 
-    Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
-    empty.  The tables of both rotations come as :func:`tables` takes them apart.
+    The tables of both rotations come as :func:`tables` takes them apart.
     """
-    lse: Tensor | None = None
-    rope_q = None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved)
-    rope_k = None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved)
-    if layer is not None:
-        out = _find(layer).attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
-    else:
-        parsed = AttentionSpec.parse(spec)
-        out, lse = compute(
-            q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
-        )
+    ropes = _ropes(q_cos, q_sin, k_cos, k_sin, q_interleaved, k_interleaved)
+    out, lse = compute(
+        q, k, v, AttentionSpec.parse(spec), mask, is_causal, scale, backend, return_lse, *ropes
+    )
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous()
@@ -132,7 +141,6 @@ def _(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    layer: Tensor | None,
     spec: str,
     is_causal: bool,
     scale: float | None,
@@ -150,8 +158,58 @@ def _(
     return out, lse
 
 
+@torch.library.custom_op("sage_diffusion::layer_attention", mutates_args=(), **_DECIDES_IN_PYTHON)
+def layer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_interleaved: bool = True,
+) -> Tensor:
+    """:meth:`Layer.attend` of the layer with this handle."""
+    rope_q, rope_k = _ropes(q_cos, q_sin, k_cos, k_sin, q_interleaved, k_interleaved)
+    out = _find(layer).attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        rope_q=rope_q,
+        rope_k=rope_k,
+    )
+    return out.contiguous()
+
+
+@layer_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_interleaved: bool = True,
+) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
 # It changes nothing of the handle; saying so is what keeps a call without a result in the graph.
-@torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",))
+@torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",), **_DECIDES_IN_PYTHON)
 def bypass(layer: Tensor, tokens: int, reason: str) -> None:
     """:meth:`Attends.bypass` from compiled code."""
     _find(layer).bypass(tokens, reason)

@@ -27,13 +27,13 @@ from sage_diffusion.attend.calls import (
     Observer,
     torch_native,
 )
-from sage_diffusion.attend.finite import FiniteWatch
+from sage_diffusion.attend.finite import FiniteWatch, capturing
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.plan import BRANCHES, PrecisionPlan, step_progress
 
 log = logging.getLogger("sage_diffusion")
 
@@ -86,12 +86,13 @@ class Layer:
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
     ) -> Tensor:
-        """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
+        """Attention as the session decides; inside ``torch.compile`` one opaque operator.
+
+        Captured in a CUDA graph by hand, see :meth:`AttentionSession.attend`.
+        """
         if torch.compiler.is_compiling():
             tables = ops.tables(rope_q, rope_k)
-            return ops.attention(
-                q, k, v, mask, self.handle, "", is_causal, scale, "auto", False, *tables
-            )[0]
+            return ops.layer_attention(q, k, v, mask, self.handle, is_causal, scale, *tables)
         return self.attend(
             q,
             k,
@@ -335,6 +336,17 @@ class AttentionSession:
         parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
         return all(parts) if whole else any(parts)
 
+    def _steady(self, layer: str, tokens: int) -> bool:
+        """Does the plan give a layer one spec at all steps and in all branches?"""
+        rules = self._plan.rules
+        edges = {0.0, *(rule.start for rule in rules), *(rule.end for rule in rules)}
+        specs = {
+            self._plan.resolve(layer, at, branch=branch, tokens=tokens)
+            for at in edges
+            for branch in (None, *BRANCHES)
+        }
+        return len(specs) == 1
+
     def attend(
         self,
         layer: Layer | str,
@@ -355,6 +367,10 @@ class AttentionSession:
         than a layer can know.  ``rope_q`` and ``rope_k`` rotate q and k as in
         :func:`sage_diffusion.attention`; observers and the host's own attention get them rotated.
 
+        While a CUDA graph is captured, whose replays run no Python, a plan that gives the layer
+        one spec at all steps is captured with it (not watched and not guarded); any other call is
+        declined, so that replays repeat the host's own attention and not one step's precision.
+
         Raises:
             ValueError, TypeError: the tables of a rotation do not fit.
             AttentionRefused: strict, and the plan's spec can't be served.
@@ -366,6 +382,11 @@ class AttentionSession:
         native = native or layer.native
         check_ropes(q, k, rope_q, rope_k)
         call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+        if capturing(q) and not self._steady(layer.name, k.shape[2]):
+            layer.decline("a CUDA graph is captured, which would repeat this step's precision")
+            out = native(*call.plain())
+            self._show(layer, self.branch, FP16, call, out)
+            return out
         if self.chunks and self.branch is None and not q.shape[0] % len(self.chunks):
             return self._attend_chunks(layer, call, native)
         spec = self.spec_for(layer.name, k.shape[2])

@@ -456,7 +456,7 @@ def _attend(
     rope_k: Rope | None,
 ) -> Tensor:
     if torch.compiler.is_compiling():
-        return ops.attention(q, k, v, mask, layer.handle, "", is_causal, scale, "auto", False)[0]
+        return ops.layer_attention(q, k, v, mask, layer.handle, is_causal, scale)
     return layer.attend(
         q,
         k,
