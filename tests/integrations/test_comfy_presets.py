@@ -29,11 +29,10 @@ def test_presets(name, first, middle):
 def test_presets_choose_what_the_machine_runs(monkeypatch):
     from sage_diffusion.integrations.comfy import presets
 
-    def select(call, backend="auto"):
-        if "8/fp8" in str(call.spec) or "int4" in str(call.spec):
-            raise presets.backends.BackendUnavailable(call.spec, {})
+    def automatic(call):
+        return None if "8/fp8" in str(call.spec) or "int4" in str(call.spec) else "triton"
 
-    monkeypatch.setattr(presets.backends, "select", select)
+    monkeypatch.setattr(presets.backends, "automatic", automatic)
     presets.preset.cache_clear()
     try:
         assert spec_at(presets.preset("fast")) == "int8/int8"

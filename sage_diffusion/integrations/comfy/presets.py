@@ -6,12 +6,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import device_arch
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 #: Calls with fewer keys cost next to nothing and decide much: the text tokens of CLIP, refiners.
@@ -73,17 +70,7 @@ def preset(name: str, device: str = "cpu") -> PrecisionPlan:
 def _first_native(names: Sequence[str], device: str) -> AttentionSpec:
     """The first spec that ``auto`` would run; the first of all where none is (and says why)."""
     specs = [AttentionSpec.parse(name) for name in names]
-    capability, hip_arch = device_arch(torch.device(device))
-    kind = torch.device(device).type
     for spec in specs:
-        shape = (1, 24, 4096, 128)
-        call = AttentionCall(
-            shape, shape, torch.bfloat16, kind, capability, hip_arch, None, False, False, spec
-        )
-        try:
-            backends.select(call)
-        except backends.BackendUnavailable:
-            if spec.quantized:
-                continue
-        return spec
+        if backends.automatic(AttentionCall.typical(spec, device)) or not spec.quantized:
+            return spec
     return specs[0]
