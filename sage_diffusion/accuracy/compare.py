@@ -22,11 +22,9 @@ from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.rows import row_mask
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.attention import reference
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.machine import environment
 from sage_diffusion.plan import PrecisionPlan
-
-FP16 = AttentionSpec.parse("fp16")
 
 #: Scores that exact attention holds at once, about 256 MiB in float32.
 _MAX_SCORES = 1 << 26

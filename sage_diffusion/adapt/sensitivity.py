@@ -22,7 +22,7 @@ from sage_diffusion.adapt.gradient import cell_effects
 from sage_diffusion.adapt.sampling import Sampler, planned
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 from sage_diffusion.plan.globs import cover, step_range
 
@@ -192,7 +192,7 @@ def group_plan(
             if on:
                 start, end = step_range(first, stop, table.steps)
                 rules += [Rule(parsed, g, start, end) for g in cover(names, table.layers)]
-    return PrecisionPlan(AttentionSpec.parse("fp16"), tuple(rules))
+    return PrecisionPlan(FP16, tuple(rules))
 
 
 def nonnegative_fit(design: np.ndarray, target: np.ndarray, start: np.ndarray) -> np.ndarray:

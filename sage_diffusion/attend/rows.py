@@ -24,13 +24,11 @@ from sage_diffusion.kernels.formats import (
     QuantizedTensor,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 #: Columns of what :func:`measure` returns.  ``error`` is the squared error relative to the squared
 #: output: unlike the other two it adds up over calls, so plans are made with it.
 METRICS = ("cosine", "rel_l1", "error")
-
-_EXACT = AttentionSpec.parse("fp16")
 
 #: Values of K, and as many of V, that are held in float32 at once: 256 MiB each.
 _MAX_VALUES = 1 << 26
@@ -79,7 +77,7 @@ class RowCall:
                 self.q[:, heads, self.index].float(),
                 self.k[:, kv].float(),
                 self.v[:, kv].float(),
-                _EXACT,
+                FP16,
                 mask=mask,
                 scale=self.scale,
             )

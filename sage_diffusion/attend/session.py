@@ -32,12 +32,10 @@ from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, step_progress
 
 log = logging.getLogger("sage_diffusion")
-
-FP16 = AttentionSpec.parse("fp16")
 
 
 class AttentionRefused(RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan.fingerprint import mismatch
 from sage_diffusion.plan.plan import PrecisionPlan
 from sage_diffusion.plan.rules import PlanError, Rule
@@ -115,7 +115,6 @@ def custom(
     Raises:
         PlanError: a wrong spec, start not below end, or no glob.
     """
-    fp16 = AttentionSpec.parse("fp16")
     try:
         parsed = AttentionSpec.parse(spec)
     except ValueError as error:
@@ -125,11 +124,11 @@ def custom(
     wanted = [glob for glob in globs if not glob.startswith("!")] or ["*"]
     if not globs or "" in kept:
         raise PlanError(f"layers must be globs such as *, double.* or !single.0*, got {layers!r}")
-    rules = [Rule(fp16, glob) for glob in dict.fromkeys(kept)]
+    rules = [Rule(FP16, glob) for glob in dict.fromkeys(kept)]
     rules += [
         Rule(parsed, glob, start, end, min_tokens=min_tokens) for glob in dict.fromkeys(wanted)
     ]
-    return PrecisionPlan(fp16, tuple(rules), name=f"{parsed} (custom)")
+    return PrecisionPlan(FP16, tuple(rules), name=f"{parsed} (custom)")
 
 
 # ---------------------------------------------------------------------- edits

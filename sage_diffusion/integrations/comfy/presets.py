@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 #: Calls with fewer keys cost next to nothing and decide much: the text tokens of CLIP, refiners.
@@ -64,7 +64,7 @@ def preset(name: str, device: str = "cpu") -> PrecisionPlan:
     rules = [Rule(edges, "*", 0.0, 0.1, min_tokens=MIN_TOKENS)] if edges.quantized else []
     start = 0.0 if edges.quantized else 0.1
     rules.append(Rule(body, "*", start, min_tokens=MIN_TOKENS))
-    return PrecisionPlan(AttentionSpec.parse("fp16"), tuple(rules), name=name)
+    return PrecisionPlan(FP16, tuple(rules), name=name)
 
 
 def _first_native(names: Sequence[str], device: str) -> AttentionSpec:
