@@ -200,6 +200,31 @@ assert "kernels" not in sys.modules and "nodes" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_kernels_load_with_nothing_but_pytorch_and_triton(tmp_path):
+    """Only a table of launches needs what checks it."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+from pathlib import Path
+for name in ("pydantic", "typer", "rich", "safetensors", "scipy", "diffusers", "transformers"):
+    sys.modules[name] = None  # importing it would fail
+Path.home = classmethod(lambda cls: cls.cwd())
+from sage_diffusion import AttentionSession, attention
+from sage_diffusion.attend import backends
+(triton,) = (record for record in backends.BACKENDS if record.name == "triton")
+assert triton.load().__name__ == "attention"
+table = Path.cwd() / ".cache" / "sage-diffusion" / "tuning.json"
+table.parent.mkdir(parents=True)
+table.write_text("{}")
+from sage_diffusion.attend import launches
+launches.user_entries.cache_clear()
+assert launches.user_entries() == ()
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tuning.json can't be read: import of pydantic halted" in done.stderr
+
+
 def test_import_time_beyond_torch(tmp_path):
     code = """
 import time, torch

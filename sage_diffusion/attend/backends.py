@@ -31,6 +31,8 @@ class Backend:
         refuse: None if it can run the call, else the reason in words.
         load: imports the implementation on first use.
         folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
+        finite: of finite inputs it makes finite outputs; those of the others are searched for NaN
+            before a model sees them.
         automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
     """
 
@@ -40,6 +42,7 @@ class Backend:
     load: Callable[[], Run]
     automatic: Callable[[AttentionCall], bool] = lambda call: True
     folds_rope: bool = False
+    finite: bool = False
 
 
 class BackendUnavailable(RuntimeError):
@@ -57,39 +60,37 @@ def _refuse_triton(call: AttentionCall) -> str | None:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
+    from sage_diffusion.kernels.attention import tuning
+
+    return _refuse_triton_version(tuning.TRITON_VERSION) or tuning.unsupported(
+        call.spec, call.capability, call.hip_arch
+    )
+
+
+def _refuse_triton_version(needed: tuple[int, int]) -> str | None:
+    """Of a kernel that needs this version of Triton or a newer one."""
     version = triton_version()
     if version is None:
         return "triton is not installed (Windows: pip install triton-windows)"
-    if version < (3, 4):
-        return f"needs triton 3.4 or newer, found {version[0]}.{version[1]}"
-    from sage_diffusion.kernels.attention import tuning
+    if version < needed:
+        found = f"found {version[0]}.{version[1]}"
+        return f"needs triton {needed[0]}.{needed[1]} or newer, {found}"
+    return None
 
-    return tuning.unsupported(call.spec, call.capability, call.hip_arch)
 
-
-def _refuse_without_gluon(call: AttentionCall) -> str | None:
+def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int]) -> str | None:
     """What both kernels in Gluon need."""
-    from sage_diffusion.kernels.attention import gluon_support
-
     if not call.spec.quantized:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA device, the tensors are on {call.device}"
-    version, needed = triton_version(), gluon_support.TRITON_VERSION
-    if version is None:
-        return "triton is not installed (Windows: pip install triton-windows)"
-    if version < needed:
-        return (
-            f"needs triton {needed[0]}.{needed[1]} or newer for inline assembly, "
-            f"found {version[0]}.{version[1]}"
-        )
-    return None
+    return _refuse_triton_version(needed)
 
 
 def _refuse_gluon(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import gluon_support
 
-    return _refuse_without_gluon(call) or gluon_support.unsupported(
+    return _refuse_without_gluon(call, gluon_support.TRITON_VERSION) or gluon_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -97,7 +98,7 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
 def _refuse_hopper(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import hopper_support
 
-    return _refuse_without_gluon(call) or hopper_support.unsupported(
+    return _refuse_without_gluon(call, hopper_support.TRITON_VERSION) or hopper_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -202,6 +203,7 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_gluon,
             _load_gluon,
             folds_rope=True,
+            finite=True,
         ),
         Backend(
             "hopper",
@@ -209,8 +211,16 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_hopper,
             _load_hopper,
             folds_rope=True,
+            finite=True,
         ),
-        Backend("triton", "this package's kernels", _refuse_triton, _load_triton, folds_rope=True),
+        Backend(
+            "triton",
+            "this package's kernels",
+            _refuse_triton,
+            _load_triton,
+            folds_rope=True,
+            finite=True,
+        ),
         Backend(
             "sageattention",
             "the sageattention package, where its numerics equal the spec",
@@ -231,6 +241,7 @@ def _backends() -> tuple[Backend, ...]:
             _load_reference,
             _twin_is_automatic,
             folds_rope=True,
+            finite=True,
         ),
     )
 

@@ -170,7 +170,10 @@ def _variant(call: AttentionCall) -> tuple[object, ...]:
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """Looked up once something was raised: without Triton nothing of Triton's can be."""
+    """What a kernel that does not compile may raise; not all of Triton's errors are RuntimeErrors.
+
+    Looked up once something was raised: without Triton nothing of Triton's can be.
+    """
     found: list[type[Exception]] = [RuntimeError]
     if "triton" in sys.modules:
         from triton.compiler.errors import CompilationError

@@ -27,7 +27,7 @@ from sage_diffusion.attend.calls import (
     Observer,
     torch_native,
 )
-from sage_diffusion.attend.finite import FiniteWatch, reads_at_once
+from sage_diffusion.attend.finite import FiniteWatch
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
@@ -468,13 +468,11 @@ class AttentionSession:
             return None
         finite = self.watch.look(layer.name, self.step, out)
         if not self.strict:
-            if reads_at_once(finite):
-                if not finite:
-                    layer.decline("the quantized output was not finite, run again natively")
-                    return None
-            elif chosen.name != "triton":
-                # Waiting for the flag would cost more than a pass over the output.  Our own kernels
-                # make no NaN of finite inputs and are spared it.
+            if finite is False:
+                layer.decline("the quantized output was not finite, run again natively")
+                return None
+            if finite is None and not chosen.finite:
+                # Waiting for the answer would cost more than another pass over the output.
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
         if self.guard.due(layer.name, layer.index, self.step):

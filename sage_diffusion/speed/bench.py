@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.speed.timing import Timer
@@ -250,6 +251,11 @@ def _of_shape(
         yield _row(entrant, timer, (q, k, v), is_causal, exact)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """Of a compiler, of other packages, and of PyTorch where its kernel does not serve a call."""
+    return (*compiler_errors(), ValueError, TypeError, AssertionError, ImportError)
+
+
 def _row(
     entrant: Contestant,
     timer: Timer,
@@ -273,8 +279,7 @@ def _row(
         if qkv[0].device.type == "cuda":
             torch.cuda.empty_cache()
         return row(NO_MEMORY, reason=str(caught).partition(".")[0])
-    except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as caught:
-        # Of other packages and of PyTorch where one of its kernels does not serve the call.
+    except _failures() as caught:
         return row(FAILED, reason=" ".join(str(caught).split()) or type(caught).__name__)
     milliseconds = timing.median
     work = operations(batch, heads, length, head_dim, is_causal)

@@ -259,19 +259,20 @@ def entries(choices: Sequence[Choice], gpu: str, arch: str, source: str) -> list
     triton = version("triton") or version("triton-windows") or "unknown"
     found = []
     for choice in choices:
-        if choice.best is not None:
-            fields = {
-                "gpu": gpu,
-                "triton": triton,
-                "arch": arch,
-                "backend": choice.backend,
-                "formats": launches.formats(choice.spec),
-                "head_dim": choice.head_dim,
-                "launch": choice.best.launch,
-                "source": source,
-                "value": choice.best.value,
-            }
-            found.append(Entry.model_validate(fields))
+        best = choice.best
+        if best is not None and best.value is not None:
+            entry = Entry(
+                gpu=gpu,
+                triton=triton,
+                arch=arch,
+                backend=choice.backend,
+                formats=launches.formats(choice.spec),
+                head_dim=choice.head_dim,
+                launch=best.launch,
+                source=source,
+                value=best.value,
+            )
+            found.append(entry)
     return found
 
 

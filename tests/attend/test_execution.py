@@ -164,7 +164,7 @@ def test_triton_itself_is_named(qkv):
 )
 def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     """Really compiled: a ring of too many tiles, and a format that the card doesn't have."""
-    pytest.importorskip("triton", minversion="3.9")
+    pytest.importorskip("triton")
     from helpers import card
 
     from sage_diffusion.attend import execution
@@ -189,8 +189,9 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     ("backend", "spec", "changes", "version", "reason"),
     [
         ("triton", "int8/fp8", {"capability": (7, 5)}, (3, 9), "needs sm_80 or newer, found sm_75"),
-        ("triton", "int8/fp8", {}, (3, 3), "needs triton 3.4 or newer, found 3.3"),
-        ("gluon", "int4/int8", {}, (3, 8), "needs triton 3.9 or newer .*, found 3.8"),
+        ("triton", "int8/fp8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
+        ("gluon", "int4/int8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
+        ("hopper", "int8/fp8", {"capability": (9, 0)}, (3, 5), "needs triton 3.6 or newer"),
         (
             "gluon",
             "int8/int8",

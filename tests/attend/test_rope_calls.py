@@ -72,7 +72,7 @@ OURS = {"triton": ("int8/int8", 80), "gluon": ("int4/fp8-fast", 89), "hopper": (
 
 @pytest.mark.parametrize("backend", OURS)
 def test_our_kernels_are_handed_the_tables(backend):
-    pytest.importorskip("triton", minversion="3.9")
+    pytest.importorskip("triton")
     from helpers import card
 
     name, cc = OURS[backend]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 import targets
 

@@ -1,5 +1,6 @@
 """The benchmark: on the CPU, by the twin and a fake clock."""
 
+import ast
 import json
 import types
 
@@ -97,6 +98,34 @@ def test_what_fails_is_a_row_and_the_run_goes_on():
         ("measured", None),
     ]
     assert result.refused == {("int8/fp8", "mine", 64): "needs a GPU"}
+
+
+def compiler_failures():
+    """What Triton's compiler raises, as it raises it."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    from triton.compiler.errors import CompilationError
+
+    return {
+        "no such dot": CompilationError("x = 1", ast.parse("x = 1").body[0], "no such dot"),
+        "shared memory": errors.OutOfResources(200000, 101376, "shared memory"),
+        "ptxas": errors.PTXASError("ptxas exited with 255"),
+    }
+
+
+def test_a_kernel_that_does_not_compile_is_a_row():
+    failures = compiler_failures()
+    assert not any(isinstance(error, RuntimeError) for error in failures.values())
+
+    def raising(error):
+        def run(q, k, v, is_causal):
+            raise error
+
+        return run
+
+    entrants = [*(entrant(raising(error)) for error in failures.values()), entrant(exact)]
+    rows = measure(entrants, FakeTimer(), lengths=(64,), head_dims=(64,), **CPU).rows
+    assert [row.status for row in rows] == ["failed", "failed", "failed", "measured"]
+    assert all(says in row.reason for says, row in zip(failures, rows[:3], strict=True))
 
 
 def test_inputs_that_do_not_fit():

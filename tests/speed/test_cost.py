@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 from sage_diffusion import cli
 from sage_diffusion.adapt.costs import card_costs, relative_cost
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.versions import TRITON
 from sage_diffusion.speed import cost
 from sage_diffusion.speed.cost_compile import compile_attention
 from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
@@ -69,7 +70,13 @@ def test_main_loop_is_the_innermost_with_the_work():
     assert opcode("@!P0 IMAD.MOV.U32 R1, RZ, RZ, R2") == "IMAD.MOV.U32"
 
 
-#: (card, spec, head dim, cycles, share of the second pipe): what the kernels must not lose again.
+#: Of what the kernels must not lose again Triton before 3.9 may lose 2 % of the bound (2.2 % at
+#: int4/int8 and head dim 64, where each instruction counts: eight moves and a barrier), some of the
+#: room below it, and a few registers outside the main loop.
+OLDER = TRITON < (3, 9)
+SLACK, ROOM = (1.025, 0.07) if OLDER else (1.0, 0.0)
+
+#: (card, spec, head dim, cycles, share of the second pipe) under Triton 3.9.
 GOALS = [
     ("rtx4090", "int4/fp8-fast", 128, 192, 0.65),
     ("rtx4090", "int4/fp8-fast", 64, 200, 0.98),
@@ -93,12 +100,12 @@ GOALS = [
 def test_goals(gpu, spec, head_dim, cycles, second):
     (got,) = cost.kernel_costs([gpu], [spec], [head_dim])
     assert (got.gpu, got.spec, got.head_dim) == (gpu, spec, head_dim)
-    assert got.cycles <= cycles and got.second <= second
-    assert got.spills == 0 and got.registers <= 255
+    assert got.cycles <= cycles * SLACK and got.second <= second + ROOM
+    assert got.spills <= (8 if OLDER else 0) and got.registers <= 255
     if spec != "fp8/fp8":  # not on the ladder, plans don't choose it
         prices = card_costs(gpu)
         planned = relative_cost(spec, prices, head_dim) * prices["fp16"]
-        assert planned == pytest.approx(got.cycles, rel=0.01)  # what plans are made with
+        assert planned == pytest.approx(got.cycles, rel=0.02 if OLDER else 0.01)  # of plans
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_goals_with_masks(spec, mask, is_causal, second):
     """A mask that differs from query to query leaves the tensor cores the slowest pipe."""
     (got,) = cost.kernel_costs(["rtx4090"], [spec], [128], mask=mask, is_causal=is_causal)
     assert got.bound == "tensor" and got.cycles == (192 if "int4" in spec else 256)
-    assert got.second <= second and got.spills == 0
+    assert got.second <= second + ROOM and got.spills == 0
 
 
 @pytest.fixture(scope="module")
