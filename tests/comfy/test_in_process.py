@@ -347,7 +347,7 @@ def test_easycache_beside_it(families):
     assert 0 < summary.calls < 6 * len(LAYERS["flux"])  # skipped steps call nothing
     assert summary.quantized == summary.calls
     assert len({step for _, step, _, _ in calls.seen}) == len(calls.seen) / len(LAYERS["flux"])
-    assert len(session.schedule) == 6
+    assert len(session.where.schedule) == 6
 
 
 def test_compiled_models_run_and_are_counted(families):

@@ -101,9 +101,9 @@ def test_sampling_that_ends_leaves_the_session_outside():
     tiny = build("flux")
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     tiny(steps=2)
-    assert (patch.session.step, patch.session.progress) == (-1, 0.0)
+    assert (patch.session.where.step, patch.session.where.progress) == (-1, 0.0)
     tiny(steps=2)
-    assert patch.session.steps == 2
+    assert patch.session.where.steps == 2
 
 
 @pytest.mark.parametrize("name", ["wan", "qwenimage"])

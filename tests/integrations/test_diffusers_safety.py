@@ -297,7 +297,7 @@ def test_a_deep_copied_pipe_has_a_session_and_a_schedule_of_its_own():
     theirs = other.pipe.sage.summary()
     assert theirs.specs == {"fp16": 8, "int8/fp8": 8}
     assert tiny.pipe.sage.summary().calls == 0
-    assert tiny.pipe.sage.session.steps == 0
+    assert tiny.pipe.sage.session.where.steps == 0
     assert torch.equal(tiny(steps=2), out)
     assert other.pipe.sage.summary().calls == theirs.calls
 
@@ -323,7 +323,7 @@ def test_a_copied_scheduler_drives_nothing():
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     audio = copy.deepcopy(tiny.pipe.scheduler)  # as pipelines with sound do in mid-call
     audio.set_timesteps(7)
-    assert patch.session.steps == 0
+    assert patch.session.where.steps == 0
     assert len(audio.timesteps) == 7
 
 

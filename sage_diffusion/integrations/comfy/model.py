@@ -149,8 +149,7 @@ class ModelAttention:
         layer = session.layer(name or lane.cursor.name(options, call.cross))
         quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
-            # The model knows; not even `strict` overrules it.
-            layer.declined[FULL_PRECISION] += 1
+            layer.keep(FULL_PRECISION)
             return host()
         if quantized and self.keep_cross and call.cross:
             quantized = False
@@ -158,7 +157,7 @@ class ModelAttention:
             layer.native = native_of(call, host)
             out = session.attend(layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale)
             return call.to_host(out)
-        layer.ran["fp16", "native"] += 1
+        layer.keep()
         return host()
 
     def _hidden(

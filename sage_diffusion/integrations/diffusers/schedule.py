@@ -173,7 +173,7 @@ class ScheduleDriver:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if self.session.step < 0:
+        if self.session.where.step < 0:
             return result  # sampling was never announced, or is over
         after = self._step_index()
         if after is None:
@@ -268,13 +268,13 @@ class BranchHook:
         self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
     ) -> Iterator[None]:
         """The model's ``cache_context``."""
-        before = self.session.branch
-        self.session.set_branch(name if name in BRANCHES else None, self.session.chunks)
+        before = self.session.where.branch
+        self.session.set_branch(name if name in BRANCHES else None, self.session.where.chunks)
         try:
             with original(name, *args, **kwargs):
                 yield
         finally:
-            self.session.set_branch(before, self.session.chunks)
+            self.session.set_branch(before, self.session.where.chunks)
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
