@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.plan.shelf import OWN_PLANS, plan_files
+from sage_diffusion.plan.library import OWN_PLANS, plan_files
 
 #: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
 PLANS = "sage_plans"

@@ -21,7 +21,7 @@ from sage_diffusion.nodes.host import (
 )
 from sage_diffusion.plan import PrecisionPlan, Rule
 from sage_diffusion.plan.edit import renamed, with_default, with_rule, without_rule
-from sage_diffusion.plan.shelf import save_plan
+from sage_diffusion.plan.library import save_plan
 from sage_diffusion.plan.show import describe, draw, grid, matching, plan_layers, spec_shares
 
 _PLAN_CATEGORY = f"{CATEGORY}/plan"

@@ -69,7 +69,7 @@ def evaluate(
     from sage_diffusion.adapt.evaluate import evaluate as run
     from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.plan import PrecisionPlan
-    from sage_diffusion.plan.shelf import bundled_plan
+    from sage_diffusion.plan.library import bundled_plan
 
     if bundled and model != "bundled":
         raise CommandError(f"--bundled names the model already, got --model {model}")

@@ -1,4 +1,4 @@
-"""Planning, compression into rules, plans that travel."""
+"""Planning, compression into rules, plans that move."""
 
 import json
 

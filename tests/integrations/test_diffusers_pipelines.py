@@ -107,7 +107,7 @@ def test_sampling_that_ends_leaves_the_session_outside():
 
 
 @pytest.mark.parametrize("name", ["wan", "qwenimage"])
-def test_guidance_branches_are_told_apart(name):
+def test_guidance_branches_are_reported_apart(name):
     tiny = build(name)
     watcher = Watcher()
     plan = PrecisionPlan("fp16", (Rule("int8/fp8", branch="uncond"),))

@@ -200,7 +200,7 @@ def test_a_new_processor_of_a_routed_class_is_routed_too():
     assert torch.equal(tiny(steps=2), plain("sd15"))
 
 
-def test_one_routed_processor_put_into_every_module_is_told_apart():
+def test_one_routed_processor_put_into_every_module_is_reported_apart():
     tiny = build("sd15")
     patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
     tiny.denoiser.set_attn_processor(processors(tiny.denoiser)[0])

@@ -113,7 +113,7 @@ class ScheduleDriver:
         self.on_start = on_start
         self.index = 0
         self.values: tuple[float, ...] = ()
-        self._told: int | None = None  # the index that the session knows
+        self._reported: int | None = None  # the index that the session knows
         self._timesteps: Any = None  # the tensor that `values` was read for
         handlers = {
             "set_timesteps": self._set_timesteps,
@@ -192,15 +192,15 @@ class ScheduleDriver:
         if not 0 <= index < len(self.values):
             return
         self.index = index
-        if self._told != index:
-            self._told = index
+        if self._reported != index:
+            self._reported = index
             self.session.begin_step(index, self.values[index])
 
     def _read(self) -> None:
         timesteps = getattr(self.scheduler, "timesteps", None)
         self._timesteps = timesteps
         self.index = 0
-        self._told = None
+        self._reported = None
         if timesteps is None or not len(timesteps):
             self.values = ()
             return

@@ -8,7 +8,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.edit import (
     renamed,
 )
-from sage_diffusion.plan.shelf import (
+from sage_diffusion.plan.library import (
     FOLDER,
     OWN_PLANS,
     plan_files,
