@@ -23,6 +23,13 @@ def device_arch(device: torch.device) -> tuple[tuple[int, int] | None, str | Non
     return torch.cuda.get_device_capability(device), None
 
 
+def parse_arch(name: str) -> tuple[tuple[int, int] | None, str | None]:
+    """``(capability, hip_arch)`` of a GPU by its architecture: "sm_89", "gfx942"."""
+    if name.startswith("sm_"):
+        return (int(name[3:]) // 10, int(name[3:]) % 10), None
+    return None, name
+
+
 @functools.lru_cache(maxsize=16)
 def installed(package: str) -> str | None:
     """Version of an installed package, None if it isn't there.  Imports nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from sage_diffusion.attend import providers
 from sage_diffusion.attend.calls import AttentionCall, Run
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import triton_version
 
 
@@ -253,6 +254,42 @@ BACKEND_NAMES = ("auto", *(b.name for b in BACKENDS))
 def refusals(call: AttentionCall) -> dict[str, str | None]:
     """Every backend's answer to a call, None where it can run it."""
     return {b.name: b.refuse(call) for b in BACKENDS}
+
+
+class Answer(NamedTuple):
+    """Who can run a call.
+
+    Attributes:
+        auto: the backend that "auto" takes, None where nobody can.
+        refusals: backend -> why it can't run the call, None where it can.
+    """
+
+    auto: str | None
+    refusals: dict[str, str | None]
+
+
+def answers(
+    on: torch.device | str, head_dim: int = 128, tokens: int = 4096, mask: str | None = None
+) -> dict[str, Answer]:
+    """Every spec of the ladder -> who can run a call of it.
+
+    Args:
+        on, head_dim, tokens, mask: as in :meth:`.AttentionCall.typical`.
+    """
+    found = {}
+    for name in LADDER:
+        spec = AttentionSpec.parse(name)
+        call = AttentionCall.typical(spec, on, head_dim, tokens, mask=mask)
+        found[name] = Answer(automatic(call), refusals(call))
+    return found
+
+
+def automatic(call: AttentionCall) -> str | None:
+    """The backend that "auto" takes, None where nobody can run the call."""
+    try:
+        return select(call).name
+    except BackendUnavailable:
+        return None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sage_diffusion.kernels.rope import Rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import device_arch
+from sage_diffusion.machine import device_arch, parse_arch
 
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
@@ -109,6 +109,36 @@ class AttentionCall:
             spec,
             rope,
         )
+
+    @classmethod
+    def typical(
+        cls,
+        spec: AttentionSpec,
+        on: torch.device | str,
+        head_dim: int = 128,
+        tokens: int = 4096,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        mask: str | None = None,
+        is_causal: bool = False,
+    ) -> AttentionCall:
+        """Self-attention of an image model: for asking what a machine, or a card, can run.
+
+        Args:
+            spec: what must be computed.
+            on: a device of this machine, or any GPU by its architecture ("sm_89", "gfx942").
+            head_dim, tokens: of q, k and v, which have one batch of 24 heads.
+            dtype, mask, is_causal: as the attributes.
+        """
+        shape = (1, 24, tokens, head_dim)
+        device = "cuda"
+        if isinstance(on, str) and on.startswith(("sm_", "gfx")):
+            capability, hip_arch = parse_arch(on)
+        else:
+            device = torch.device(on).type
+            capability, hip_arch = device_arch(torch.device(on))
+        arch = (device, capability, hip_arch)
+        return cls(shape, shape, dtype, *arch, mask, is_causal, False, spec)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from torch import Tensor
 from sage_diffusion.attend.finite import DeferredValues, capturing
 from sage_diffusion.attend.rows import RowCall, compare_rows
 from sage_diffusion.kernels.formats import Precision
-from sage_diffusion.kernels.spec import AttentionSpec
-
-_FP16 = AttentionSpec.parse("fp16")
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def next_up(spec: AttentionSpec) -> AttentionSpec:
         return replace(
             spec, qk=Precision.INT8, pv=Precision.FP16, pv_accumulator="fp32", smooth_v=False
         )
-    return _FP16
+    return FP16
 
 
 @dataclass

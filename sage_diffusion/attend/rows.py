@@ -24,16 +24,17 @@ from sage_diffusion.kernels.formats import (
     QuantizedTensor,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 #: Columns of what :func:`measure` returns.  ``error`` is the squared error relative to the squared
 #: output: unlike the other two it adds up over calls, so plans are made with it.
 METRICS = ("cosine", "rel_l1", "error")
 
-_EXACT = AttentionSpec.parse("fp16")
-
 #: Values of K, and as many of V, that are held in float32 at once: 256 MiB each.
 _MAX_VALUES = 1 << 26
+
+#: Scores that exact attention holds in float32 at once, about 256 MiB.
+_MAX_SCORES = 1 << 26
 
 
 class RowCall:
@@ -79,7 +80,7 @@ class RowCall:
                 self.q[:, heads, self.index].float(),
                 self.k[:, kv].float(),
                 self.v[:, kv].float(),
-                _EXACT,
+                FP16,
                 mask=mask,
                 scale=self.scale,
             )
@@ -197,6 +198,38 @@ def row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) ->
     if mask.dtype == torch.bool:
         return mask & seen
     return torch.where(seen, mask.float(), -torch.inf)
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Attention in float32, a slice of query rows at a time.
+
+    Args:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``.
+        mask: boolean (True: attend) or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i, combined with ``mask``.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+        rows: ``[R]`` int64, the query rows to compute; all if None.
+
+    Returns:
+        ``[B, H, R, D]`` float32; a fully masked row gives 0.
+    """
+    batch, heads, q_len, _ = q.shape
+    if rows is None:
+        rows = torch.arange(q_len, device=q.device)
+    parts = [
+        RowCall(q, k, v, some, mask=mask, is_causal=is_causal, scale=scale).exact()
+        for some in rows.split(max(1, _MAX_SCORES // (batch * heads * k.shape[2])))
+    ]
+    return torch.cat(parts, 2)
 
 
 def sample_rows(q_len: int, rows: int, seed: int, device: torch.device | str = "cpu") -> Tensor:

@@ -13,6 +13,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,13 +32,12 @@ from sage_diffusion.attend.finite import FiniteWatch, capturing
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
+from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import BRANCHES, PrecisionPlan, step_progress
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
+from sage_diffusion.plan import BRANCHES, PrecisionPlan
 
 log = logging.getLogger("sage_diffusion")
-
-FP16 = AttentionSpec.parse("fp16")
 
 
 class AttentionRefused(RuntimeError):
@@ -139,8 +139,20 @@ class Layer:
         if self.session.quantizes(self.name, tokens):
             self.decline(reason)
         else:
-            self.session._enlist(self)
+            self.keep()
+
+    def keep(self, reason: str | None = None) -> None:
+        """Count a call that the host runs itself without being at fault, strict or not.
+
+        Args:
+            reason: why the model wants it so although the plan quantizes it; None where it is
+                planned.
+        """
+        self.session._enlist(self)
+        if reason is None:
             self.ran["fp16", "native"] += 1
+        else:
+            self.declined[reason] += 1
 
     def decline(self, reason: str) -> None:
         """Count a call that the host must run itself; raises in a strict session."""
@@ -191,13 +203,7 @@ class AttentionSession:
         self.strict = strict
         self.observers: list[Observer] = list(observers)
         self.layers: dict[str, Layer] = {}
-        self.step = -1
-        self.steps = 0
-        self.progress = 0.0
-        self.sigma: float | None = None
-        self.schedule: tuple[float, ...] = ()
-        self.branch: str | None = None
-        self.chunks: tuple[str, ...] = ()
+        self.where = Where()
         self.watch = FiniteWatch()
         self.guard = GuardState(guard or Guard())
         self.compilations = execution.Failures()
@@ -245,11 +251,7 @@ class AttentionSession:
         Raises:
             ValueError: no steps, or a schedule of another length.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if schedule and len(schedule) != steps:
-            raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
-        self.steps, self.schedule = steps, tuple(schedule)
+        self.where = self.where.started(steps, schedule)
         self.guard.begin_run()
         self.begin_step(0)
 
@@ -259,11 +261,7 @@ class AttentionSession:
         Raises:
             NonFiniteOutput: an earlier step had non-finite outputs and the session is strict.
         """
-        self.step, self.sigma = step, sigma
-        if sigma is not None and self._plan.schedule is not None:
-            self.progress = self._plan.remap(sigma)
-        else:
-            self.progress = step_progress(step, self.steps)
+        self.where = self.where.at_step(step, sigma, self._plan)
         self._report_non_finite()
         self._specs.clear()
 
@@ -275,18 +273,18 @@ class AttentionSession:
             chunks: where both share a batch, the branches of its equal parts in their order; each
                 part then runs and is observed as its own branch.
         """
-        self.branch, self.chunks = branch, tuple(chunks)
+        self.where = replace(self.where, branch=branch, chunks=tuple(chunks))
 
     @contextlib.contextmanager
     def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
         """Calls inside the block happen at this progress."""
-        before = self.progress, self.step, self.branch
-        self.progress, self.step, self.branch = progress, step, branch
+        before = self.where
+        self.where = replace(before, progress=progress, step=step, branch=branch)
         self._specs.clear()
         try:
             yield
         finally:
-            self.progress, self.step, self.branch = before
+            self.where = before
             self._specs.clear()
 
     def finish(self) -> None:
@@ -294,7 +292,7 @@ class AttentionSession:
         self.watch.wait()
         self.guard.wait()
         self._report_non_finite()
-        self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
+        self.where = self.where.finished()
         self._specs.clear()
 
     def _report_non_finite(self) -> None:
@@ -305,9 +303,9 @@ class AttentionSession:
                 fresh.append(name)
                 # Another rung may fail the same way: straight to the host's own attention.
                 reason = f"non-finite output at step {step}"
-                self.guard.raise_layer(name, self.step, reason, rungs=3)
+                self.guard.raise_layer(name, self.where.step, reason, rungs=3)
             steps.append(step)
-        for done in self.guard.poll(self.step):
+        for done in self.guard.poll(self.where.step):
             log.warning("%s", done)
         if fresh:
             message = f"non-finite attention output in {', '.join(fresh[:4])}"
@@ -319,10 +317,10 @@ class AttentionSession:
     def spec_for(self, layer: str, tokens: int, branch: str | None = None) -> AttentionSpec:
         """What the plan says now of a layer whose call has this many keys; ``branch`` if no call
         is of one branch as a whole."""
-        key = (layer, tokens, branch or self.branch)
+        key = (layer, tokens, branch or self.where.branch)
         spec = self._specs.get(key)
         if spec is None:
-            spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
+            spec = self._plan.resolve(layer, self.where.progress, branch=key[2], tokens=tokens)
             spec = self.guard.spec(layer, spec)
             self._specs[key] = spec
         return spec
@@ -332,8 +330,7 @@ class AttentionSession:
 
         With ``whole`` every part must be.
         """
-        branches = self.chunks if self.branch is None else ()
-        parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
+        parts = [self.spec_for(layer, tokens, b).quantized for b in self.where.parts or (None,)]
         return all(parts) if whole else any(parts)
 
     def _steady(self, layer: str, tokens: int) -> bool:
@@ -385,18 +382,21 @@ class AttentionSession:
         if capturing(q) and not self._steady(layer.name, k.shape[2]):
             layer.decline("a CUDA graph is captured, which would repeat this step's precision")
             out = native(*call.plain())
-            self._show(layer, self.branch, FP16, call, out)
+            self._show(layer, self.where.branch, FP16, call, out)
             return out
-        if self.chunks and self.branch is None and not q.shape[0] % len(self.chunks):
-            return self._attend_chunks(layer, call, native)
+        parts = self.where.parts
+        if parts and not q.shape[0] % len(parts):
+            return self._attend_parts(layer, call, native)
         spec = self.spec_for(layer.name, k.shape[2])
         out, ran = self._serve(layer, spec, call, native)
-        self._show(layer, self.branch, ran, call, out)
+        self._show(layer, self.where.branch, ran, call, out)
         return out
 
-    def _attend_chunks(self, layer: Layer, call: Call, native: Native) -> Tensor:
+    def _attend_parts(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """A batch that holds both branches: together where they agree, else each in its spec."""
-        size = call.q.shape[0] // len(self.chunks)
+        branches = self.where.parts
+        count = len(branches)
+        size = call.q.shape[0] // count
 
         def rows(x: Tensor, i: int) -> Tensor:
             return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
@@ -413,8 +413,7 @@ class AttentionSession:
                 rope_k=own[1],
             )
 
-        count = len(self.chunks)
-        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in self.chunks]
+        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in branches]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
@@ -433,7 +432,7 @@ class AttentionSession:
                 self._serve(layer, spec, part(i), part_of_whole(i)) for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
-        for i, (branch, (found, ran)) in enumerate(zip(self.chunks, served, strict=True)):
+        for i, (branch, (found, ran)) in enumerate(zip(branches, served, strict=True)):
             self._show(layer, branch, ran, part(i), found)
         return out
 
@@ -454,7 +453,7 @@ class AttentionSession:
     ) -> None:
         if self.observers:
             event = AttentionEvent(
-                layer.name, self.step, self.progress, branch, spec, *call.plain(), out
+                layer.name, self.where.step, self.where.progress, branch, spec, *call.plain(), out
             )
             with torch.no_grad():
                 for observer in self.observers:
@@ -489,7 +488,7 @@ class AttentionSession:
         except backends.BackendUnavailable as error:
             layer.decline(str(error))
             return None
-        finite = self.watch.look(layer.name, self.step, out)
+        finite = self.watch.look(layer.name, self.where.step, out)
         if not self.strict:
             if finite is False:
                 layer.decline("the quantized output was not finite, run again natively")
@@ -498,9 +497,11 @@ class AttentionSession:
                 # Waiting for the answer would cost more than another pass over the output.
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
-        if self.guard.due(layer.name, layer.index, self.step):
+        if self.guard.due(layer.name, layer.index, self.where.step):
             q, k = call.plain()[:2]
-            self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
+            self.guard.check(
+                layer.name, self.where.step, q, k, v, out, four_dims(mask), is_causal, scale
+            )
         return out
 
     # ------------------------------------------------------------------ what happened

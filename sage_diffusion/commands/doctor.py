@@ -66,30 +66,12 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     import torch
 
     from sage_diffusion.attend import backends
-    from sage_diffusion.attend.calls import AttentionCall
-    from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-    from sage_diffusion.machine import device_arch, environment, version
+    from sage_diffusion.machine import environment, version
 
     gpu = torch.cuda.is_available()
     target = torch.device(device or ("cuda" if gpu else "cpu"))
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    capability, hip_arch = (None, None)
-    if target.type == "cuda":
-        if not gpu:
-            raise ValueError("torch sees no CUDA or ROCm device here")
-        capability, hip_arch = device_arch(target)
-    shape = (1, 1, tokens, head_dim)
-    specs = {}
-    for name in LADDER:
-        spec = AttentionSpec.parse(name)
-        call = AttentionCall(
-            shape, shape, dtype, target.type, capability, hip_arch, None, False, False, spec
-        )
-        try:
-            chosen: str | None = backends.select(call).name
-        except backends.BackendUnavailable:
-            chosen = None
-        specs[name] = {"auto": chosen, "refusals": backends.refusals(call)}
+    if target.type == "cuda" and not gpu:
+        raise ValueError("torch sees no CUDA or ROCm device here")
     comfy = version("comfyui") or version("comfyui-frontend-package")
     found = environment(comfyui=comfy or "not installed")
     for name in ("triton", "diffusers"):
@@ -99,7 +81,10 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
         "devices": [_gpu(i) for i in range(torch.cuda.device_count())] if gpu else [],
         "device": str(target),
         "backends": [{"name": b.name, "describes": b.describes} for b in backends.BACKENDS],
-        "specs": specs,
+        "specs": {
+            name: answer._asdict()
+            for name, answer in backends.answers(target, head_dim, tokens).items()
+        },
     }
 
 

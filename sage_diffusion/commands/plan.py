@@ -24,14 +24,14 @@ def show(path: PlanPath, as_json: AsJson = False) -> None:
     """Print a plan's rules in the order in which they are tried."""
     from rich.table import Table
 
-    from sage_diffusion.accuracy.render import rules_of
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.show import table_of
 
     plan = PrecisionPlan.load(path)
     table = Table(title=plan.name or str(path), title_justify="left")
     for heading in ("rule", "layers", "progress", "only", "spec"):
         table.add_column(heading)
-    for row in rules_of(plan):
+    for row in table_of(plan):
         table.add_row(*row)
     notes = [f"made for {plan.model}"] if plan.model else []
     if plan.calibration is None:

@@ -71,7 +71,7 @@ def predict(
 
 def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bool) -> float | str:
     """Most tera-operations per second of a backend's kernel on a card, or why it isn't known."""
-    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, peer_costs
+    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, library_costs
     from sage_diffusion.speed.cost_compile import compile_attention
 
     if name in ("gluon", "hopper", "triton") and spec.quantized:
@@ -94,7 +94,7 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
     if str(spec) != "int8/int8" or is_causal:
         return "comfy-kitchen computes int8/int8, not causal"
     try:
-        return max(cost.tops for cost in peer_costs(name, [gpu], [head_dim]))
+        return max(cost.tops for cost in library_costs(name, [gpu], [head_dim]))
     except CostError as error:
         return str(error)
 

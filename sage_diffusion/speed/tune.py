@@ -278,14 +278,6 @@ def entries(choices: Sequence[Choice], gpu: str, arch: str, source: str) -> list
 
 def refusal(backend: str, spec: AttentionSpec, head_dim: int, arch: str) -> str | None:
     """Why a card has no such kernel, or None."""
-    capability, hip = None, None
-    if arch.startswith("sm_"):
-        capability = int(arch[3:]) // 10, int(arch[3:]) % 10
-    else:
-        hip = arch
-    shape = (1, HEADS, TOKENS, head_dim)
-    call = AttentionCall(
-        shape, shape, torch.float16, "cuda", capability, hip, None, False, False, spec
-    )
+    call = AttentionCall.typical(spec, arch, head_dim, TOKENS, dtype=torch.float16)
     record = next(record for record in backends.BACKENDS if record.name == backend)
     return record.refuse(call)

@@ -206,12 +206,9 @@ def test_refused_before_anything_is_compiled(monkeypatch, backend, spec, changes
     """Card, Triton version and head dim; ``load`` would import the kernel."""
     monkeypatch.setattr(backends, "triton_version", lambda: version)
     backends.select.cache_clear()
-    shape = (1, 8, 1024, changes.get("head_dim", 128))
-    capability = changes.get("capability", (8, 9))
-    parsed = AttentionSpec.parse(spec)
-    call = AttentionCall(
-        shape, shape, torch.float16, "cuda", capability, None, None, False, False, parsed
-    )
+    major, minor = changes.get("capability", (8, 9))
+    parsed, head_dim = AttentionSpec.parse(spec), changes.get("head_dim", 128)
+    call = AttentionCall.typical(parsed, f"sm_{major}{minor}", head_dim)
     with pytest.raises(backends.BackendUnavailable, match=reason):
         backends.select(call, backend)
     backends.select.cache_clear()

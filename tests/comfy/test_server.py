@@ -269,7 +269,7 @@ def test_a_broken_file_is_never_overwritten(server, request):
     assert "name must be made of" in failure(server.run(prompt))
 
 
-def test_a_glob_that_matches_nothing_is_told(server):
+def test_a_glob_that_matches_nothing_is_reported(server):
     layers = "double.*,nothing.here"
     done = server.run(prompts.sampling("sd3", **prompts.custom("int8/fp16", layers=layers)))
     assert done["status"]["status_str"] == "success"

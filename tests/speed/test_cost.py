@@ -152,7 +152,7 @@ def test_peers_by_path(int4):
     _, cubin, wheel = int4
     ours = cost.kernel_costs(["rtx4090"], ["int4/fp8-fast"], [128])[0]
     for path, package in ((cubin, "kernel"), (wheel, "some_peer")):
-        first, second = cost.peer_costs(str(path), ["rtx4090", "l40s"])
+        first, second = cost.library_costs(str(path), ["rtx4090", "l40s"])
         assert (first.cycles, first.second, first.registers) == (
             ours.cycles,
             ours.second,
@@ -160,10 +160,10 @@ def test_peers_by_path(int4):
         )
         assert (first.spec, first.package) == ("int4/fp8", package)
         assert (first.gpu, second.gpu, second.cycles) == ("rtx4090", "l40s", first.cycles)
-    (found,) = cost.peer_costs("some-peer", ["rtx4090"], wheels=wheel.parent)
-    assert found == cost.peer_costs(str(wheel), ["rtx4090"])[0]
+    (found,) = cost.library_costs("some-peer", ["rtx4090"], wheels=wheel.parent)
+    assert found == cost.library_costs(str(wheel), ["rtx4090"])[0]
     with pytest.raises(cost.CostError, match="no tensor-core kernel for h100 was found"):
-        cost.peer_costs(str(wheel), ["h100"])
+        cost.library_costs(str(wheel), ["h100"])
 
 
 def test_what_is_put_beside_ours():
@@ -181,7 +181,7 @@ def test_bad_input(tmp_path, monkeypatch):
     text = tmp_path / "text.so"
     text.write_text("no machine code")
     with pytest.raises(cost.CostError, match="must hold machine code for a GPU"):
-        cost.peer_costs(str(text))
+        cost.library_costs(str(text))
     with pytest.raises(cost.CostError, match=r"gpu must be one of rtx2080ti, .*, got 'rtx1'"):
         cost.kernel_costs(["rtx1"])
     with pytest.raises(cost.NoKernelError, match="no kernel of this package runs on rtx2080ti"):

@@ -27,7 +27,7 @@ from sage_diffusion.attend.calls import Observer
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
-from sage_diffusion.integrations.comfy.lane import Lane
+from sage_diffusion.integrations.comfy.device import DeviceState
 from sage_diffusion.integrations.comfy.report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
@@ -45,7 +45,7 @@ Reporter = Callable[[RunReport], None]
 
 
 class ModelAttention:
-    """What one patched MODEL (and its clones) shares: settings, lanes, and the last run's report.
+    """What one patched MODEL (and its clones) shares: settings, devices, and the last run's report.
 
     Args:
         plan: a plan, a spec, a spec's name, a path of a plan, or a session: the caller's own,
@@ -86,12 +86,12 @@ class ModelAttention:
         self.first: Override | None = None  # what stood there when the MODEL was patched
         self.previous: Override | None = None  # what a call that we decline goes to
         self.last: RunReport | None = None
-        self.lanes: dict[torch.device, Lane] = {}
+        self.devices: dict[torch.device, DeviceState] = {}
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._checked = False
         self._intercept: Callable[..., Any] = self._attend
-        self._lane(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
+        self._state(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
 
         def override(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return self._intercept(func, args, kwargs)
@@ -99,12 +99,12 @@ class ModelAttention:
         self.override: Override = override
 
     # ------------------------------------------------------------------ the call
-    def _lane(self, device: torch.device) -> Lane:
-        lane = self.lanes.get(device)
-        if lane is None:
+    def _state(self, device: torch.device) -> DeviceState:
+        state = self.devices.get(device)
+        if state is None:
             with self._lock:
-                lane = self.lanes.setdefault(device, Lane(self._session()))
-        return lane
+                state = self.devices.setdefault(device, DeviceState(self._session()))
+        return state
 
     def _session(self) -> AttentionSession:
         if self.session is not None:
@@ -125,32 +125,31 @@ class ModelAttention:
         name: str | None = None,
     ) -> Any:
         first = args[0] if args else kwargs.get("q")
-        lane = self._lane(first.device if isinstance(first, Tensor) else torch.device("cpu"))
-        if lane.in_previous:
+        state = self._state(first.device if isinstance(first, Tensor) else torch.device("cpu"))
+        if state.in_previous:
             # An override below ours has put itself on top as well and handed the call back.
             return func(*args, **kwargs)
 
         def host() -> Any:
             if self.previous is None or name is not None:
                 return func(*args, **kwargs)
-            lane.in_previous = True
+            state.in_previous = True
             try:
                 return self.previous(func, *args, **kwargs)
             finally:
-                lane.in_previous = False
+                state.in_previous = False
 
         options = kwargs.get("transformer_options") or {}
-        session = lane.session
+        session = state.session
         try:
             call = parse_call(args, kwargs)
         except UnknownCall as error:
-            session.layer(name or lane.cursor.name(options)).decline(str(error))
+            session.layer(name or state.cursor.name(options)).decline(str(error))
             return host()
-        layer = session.layer(name or lane.cursor.name(options, call.cross))
+        layer = session.layer(name or state.cursor.name(options, call.cross))
         quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
-            # The model knows; not even `strict` overrules it.
-            layer.declined[FULL_PRECISION] += 1
+            layer.keep(FULL_PRECISION)
             return host()
         if quantized and self.keep_cross and call.cross:
             quantized = False
@@ -158,7 +157,7 @@ class ModelAttention:
             layer.native = native_of(call, host)
             out = session.attend(layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale)
             return call.to_host(out)
-        layer.ran["fp16", "native"] += 1
+        layer.keep()
         return host()
 
     def _hidden(
@@ -172,8 +171,8 @@ class ModelAttention:
         self.previous = self.first
         self._warnings.clear()
         self._checked = False
-        for lane in self.lanes.values():
-            lane.begin_run(self._session())
+        for state in self.devices.values():
+            state.begin_run(self._session())
         if "torch._dynamo" in sys.modules and self._intercept == self._attend:
             # A compiled model breaks its graph here: counting and choosing are Python.  Importing
             # the compiler only for this would cost seconds where nothing is compiled.
@@ -181,8 +180,8 @@ class ModelAttention:
 
     def end_run(self) -> RunReport:
         """A sampling run ended: look at the last step, tell the reporters."""
-        for lane in self.lanes.values():
-            lane.session.finish()
+        for state in self.devices.values():
+            state.session.finish()
         self.last = self.report()
         for reporter in self.reporters:
             reporter(self.last)
@@ -191,16 +190,16 @@ class ModelAttention:
 
     def report(self) -> RunReport:
         """What happened since the run began."""
-        closed = {path for lane in self.lanes.values() for path in lane.closed}
+        closed = {path for state in self.devices.values() for path in state.closed}
         warnings = list(self._warnings)
         if self.previous is not None:
             other = getattr(self.previous, "__qualname__", type(self.previous).__name__)
             warnings.append(f"calls left alone here go to another node's override ({other})")
         return RunReport(
-            merged([lane.session.summary() for lane in self.lanes.values()]),
+            merged([state.session.summary() for state in self.devices.values()]),
             self.title,
             self.model_name,
-            sum(lane.forwards for lane in self.lanes.values()),
+            sum(state.forwards for state in self.devices.values()),
             tuple(warnings),
             tuple(sorted(closed)),
         )
@@ -210,17 +209,17 @@ class ModelAttention:
         self, model: Any, device: torch.device, options: Mapping[str, Any]
     ) -> Iterator[None]:
         """One model call: modules are patched, the session knows the step, inside the block."""
-        lane = self._lane(device)
-        lane.begin_forward(options)
+        state = self._state(device)
+        state.begin_forward(options)
         diffusion_model = getattr(model, "diffusion_model", None)
         patched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(diffusion_model, nn.Module):
-            patched = lane.patched(diffusion_model, self._hidden)
-        with patched, lane.outside_sampler(options, self.percents):
+            patched = state.patched(diffusion_model, self._hidden)
+        with patched, state.outside_sampler(options, self.percents):
             yield
         if not self._checked:
             self._checked = True
-            self._check_plan(list(lane.session.layers))
+            self._check_plan(list(state.session.layers))
 
     def _check_plan(self, layers: list[str]) -> None:
         """After the first model call every layer has been met: does the plan fit?"""

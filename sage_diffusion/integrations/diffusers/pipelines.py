@@ -47,7 +47,7 @@ class PipelineRun:
 
     def __call__(self, session: AttentionSession) -> Generation:
         """Sample every seed with the session attached, then detach it."""
-        from sage_diffusion.integrations.diffusers.patch import apply
+        from sage_diffusion.integrations.diffusers.control import apply
 
         arguments = dict(self.arguments)
         parameters = inspect.signature(self.pipe.__call__).parameters

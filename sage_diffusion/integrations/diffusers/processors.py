@@ -30,9 +30,9 @@ from sage_diffusion.integrations.diffusers.rotary import (
     ROTARY,
     as_rotated,
     pair_tables,
-    put_off,
     rotate_pairs,
     taken_apart,
+    with_tables,
 )
 from sage_diffusion.kernels.rope import Rope
 
@@ -380,7 +380,7 @@ def _rotary(
     if not use_real or use_real_unbind_dim not in (-1, -2) or not _folds(x, sequence_dim):
         return original()
     cos, sin = freqs_cis
-    put = put_off(x, Rope(cos, sin, use_real_unbind_dim == -1), 3 - sequence_dim, original)
+    put = with_tables(x, Rope(cos, sin, use_real_unbind_dim == -1), 3 - sequence_dim, original)
     return original() if put is None else put
 
 
@@ -391,7 +391,7 @@ def _rotate_pairs(x: Tensor, freqs_cos: Tensor, freqs_sin: Tensor) -> Tensor:
         return rotate_pairs(x, freqs_cos, freqs_sin)
 
     rope = pair_tables(freqs_cos, freqs_sin) if _folds(x, 1) else None
-    put = None if rope is None else put_off(x, rope, 2, original)
+    put = None if rope is None else with_tables(x, rope, 2, original)
     return original() if put is None else put
 
 

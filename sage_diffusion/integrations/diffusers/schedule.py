@@ -113,7 +113,7 @@ class ScheduleDriver:
         self.on_start = on_start
         self.index = 0
         self.values: tuple[float, ...] = ()
-        self._told: int | None = None  # the index that the session knows
+        self._reported: int | None = None  # the index that the session knows
         self._timesteps: Any = None  # the tensor that `values` was read for
         handlers = {
             "set_timesteps": self._set_timesteps,
@@ -173,7 +173,7 @@ class ScheduleDriver:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if self.session.step < 0:
+        if self.session.where.step < 0:
             return result  # sampling was never announced, or is over
         after = self._step_index()
         if after is None:
@@ -192,15 +192,15 @@ class ScheduleDriver:
         if not 0 <= index < len(self.values):
             return
         self.index = index
-        if self._told != index:
-            self._told = index
+        if self._reported != index:
+            self._reported = index
             self.session.begin_step(index, self.values[index])
 
     def _read(self) -> None:
         timesteps = getattr(self.scheduler, "timesteps", None)
         self._timesteps = timesteps
         self.index = 0
-        self._told = None
+        self._reported = None
         if timesteps is None or not len(timesteps):
             self.values = ()
             return
@@ -268,13 +268,13 @@ class BranchHook:
         self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
     ) -> Iterator[None]:
         """The model's ``cache_context``."""
-        before = self.session.branch
-        self.session.set_branch(name if name in BRANCHES else None, self.session.chunks)
+        before = self.session.where.branch
+        self.session.set_branch(name if name in BRANCHES else None, self.session.where.chunks)
         try:
             with original(name, *args, **kwargs):
                 yield
         finally:
-            self.session.set_branch(before, self.session.chunks)
+            self.session.set_branch(before, self.session.where.chunks)
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
