@@ -14,6 +14,7 @@ from collections import Counter
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends
@@ -113,12 +114,15 @@ def run(
             compute = backends.load(chosen)
             arguments = (call.spec, mask, call.is_causal, scale, call.return_lse)
             try:
-                if not call.rope:
-                    out, lse = compute(q, k, v, *arguments)
-                elif chosen.folds_rope:
-                    out, lse = compute(q, k, v, *arguments, rope_q=rope_q, rope_k=rope_k)
-                else:
-                    out, lse = compute(rotated(q, rope_q), rotated(k, rope_k), v, *arguments)
+                # Not every backend's launches look where their tensors are, and some that do leave
+                # another device current than they found.
+                with torch.cuda.device_of(q):
+                    if not call.rope:
+                        out, lse = compute(q, k, v, *arguments)
+                    elif chosen.folds_rope:
+                        out, lse = compute(q, k, v, *arguments, rope_q=rope_q, rope_k=rope_k)
+                    else:
+                        out, lse = compute(rotated(q, rope_q), rotated(k, rope_k), v, *arguments)
             except compiler_errors() as error:
                 failure = _failure(chosen.name, call, error)
                 if failure is None:
