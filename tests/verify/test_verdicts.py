@@ -186,3 +186,31 @@ def test_the_driver_is_asked_by_its_library(monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", missing)
     assert machine.driver_version() == "unknown"
     machine.driver_version.cache_clear()
+
+
+def test_a_run_is_remembered_and_heeded_at_once(cache, monkeypatch):
+    from sage_diffusion.verify import record
+    from sage_diffusion.verify.kernels import Kernel
+    from sage_diffusion.verify.places import Place
+    from sage_diffusion.verify.run import Verdict
+
+    kernels = [
+        Kernel("gluon", AttentionSpec.parse("int8/fp8-fast")),
+        Kernel("triton", AttentionSpec.parse("int8/fp8-fast")),
+        Kernel("triton", AttentionSpec.parse("int8/fp16")),
+    ]
+    found = [
+        Verdict("rows int8", "right", cases=3),
+        Verdict("gluon int8/fp8-fast", "wrong", "causal: too far", (64, 128), 3),
+        Verdict("triton int8/fp8-fast", "right", cases=3),
+        Verdict("triton int8/fp16", "not run", "no memory"),
+    ]
+    assert select(call()).name == "gluon"
+    assert record.remember(Place(CARD, torch.device("cpu"), (8, 9)), found, kernels) == cache
+    assert select(call()).name == "triton"
+    (entry,) = verdicts.read(cache)
+    assert [(k.backend, k.formats, k.status) for k in entry.kernels] == [
+        ("gluon", "int8/fp8-fast", "wrong"),
+        ("triton", "int8/fp8-fast", "right"),
+    ]
+    assert not set("/\\") & set(entry.stand.card)
