@@ -188,6 +188,26 @@ def test_the_driver_is_asked_by_its_library(monkeypatch):
     machine.driver_version.cache_clear()
 
 
+def test_the_doctors_show_it(cache, monkeypatch):
+    from types import SimpleNamespace
+
+    from sage_diffusion.commands import doctor
+    from sage_diffusion.integrations.comfy import doctor as comfy_doctor
+    from sage_diffusion.integrations.comfy import presets, verify
+
+    store(cache, WRONG)
+    card = SimpleNamespace(name=CARD, total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert doctor._gpu(0)["verdicts"] == verdicts.describe(CARD)
+    for module in (comfy_doctor, presets, verify):
+        monkeypatch.setattr(module, "card_name", lambda device: CARD)
+    text = comfy_doctor.diagnosis("cuda")
+    assert "gluon int8/fp8-fast wrong, left out by backend='auto'" in text
+    assert "int8/fp8-fast   triton" in text and "int8/int8       gluon" in text
+    assert verify.last_verdict("cuda").splitlines() == [CARD, *verdicts.describe(CARD)]
+
+
 def test_a_run_is_remembered_and_heeded_at_once(cache, monkeypatch):
     from sage_diffusion.verify import record
     from sage_diffusion.verify.kernels import Kernel
