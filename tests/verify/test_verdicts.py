@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sage_diffusion import AttentionSpec, BackendUnavailable, machine
-from sage_diffusion.attend import backends, verdicts
+from sage_diffusion.attend import backends, calls, verdicts
 from sage_diffusion.attend.backends import select
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.verdicts import Known, Stand, VerdictError
@@ -193,14 +193,14 @@ def test_the_doctors_show_it(cache, monkeypatch):
 
     from sage_diffusion.commands import doctor
     from sage_diffusion.integrations.comfy import doctor as comfy_doctor
-    from sage_diffusion.integrations.comfy import presets, verify
+    from sage_diffusion.integrations.comfy import verify
 
     store(cache, WRONG)
     card = SimpleNamespace(name=CARD, total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert doctor._gpu(0)["verdicts"] == verdicts.describe(CARD)
-    for module in (comfy_doctor, presets, verify):
+    for module in (calls, comfy_doctor, verify):
         monkeypatch.setattr(module, "card_name", lambda device: CARD)
     text = comfy_doctor.diagnosis("cuda")
     assert "gluon int8/fp8-fast wrong, left out by backend='auto'" in text

@@ -90,7 +90,8 @@ def test_a_worker_that_does_not_start_is_no_kernels_fault(tmp_path):
     path = tmp_path / "worker.py"
     path.write_text("import sys; sys.exit('CUDA error: out of memory')")
     start = lambda: [sys.executable, str(path)]  # noqa: E731
-    with pytest.raises(places.PlaceError, match=r"a card can't be used by another process: .* code"):
+    message = r"a card can't be used by another process: its process ended with code 1: CUDA error"
+    with pytest.raises(places.PlaceError, match=message):
         list(worker.isolated(PLACE, KERNELS, 60.0, start))
 
 
