@@ -41,6 +41,7 @@ from .gluon_program import (
     mask_words,
     place,
     program_number,
+    to_output,
 )
 
 _TILE_N, _LOG2E = gl.constexpr(TILE_N), gl.constexpr(LOG2E)
@@ -527,7 +528,7 @@ def attention_kernel(
     inside = (o_m < q_len)[:, None] & (o_d < D)[None, :]
     gl.store(
         p_out + (o_m[:, None].to(gl.int64) * D + o_d[None, :]),
-        out.to(p_out.dtype.element_ty),
+        to_output(out, p_out),
         mask=inside,
     )
     if p_lse is not None:

@@ -10,7 +10,7 @@ from ..versions import inline_asm
 from .gluon_asm import add_bf16, add_fp16, add_fp32
 from .gluon_layouts import lane_layout
 
-_TILE_N = gl.constexpr(TILE_N)
+_TILE_N, _HALF_MAX = gl.constexpr(TILE_N), gl.constexpr(65504.0)
 
 
 @gluon.jit
@@ -37,6 +37,15 @@ def extent(
         whole = gl.minimum(whole, gl.maximum(start_m - skipped + 1, 0) // (STEP * _TILE_N))
         end = gl.minimum(end, start_m - skipped + BM)
     return whole, end
+
+
+@gluon.jit
+def to_output(x, p_out):
+    """As :func:`..tiles.to_output`."""
+    if p_out.dtype.element_ty == gl.float16:
+        x = gl.where((x > _HALF_MAX) & (x < 2 * _HALF_MAX), _HALF_MAX, x)
+        x = gl.where((x < -_HALF_MAX) & (x > -2 * _HALF_MAX), -_HALF_MAX, x)
+    return x.to(p_out.dtype.element_ty)
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..formats import LOG2E, TILE_N
 from ..versions import async_load, barrier
 from .gluon_layouts import column_layout, partial_layout
+from .gluon_program import to_output
 from .reference import MASK_FLOOR
 
 _TILE_N, _LOG2E, _MASK_FLOOR = gl.constexpr(TILE_N), gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
@@ -359,6 +360,6 @@ def attention_kernel(
     inside = (o_m < q_len)[:, None] & (o_d < D)[None, :]
     gl.store(
         p_out + (o_m[:, None].to(gl.int64) * D + o_d[None, :]),
-        out.to(p_out.dtype.element_ty),
+        to_output(out, p_out),
         mask=inside,
     )

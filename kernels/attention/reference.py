@@ -98,7 +98,15 @@ def attention(
     )
     if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
         lse = lse + smoothed_lse(q, k_mean, sm_scale)
-    return out.to(dtype), lse
+    return to_output(out, dtype), lse
+
+
+def to_output(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in the output's type: :func:`..tiles.to_output`."""
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        out = torch.where(out.abs() < 2 * top, out.clamp(-top, top), out)
+    return out.to(dtype)
 
 
 def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float) -> Tensor:

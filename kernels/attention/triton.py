@@ -26,7 +26,7 @@ from ..formats import (
 )
 from ..rope import Rope
 from ..spec import AttentionSpec
-from ..tiles import int_to_float, round_to_int
+from ..tiles import int_to_float, round_to_int, to_output
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .operands import quantize_operands
@@ -145,7 +145,8 @@ def _attend_range(
             # Transposed V is padded to whole tiles with zeros.
             v = _load_tile(p_v + at_v, inside[:, None], o_d[None, :] < D, False, D != DP)
             if PV == "int8":
-                back = tl.exp2(tile_top - safe_top)
+                # Not above 0, also where the compiler fuses the product that tile_top is.
+                back = tl.exp2(tl.minimum(tile_top - safe_top, 0.0))
                 seen_total *= back
                 product = tl.dot(round_to_int(p).to(tl.int8), v)
                 acc = acc * alpha[:, None] + int_to_float(product, SHIFT) * back[:, None]
@@ -297,7 +298,7 @@ def _attention_fwd_kernel(
     p_out += (i_bh * q_len + i_m * BLOCK_M) * D
     at = tl.arange(0, BLOCK_M)[:, None] * D + o_d[None, :]
     inside = (rows[:, None] < q_len) & in_d[None, :]
-    tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_out + at, to_output(out, p_out), mask=inside)
     if p_lse is not None:
         lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
         tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)

@@ -29,6 +29,7 @@ from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
 from ..rope import Rope
 from ..spec import AttentionSpec
+from ..tiles import to_output
 from ..versions import to_e4m3
 from . import tuning
 from .gluon_columns import as_columns, columns_length, key_bias
@@ -320,7 +321,7 @@ def _attention_fp4_kernel(
     p_out += (i_bh * q_len + i_m * BLOCK_M) * D
     at = tl.arange(0, BLOCK_M)[:, None] * D + o_d[None, :]
     inside = (o_m[:, None] < q_len) & in_d[None, :]
-    tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_out + at, to_output(out, p_out), mask=inside)
     if p_lse is not None:
         lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
         tl.store(p_lse + i_bh * q_len + o_m, lse, mask=o_m < q_len)
