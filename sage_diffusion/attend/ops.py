@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -22,18 +23,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 class Attends(Protocol):
     """What a handle stands for: a session's layer."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """``[B, H, Lq, D]``, as the session decides."""
 
     def bypass(self, tokens: int, reason: str) -> None:
@@ -64,17 +54,30 @@ def _find(handle: Tensor) -> Attends:
     return found
 
 
-def tables(
-    rope_q: Rope | None, rope_k: Rope | None
+def by_spec(call: Call, spec: str, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """The operator on a call that names its spec."""
+    where = (None, spec, call.is_causal, call.scale, backend, return_lse)
+    return attention(*call[:4], *where, *_tables(call))
+
+
+def by_layer(call: Call, layer: Tensor) -> Tensor:
+    """The operator on a call of a layer, by its handle."""
+    where = (layer, "", call.is_causal, call.scale, "auto", False)
+    return attention(*call[:4], *where, *_tables(call))[0]
+
+
+def _tables(
+    call: Call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, bool]:
     """The last arguments of :func:`attention`: an operator takes tensors and constants only."""
+    q, k = call.rope_q, call.rope_k
     return (
-        None if rope_q is None else rope_q.cos,
-        None if rope_q is None else rope_q.sin,
-        None if rope_k is None else rope_k.cos,
-        None if rope_k is None else rope_k.sin,
-        rope_q is None or rope_q.interleaved,
-        rope_k is None or rope_k.interleaved,
+        None if q is None else q.cos,
+        None if q is None else q.sin,
+        None if k is None else k.cos,
+        None if k is None else k.sin,
+        q is None or q.interleaved,
+        k is None or k.interleaved,
     )
 
 
@@ -100,27 +103,16 @@ def attention(
     """Attention by spec, or, where ``layer`` is given, as its session decides.
 
     Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
-    empty.  The tables of both rotations come as :func:`tables` takes them apart.
+    empty.  The tables of both rotations come one by one.
     """
     lse: Tensor | None = None
     rope_q = None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved)
     rope_k = None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved)
+    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
     if layer is not None:
-        out = _find(layer).attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
+        out = _find(layer).attend(call)
     else:
-        parsed = AttentionSpec.parse(spec)
-        out, lse = compute(
-            q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
-        )
+        out, lse = compute(call, AttentionSpec.parse(spec), backend, return_lse)
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous()

@@ -12,6 +12,7 @@ from recording import Launches, recorded
 
 from sage_diffusion import AttentionSpec
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.attention import gluon_support, tuning
 from sage_diffusion.machine import triton_version
 
@@ -54,10 +55,10 @@ def launches(
         pytest.skip("this Triton has no Gluon that the kernels are written in")
     record = next(b for b in backends.BACKENDS if b.name == backend)
     q, k, v = (torch.empty(1, 24, tokens, 128, dtype=dtype, device="meta") for _ in range(3))
-    arguments = {"mask": None, "is_causal": False, "scale": None, "return_lse": False, **options}
+    return_lse = options.pop("return_lse", False)
     compute = backends.load(record)
     with mock.patch.object(tuning, "architecture", lambda device: arch), recorded() as found:
-        compute(q, k, v, AttentionSpec.parse(spec), *arguments.values())
+        compute(Call(q, k, v, **options), AttentionSpec.parse(spec), return_lse)
     return found
 
 
