@@ -43,8 +43,8 @@ test-comfy:  ## The node pack inside real ComfyUI releases and in a browser (ins
 
 # Those that PyTorch releases bring, and the newest.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
-COMPILED := tests/kernels tests/test_ptxvm.py tests/test_cost.py tests/test_rope_calls.py \
-  tests/test_compilation_errors.py
+COMPILED := tests/kernels tests/test_ptxvm.py tests/speed/test_cost.py \
+  tests/attend/test_rope_calls.py tests/attend/test_execution.py
 
 compiled: $(TRITONS:%=.cache/triton-%/.ready)  ## Suites of compiled kernels under each of TRITONS (an hour)
 	@failed=; for version in $(TRITONS); do \

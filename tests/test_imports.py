@@ -17,7 +17,7 @@ ORDER = (
     ("sage_diffusion.plan",),
     ("sage_diffusion.attend",),
     ("sage_diffusion.accuracy", "sage_diffusion.speed"),
-    ("sage_diffusion.adapt",),
+    ("sage_diffusion.adapt", "sage_diffusion.verify"),
     ("sage_diffusion.integrations.comfy", "sage_diffusion.integrations.diffusers"),
     ("sage_diffusion.commands", "nodes"),
     ("sage_diffusion.cli",),
@@ -144,7 +144,7 @@ def test_nothing_lies_flat_in_the_package():
     assert beside == BESIDE
 
 
-@pytest.mark.parametrize("room", ["attend", "plan", "speed", "accuracy", "adapt"])
+@pytest.mark.parametrize("room", ["attend", "plan", "speed", "accuracy", "adapt", "verify"])
 def test_importing_a_room_leaves_the_public_names_what_they_are(room, tmp_path):
     """A module named like a public name would take its place: ``attention`` must stay callable."""
     names = sorted(name for name in modules() if name.startswith(f"sage_diffusion.{room}."))

@@ -40,7 +40,7 @@ ALSO_TESTS = {
     ),
     "comfy/test_server.py": (
         "nodes.accuracy nodes.attention nodes.calibrate nodes.doctor nodes.extension nodes.host "
-        "nodes.plan"
+        "nodes.plan nodes.verify sage_diffusion.integrations.comfy.verify"
     ),
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
@@ -85,6 +85,17 @@ ALSO_TESTS = {
         "sage_diffusion.attend.launches_json sage_diffusion.commands.tune"
     ),
     "test_packaging.py": "sage_diffusion.files",
+    "verify/test_verdicts.py": "sage_diffusion.attend.verdicts",
+    "verify/test_verify_faults.py": "sage_diffusion.verify.checks sage_diffusion.verify.text",
+    "verify/test_verify_places.py": (
+        "sage_diffusion.commands.verify sage_diffusion.verify.cases sage_diffusion.verify.places "
+        "sage_diffusion.verify.procedure sage_diffusion.verify.record"
+    ),
+    "verify/test_verify_worker.py": (
+        "sage_diffusion.verify.ahead sage_diffusion.verify.kernels sage_diffusion.verify.run "
+        "sage_diffusion.verify.worker"
+    ),
+    "test_first_gpu.py": "sage_diffusion.verify.speed",
 }
 
 LISTED = {name: file for file, names in ALSO_TESTS.items() for name in names.split()}

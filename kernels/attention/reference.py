@@ -294,7 +294,7 @@ def half_value(v: Tensor) -> tuple[Tensor, Tensor]:
         return v, ones
     amax = v.float().abs().amax(2)
     scale = torch.where(amax > 32768.0, torch.exp2(torch.ceil(torch.log2(amax / 32768.0))), ones)
-    return (v.float() / scale[:, :, None]).half(), scale
+    return (v.float() / scale.unsqueeze(2)).half(), scale
 
 
 def _exact(

@@ -215,6 +215,7 @@ def _attention_fwd_kernel(
     MASK_ROWS: tl.constexpr,  # the mask differs from query to query
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
+    FAR: tl.constexpr,  # a tile of V spans 2^31 elements
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # always TILE_N: part of the numerics
 ):
@@ -230,7 +231,8 @@ def _attention_fwd_kernel(
     at_k = o_n[None, :] * DP + o_d[:, None]
     p_k_scale += i_bkv * k_groups
     p_v += i_b * stride_vb + (i_h // group) * stride_vh
-    at_v = o_n[:, None].to(tl.int64) * stride_vn + o_d[None, :].to(tl.int64) * stride_vd
+    OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32
+    at_v = o_n[:, None].to(OFFSET) * stride_vn + o_d[None, :].to(OFFSET) * stride_vd
     at_mask = o_n[None, :] * stride_mn
     if MASK:
         p_mask += i_b * stride_mb + i_h * stride_mh + i_m.to(tl.int64) * BLOCK_M * stride_mm
@@ -431,6 +433,7 @@ def attend_quantized(
             MASK_ROWS=strides[2] != 0,
             CAUSAL=is_causal,
             SHIFT=config.shift,
+            FAR=TILE_N * v_strides[2] + dim * v_strides[3] >= 2**31,
             BLOCK_M=config.block_m,
             BLOCK_N=TILE_N,
             num_warps=config.num_warps,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend import providers
+from sage_diffusion.attend import providers, verdicts
 from sage_diffusion.attend.calls import AttentionCall, Call, Run, torch_native
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import triton_version
@@ -234,8 +234,15 @@ BACKEND_NAMES = ("auto", *(b.name for b in BACKENDS))
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
-    """Every backend's answer to a call, None where it can run it."""
-    return {b.name: b.refuse(call) for b in BACKENDS}
+    """Every backend's answer to a call, None where it can run it.
+
+    Kernels that were found wrong on this card are named too, though they run by name.
+    """
+    return {b.name: b.refuse(call) or _found_wrong(b, call) for b in BACKENDS}
+
+
+def _found_wrong(backend: Backend, call: AttentionCall) -> str | None:
+    return verdicts.switched_off(call.card, backend.name, call.spec, call.q_shape[-1])
 
 
 class Answer(NamedTuple):
@@ -280,6 +287,8 @@ def select(
 ) -> Backend:
     """The backend that runs ``call``: the first that does not refuse, or the named one.
 
+    "auto" also leaves out a kernel that was found wrong on this card (:mod:`.verdicts`).
+
     Args:
         call: what must be computed.
         backend: "auto" or a name.
@@ -296,8 +305,10 @@ def select(
         if backend not in ("auto", candidate.name):
             continue
         reason = dict(failed).get(candidate.name) or candidate.refuse(call)
-        if reason is None and backend == "auto" and not candidate.automatic(call):
-            reason = f"only by name: {candidate.describes}"
+        if reason is None and backend == "auto":
+            reason = _found_wrong(candidate, call)
+            if reason is None and not candidate.automatic(call):
+                reason = f"only by name: {candidate.describes}"
         if reason is None:
             return candidate
         reasons[candidate.name] = reason

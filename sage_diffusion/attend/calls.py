@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sage_diffusion.kernels.rope import Rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import device_arch, parse_arch
+from sage_diffusion.machine import card_name, device_arch, parse_arch
 
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
@@ -95,6 +95,7 @@ class AttentionCall:
         is_causal, return_lse: as in :func:`sage_diffusion.attention`.
         spec: what must be computed.
         rope: q or k is still to be rotated.
+        card: PyTorch's name of the GPU, None elsewhere and where it doesn't matter.
     """
 
     q_shape: tuple[int, ...]
@@ -108,6 +109,7 @@ class AttentionCall:
     return_lse: bool
     spec: AttentionSpec
     rope: bool = False
+    card: str | None = None
 
     @classmethod
     def of(cls, call: Call, spec: AttentionSpec, return_lse: bool = False) -> AttentionCall:
@@ -127,6 +129,7 @@ class AttentionCall:
             return_lse,
             spec,
             call.rope,
+            card_name(q.device),
         )
 
     @classmethod
@@ -150,14 +153,15 @@ class AttentionCall:
             dtype, mask, is_causal: as the attributes.
         """
         shape = (1, 24, tokens, head_dim)
-        device = "cuda"
+        device, card = "cuda", None
         if isinstance(on, str) and on.startswith(("sm_", "gfx")):
             capability, hip_arch = parse_arch(on)
         else:
             device = torch.device(on).type
             capability, hip_arch = device_arch(torch.device(on))
+            card = card_name(torch.device(on))
         arch = (device, capability, hip_arch)
-        return cls(shape, shape, dtype, *arch, mask, is_causal, False, spec)
+        return cls(shape, shape, dtype, *arch, mask, is_causal, False, spec, card=card)
 
 
 @dataclass(frozen=True)

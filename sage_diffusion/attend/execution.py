@@ -14,6 +14,7 @@ from collections import Counter
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends
@@ -102,8 +103,11 @@ def run(
             chosen = backends.select(asked, backend, failures.of(asked))
             compute = backends.load(chosen)
             try:
-                given = call if chosen.folds_rope else call.rotated()
-                out, lse = compute(given, asked.spec, asked.return_lse)
+                # Not every backend's launches look where their tensors are, and some that do leave
+                # another device current than they found.
+                with torch.cuda.device_of(call.q):
+                    given = call if chosen.folds_rope else call.rotated()
+                    out, lse = compute(given, asked.spec, asked.return_lse)
             except compiler_errors() as error:
                 failure = _failure(chosen.name, asked, error)
                 if failure is None:

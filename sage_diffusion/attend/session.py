@@ -28,14 +28,14 @@ from sage_diffusion.attend.calls import (
     Observer,
     torch_native,
 )
-from sage_diffusion.attend.finite import FiniteWatch
+from sage_diffusion.attend.finite import FiniteWatch, capturing
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes
 from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
-from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.plan import BRANCHES, PrecisionPlan
 
 log = logging.getLogger("sage_diffusion")
 
@@ -86,7 +86,10 @@ class Layer:
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
     ) -> Tensor:
-        """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
+        """Attention as the session decides; inside ``torch.compile`` one opaque operator.
+
+        Captured in a CUDA graph by hand, see :meth:`AttentionSession.serve`.
+        """
         call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
         if torch.compiler.is_compiling():
             return ops.by_layer(call, self.handle)
@@ -298,6 +301,17 @@ class AttentionSession:
         parts = [self.spec_for(layer, tokens, b).quantized for b in self.where.parts or (None,)]
         return all(parts) if whole else any(parts)
 
+    def _steady(self, layer: str, tokens: int) -> bool:
+        """Does the plan give a layer one spec at all steps and in all branches?"""
+        rules = self._plan.rules
+        edges = {0.0, *(rule.start for rule in rules), *(rule.end for rule in rules)}
+        specs = {
+            self._plan.resolve(layer, at, branch=branch, tokens=tokens)
+            for at in edges
+            for branch in (None, *BRANCHES)
+        }
+        return len(specs) == 1
+
     def attend(
         self,
         layer: Layer | str,
@@ -325,6 +339,10 @@ class AttentionSession:
             native: the host's own attention, the layer's or one for this call where the host's
                 takes more than a layer can know.
 
+        While a CUDA graph is captured, whose replays run no Python, a plan that gives the layer
+        one spec at all steps is captured with it (not watched and not guarded); any other call is
+        declined, so that replays repeat the host's own attention and not one step's precision.
+
         Raises:
             ValueError, TypeError: the tables of a rotation do not fit.
             AttentionRefused: strict, and the plan's spec can't be served.
@@ -333,6 +351,11 @@ class AttentionSession:
         if layer.index < 0:
             self._enlist(layer)
         check_ropes(call)
+        if capturing(call.q) and not self._steady(layer.name, call.k.shape[2]):
+            layer.decline("a CUDA graph is captured, which would repeat this step's precision")
+            out = native(*call.plain())
+            self._show(layer, self.where.branch, FP16, call, out)
+            return out
         parts = self.where.parts
         if parts and not call.q.shape[0] % len(parts):
             return self._attend_parts(layer, call, native)

@@ -29,6 +29,7 @@ def doctor(
         versions.add_row(key, value)
     for gpu in document["devices"]:
         versions.add_row("gpu", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
+        versions.add_row("", "\n".join(gpu["verdicts"]))
     table = Table(
         title=f"Backends on {document['device']} (head_dim {head_dim}, {tokens} tokens)",
         title_justify="left",
@@ -91,6 +92,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
+    from sage_diffusion.attend import verdicts
     from sage_diffusion.machine import device_arch
 
     properties = torch.cuda.get_device_properties(index)
@@ -100,4 +102,5 @@ def _gpu(index: int) -> dict[str, Any]:
         "name": properties.name,
         "architecture": architecture,
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        "verdicts": verdicts.describe(properties.name),
     }

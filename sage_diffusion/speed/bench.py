@@ -24,6 +24,7 @@ from sage_diffusion.speed.timing import Timer
 
 MEASURED, PREDICTED = "measured", "predicted bound"
 WRONG, NO_MEMORY, FAILED = "wrong result", "out of memory", "failed"
+GAPS = "with gaps in which the GPU waited for the host"
 
 #: Largest relative L1 distance from exact attention that a right kernel may have on normally
 #: distributed inputs, by format: Q and K's share plus P and V's.  The twins stay below two thirds
@@ -83,7 +84,8 @@ class Row:
         tops: tera-operations per second of both products, from ``milliseconds``.
         peak_mib: memory beyond the inputs, None where unknown.
         relative_l1: distance from PyTorch's attention (of a prediction: the twin's).
-        reason: why there is no time.
+        host_milliseconds: what the host needs to start the call, None where unknown.
+        reason: why there is no time, or what else is in it.
     """
 
     spec: str
@@ -95,6 +97,7 @@ class Row:
     tops: float | None = None
     peak_mib: float | None = None
     relative_l1: float | None = None
+    host_milliseconds: float | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -289,4 +292,6 @@ def _row(
         tops=work / milliseconds / 1e9,
         peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         relative_l1=error,
+        host_milliseconds=timing.host_milliseconds,
+        reason=GAPS if timing.gaps else None,
     )

@@ -132,8 +132,9 @@ def document(
 
 #: What the figures are.
 NOTES = {
-    MEASURED: "median of CUDA-event times with a cold L2 cache, quantization included; relative "
-    "L1 against PyTorch's attention on the same normally distributed inputs",
+    MEASURED: "median of CUDA-event times with a cold L2 cache, quantization included, queued "
+    "behind a sleeping kernel so that the host's time is not in them but in a column of its own; "
+    "relative L1 against PyTorch's attention on the same normally distributed inputs",
     PREDICTED: "predicted bound of the attention kernel alone from its machine code, quantization "
     "excluded, nothing was run; relative L1 is of the Torch twin at "
     f"{TWIN_TOKENS} tokens",

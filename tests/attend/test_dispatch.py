@@ -203,7 +203,7 @@ def test_the_operator_has_a_correct_fake(qkv_shape=(1, 2, 9, 16)):
     for return_lse in (False, True):
         torch.library.opcheck(
             torch.ops.sage_diffusion.attention.default,
-            (q, q, q, None, None, "int8/fp8", False, None, "reference", return_lse),
+            (q, q, q, None, "int8/fp8", False, None, "reference", return_lse),
             test_utils=("test_schema", "test_faketensor"),
         )
 

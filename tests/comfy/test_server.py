@@ -21,6 +21,7 @@ NODES = (
     "SageDiffusionCalibrate",
     "SageDiffusionAccuracyCheck",
     "SageDiffusionDoctor",
+    "SageDiffusionVerify",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -236,6 +237,13 @@ def test_the_doctor_tells_who_runs_what(server):
     text = done["outputs"]["1"]["text"][0]
     assert "int4/fp8-fast   reference" in text
     assert "needs a CUDA or ROCm device" in text
+
+
+def test_verify_says_that_there_is_no_card(server):
+    done = server.run({"1": prompts.node("SageDiffusionVerify", action="last verdict")})
+    assert done["outputs"]["1"]["text"] == ["No GPU here: there is no kernel to verify."]
+    told = failure(server.run({"1": prompts.node("SageDiffusionVerify", action="verify now")}))
+    assert "build for the CPU" in told or "no card can be used" in told
 
 
 @pytest.mark.parametrize(

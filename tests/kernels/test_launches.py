@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from recording import Launches, recorded
+from recording import FakeCards, Launches, recorded
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sage_diffusion import AttentionSpec
+from sage_diffusion import AttentionSpec, Rope
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.attention import gluon_support, tuning
@@ -48,13 +49,14 @@ def launches(
     spec: str,
     tokens: int = 4096,
     dtype: torch.dtype = torch.float16,
+    device: str = "meta",
     **options,
 ) -> Launches:
     """Of one call; its tensors have no values, so whoever looked at one would fail."""
     if backend != "triton" and triton_version() < gluon_support.TRITON_VERSION:
         pytest.skip("this Triton has no Gluon that the kernels are written in")
     record = next(b for b in backends.BACKENDS if b.name == backend)
-    q, k, v = (torch.empty(1, 24, tokens, 128, dtype=dtype, device="meta") for _ in range(3))
+    q, k, v = (torch.empty(1, 24, tokens, 128, dtype=dtype, device=device) for _ in range(3))
     return_lse = options.pop("return_lse", False)
     compute = backends.load(record)
     with mock.patch.object(tuning, "architecture", lambda device: arch), recorded() as found:
@@ -104,3 +106,45 @@ def test_delta_s_of_a_long_call_comes_in_parts():
     found = launches("gluon", "sm_89", "int4/fp8-fast", tokens=32768)
     assert found.triton.count("_bias_kernel") == found.triton.count("attention_kernel") == 13
     assert found.torch == ["sum", "aminmax"]
+
+
+KINDS = [
+    {},
+    {"dtype": torch.float32, "is_causal": True, "scale": -0.1, "return_lse": True},
+    {"mask": torch.bool, "rope_q": True, "rope_k": True},
+    {"mask": torch.float32, "return_lse": True},
+    {"key_mask": torch.float16, "rope_k": True},
+]
+
+
+def options_of(kind, device):
+    """Masks and tables of a kind of call, as tensors."""
+    options = dict(kind)
+    for name in ("mask", "key_mask"):
+        if name in options:
+            rows = 4096 if name == "mask" else 1
+            dtype = options.pop(name)
+            options["mask"] = torch.empty(1, 1, rows, 4096, dtype=dtype, device=device)
+    for name in ("rope_q", "rope_k"):
+        if options.get(name):
+            tables = (torch.empty(4096, 128, device=device) for _ in range(2))
+            options[name] = Rope(*tables)
+    return options
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize(("backend", "arch", "spec"), CALLS)
+def test_the_host_waits_for_nothing(backend, arch, spec, kind):
+    found = launches(backend, arch, f"{spec}+smooth_v", **options_of(KINDS[kind], "meta"))
+    assert found.triton and found.waits == []
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize(("backend", "arch", "spec"), CALLS)
+def test_every_launch_is_on_its_tensors_card(backend, arch, spec, kind):
+    """The second card of two, and the first one is current."""
+    options = {**KINDS[kind], "return_lse": False}  # that part is Torch's, which looks itself
+    with FakeTensorMode():
+        found = launches(backend, arch, spec, device="cuda:1", **options_of(options, "cuda:1"))
+    assert found.triton and found.elsewhere == []
+    assert FakeCards.current == 0

@@ -13,7 +13,7 @@ from sage_diffusion import cli
 from sage_diffusion.adapt.costs import card_costs, relative_cost
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.kernels.versions import TRITON
-from sage_diffusion.speed import cost
+from sage_diffusion.speed import cost, cost_sass
 from sage_diffusion.speed.cost_compile import compile_attention
 from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
 
@@ -61,6 +61,21 @@ def test_cycles_of_a_loop():
 )
 def test_tensor_core_work(op, want):
     assert macs(op) == want
+
+
+def test_what_older_toolkits_print(monkeypatch, tmp_path):
+    """CUDA 12.8 adds scheduling to Blackwell's instructions, and leaves loops through BREAK."""
+    lines = (
+        "        /*0000*/ IMMA.16832.S8.S8.SAT R0, R4.ROW, R8.COL, R0   &req={0,1}  ?WAIT5;",
+        "        /*0010*/ BREAK.RELIABLE B0 ;",
+        "        /*0020*/ @P0 BRA 0x0                 &req={4,1}       ?trans6;",
+    )
+    printed = ["Function k:\n REG:40\n", "Function : k\n" + "\n".join(lines)]
+    monkeypatch.setattr(cost_sass, "_run", lambda command: printed.pop(0))
+    (function,) = functions(tmp_path)
+    assert function.loops == ((0, 2),) and function.code[2] == "@P0 BRA 0x0"
+    found = bound(main_loop(function), GPUS["rtx5090"])
+    assert found.work == 16 * 8 * 32 and not found.unknown
 
 
 def test_main_loop_is_the_innermost_with_the_work():

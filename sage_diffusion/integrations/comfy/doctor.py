@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from sage_diffusion.attend import verdicts
 from sage_diffusion.attend.backends import answers
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
-from sage_diffusion.machine import device_arch, environment
+from sage_diffusion.machine import card_name, device_arch, environment
 
 
 def diagnosis(device: str, head_dim: int = 128, mask: str | None = None) -> str:
@@ -24,6 +25,9 @@ def diagnosis(device: str, head_dim: int = 128, mask: str | None = None) -> str:
         lines.append(f"architecture: sm_{capability[0]}{capability[1]}")
     if hip_arch is not None:
         lines.append(f"architecture: {hip_arch}")
+    card = card_name(where)
+    if card is not None:
+        lines += verdicts.describe(card)
     lines.append("")
     lines.append("spec            runs on")
     reasons: dict[str, dict[str, list[str]]] = {}
