@@ -17,6 +17,12 @@ from sage_diffusion.machine import card_name, device_arch, parse_arch
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
 
 
+def part_of(x: Tensor, i: int, count: int) -> Tensor:
+    """The i-th of ``count`` equal parts along the batch; a batch of one belongs to all."""
+    size = x.shape[0] // count
+    return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
+
+
 class Call(NamedTuple):
     """One call, built where it comes in and handed down whole.
 
@@ -56,6 +62,22 @@ class Call(NamedTuple):
             return self
         q, k = rotated(self.q, self.rope_q), rotated(self.k, self.rope_k)
         return self._replace(q=q, k=k, rope_q=None, rope_k=None)
+
+    def part(self, i: int, count: int) -> Call:
+        """The i-th of ``count`` equal parts of the batch, as views."""
+        size, mask = self.q.shape[0] // count, self.mask
+        ropes = [
+            rope if rope is None else rope.rows(i * size, (i + 1) * size)
+            for rope in (self.rope_q, self.rope_k)
+        ]
+        return self._replace(
+            q=part_of(self.q, i, count),
+            k=part_of(self.k, i, count),
+            v=part_of(self.v, i, count),
+            mask=mask if mask is None or mask.ndim < 4 else part_of(mask, i, count),
+            rope_q=ropes[0],
+            rope_k=ropes[1],
+        )
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor, Any, bool, float | None]:
         """What a :data:`Native` takes, q and k rotated by Torch."""

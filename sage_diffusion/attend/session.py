@@ -26,6 +26,7 @@ from sage_diffusion.attend.calls import (
     Call,
     Native,
     Observer,
+    part_of,
     torch_native,
 )
 from sage_diffusion.attend.finite import FiniteWatch, capturing
@@ -368,29 +369,12 @@ class AttentionSession:
         """A batch that holds both branches: together where they agree, else each in its spec."""
         branches = self.where.parts
         count = len(branches)
-        size = call.q.shape[0] // count
-
-        def rows(x: Tensor, i: int) -> Tensor:
-            return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
-
-        def part(i: int) -> Call:
-            mask, ropes = call.mask, (call.rope_q, call.rope_k)
-            own = [r if r is None else r.rows(i * size, (i + 1) * size) for r in ropes]
-            return call._replace(
-                q=rows(call.q, i),
-                k=rows(call.k, i),
-                v=rows(call.v, i),
-                mask=mask if mask is None or mask.ndim < 4 else rows(mask, i),
-                rope_q=own[0],
-                rope_k=own[1],
-            )
-
         specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in branches]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
                 return out
-            served = [(rows(out, i), ran) for i in range(count)]
+            served = [(part_of(out, i, count), ran) for i in range(count)]
             if out.requires_grad:  # a gradient must reach what the observers see
                 out = torch.cat([found for found, _ in served])
         else:
@@ -398,14 +382,15 @@ class AttentionSession:
             whole = functools.cache(lambda: native(*call.plain()))
 
             def part_of_whole(i: int) -> Native:
-                return lambda *_: rows(whole(), i)
+                return lambda *_: part_of(whole(), i, count)
 
             served = [
-                self._serve(layer, spec, part(i), part_of_whole(i)) for i, spec in enumerate(specs)
+                self._serve(layer, spec, call.part(i, count), part_of_whole(i))
+                for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
         for i, (branch, (found, ran)) in enumerate(zip(branches, served, strict=True)):
-            self._show(layer, branch, ran, part(i), found)
+            self._show(layer, branch, ran, call.part(i, count), found)
         return out
 
     def _serve(
