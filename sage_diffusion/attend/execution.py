@@ -97,7 +97,8 @@ def run(
         KernelCompilationError: the named backend's kernel does not compile.
     """
     failures = Failures() if failures is None else failures
-    call = call._replace(mask=four_dims(call.mask))
+    if call.mask is not None and call.mask.ndim != 4:
+        call = call._replace(mask=four_dims(call.mask))
     try:
         while True:
             chosen = backends.select(asked, backend, failures.of(asked))
