@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend import providers, verdicts
-from sage_diffusion.attend.calls import AttentionCall, Run
-from sage_diffusion.kernels.rope import Rope
+from sage_diffusion.attend.calls import AttentionCall, Call, Run, torch_native
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import triton_version
 
@@ -103,25 +102,38 @@ def _refuse_hopper(call: AttentionCall) -> str | None:
     )
 
 
+def run_kernel(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+    call: Call,
+    spec: AttentionSpec,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A kernel's entry on a call; kernels know no calls."""
+    q, k, v, mask, is_causal, scale, *ropes = call
+    return attention(
+        q, k, v, spec, mask, is_causal, scale, return_lse, rope_q=ropes[0], rope_k=ropes[1]
+    )
+
+
 def _load_gluon() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import gluon
 
-    return launches.bound(gluon.attention, "gluon")
+    return functools.partial(run_kernel, launches.bound(gluon.attention, "gluon"))
 
 
 def _load_hopper() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import hopper
 
-    return launches.bound(hopper.attention, "hopper")
+    return functools.partial(run_kernel, launches.bound(hopper.attention, "hopper"))
 
 
 def _load_triton() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import triton
 
-    return launches.bound(triton.attention, "triton")
+    return functools.partial(run_kernel, launches.bound(triton.attention, "triton"))
 
 
 # ---------------------------------------------------------------------- PyTorch
@@ -135,56 +147,26 @@ def _refuse_sdpa(call: AttentionCall) -> str | None:
     return None
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _sdpa(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    q, mask = call.q, call.mask
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out, None
+    return torch_native(q, call.k, call.v, mask, call.is_causal, call.scale), None
 
 
 # ---------------------------------------------------------------------- the twin
 def _load_reference() -> Run:
     from sage_diffusion.kernels.attention import reference
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        return_lse: bool,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
         return reference.attention(
-            q,
-            k,
-            v,
+            *call[:3],
             spec,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
+            mask=call.mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            rope_q=call.rope_q,
+            rope_k=call.rope_k,
         )
 
     return run

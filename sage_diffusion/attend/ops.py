@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -25,18 +26,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 class Attends(Protocol):
     """What a handle stands for: a session's layer."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """``[B, H, Lq, D]``, as the session decides."""
 
     def bypass(self, tokens: int, reason: str) -> None:
@@ -75,33 +65,26 @@ def _find(handle: Tensor) -> Attends:
     return found
 
 
-def tables(
-    rope_q: Rope | None, rope_k: Rope | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, bool]:
-    """The last arguments of the operators, which take tensors and constants only."""
-    return (
-        None if rope_q is None else rope_q.cos,
-        None if rope_q is None else rope_q.sin,
-        None if rope_k is None else rope_k.cos,
-        None if rope_k is None else rope_k.sin,
-        rope_q is None or rope_q.interleaved,
-        rope_k is None or rope_k.interleaved,
-    )
+def by_spec(call: Call, spec: str, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of a call."""
+    how = (spec, call.is_causal, call.scale, backend, return_lse)
+    return attention(*call[:4], *how, *_tables(call.rope_q), *_tables(call.rope_k))
 
 
-def _ropes(
-    q_cos: Tensor | None,
-    q_sin: Tensor | None,
-    k_cos: Tensor | None,
-    k_sin: Tensor | None,
-    q_interleaved: bool,
-    k_interleaved: bool,
-) -> tuple[Rope | None, Rope | None]:
+def by_layer(call: Call, layer: Tensor) -> Tensor:
+    """:func:`layer_attention` of a call, by the layer's handle."""
+    how = (layer, call.is_causal, call.scale)
+    return layer_attention(*call[:4], *how, *_tables(call.rope_q), *_tables(call.rope_k))
+
+
+def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    """A rotation for an operator, which takes tensors and constants only."""
+    return (None, None, True) if rope is None else (rope.cos, rope.sin, rope.interleaved)
+
+
+def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rope | None:
     """The other way round."""
-    return (
-        None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved),
-        None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved),
-    )
+    return None if cos is None or sin is None else Rope(cos, sin, interleaved)
 
 
 @torch.library.custom_op("sage_diffusion::attention", mutates_args=())
@@ -117,19 +100,18 @@ def attention(
     return_lse: bool,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sage_diffusion.attention`; without ``return_lse`` the second result is empty.
 
-    The tables of both rotations come as :func:`tables` takes them apart.
+    The tables of both rotations come one by one.
     """
-    ropes = _ropes(q_cos, q_sin, k_cos, k_sin, q_interleaved, k_interleaved)
-    out, lse = compute(
-        q, k, v, AttentionSpec.parse(spec), mask, is_causal, scale, backend, return_lse, *ropes
-    )
+    ropes = _rope(q_cos, q_sin, q_interleaved), _rope(k_cos, k_sin, k_interleaved)
+    call = Call(q, k, v, mask, is_causal, scale, *ropes)
+    out, lse = compute(call, AttentionSpec.parse(spec), backend, return_lse)
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous()
@@ -148,9 +130,9 @@ def _(
     return_lse: bool,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
@@ -169,23 +151,14 @@ def layer_attention(
     scale: float | None,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> Tensor:
     """:meth:`Layer.attend` of the layer with this handle."""
-    rope_q, rope_k = _ropes(q_cos, q_sin, k_cos, k_sin, q_interleaved, k_interleaved)
-    out = _find(layer).attend(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        rope_q=rope_q,
-        rope_k=rope_k,
-    )
+    ropes = _rope(q_cos, q_sin, q_interleaved), _rope(k_cos, k_sin, k_interleaved)
+    out = _find(layer).attend(Call(q, k, v, mask, is_causal, scale, *ropes))
     return out.contiguous()
 
 
@@ -200,9 +173,9 @@ def _(
     scale: float | None,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import Call
+from sage_diffusion.attend.validation import four_dims
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.formats import (
     K_SCALE_BLOCK,
@@ -63,6 +65,13 @@ class RowCall:
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.mask = row_mask(mask, is_causal, index, k.shape[2])
         self._made: dict[tuple[Any, ...], Any] = {}
+
+    @classmethod
+    def of(cls, call: Call, index: Tensor) -> RowCall:
+        """Some rows of a call whose q and k are rotated."""
+        q, k, v, mask, is_causal, scale = call[:6]
+        mask = four_dims(mask)
+        return cls(q, k, v, index, mask=mask, is_causal=is_causal, scale=scale)
 
     def exact(self) -> Tensor:
         """The rows of exact attention in float32, ``[B, H, R, D]``."""

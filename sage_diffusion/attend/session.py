@@ -26,12 +26,13 @@ from sage_diffusion.attend.calls import (
     Call,
     Native,
     Observer,
+    part_of,
     torch_native,
 )
 from sage_diffusion.attend.finite import FiniteWatch, capturing
 from sage_diffusion.attend.guard import Guard, GuardState
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
-from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
+from sage_diffusion.attend.validation import check_call, check_ropes
 from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
@@ -88,48 +89,16 @@ class Layer:
     ) -> Tensor:
         """Attention as the session decides; inside ``torch.compile`` one opaque operator.
 
-        Captured in a CUDA graph by hand, see :meth:`AttentionSession.attend`.
+        Captured in a CUDA graph by hand, see :meth:`AttentionSession.serve`.
         """
+        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
         if torch.compiler.is_compiling():
-            tables = ops.tables(rope_q, rope_k)
-            return ops.layer_attention(q, k, v, mask, self.handle, is_causal, scale, *tables)
-        return self.attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
+            return ops.by_layer(call, self.handle)
+        return self.attend(call)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        native: Native | None = None,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
-        """:meth:`AttentionSession.attend` of this layer."""
-        return self.session.attend(
-            self,
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            native=native,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
+    def attend(self, call: Call, native: Native | None = None) -> Tensor:
+        """The call as the session decides, see :meth:`AttentionSession.serve`."""
+        return self.session.serve(self, call, native or self.native)
 
     def bypass(self, tokens: int, reason: str) -> None:
         """Count a call that never reaches :meth:`attend` because the host must run it itself.
@@ -358,11 +327,18 @@ class AttentionSession:
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
     ) -> Tensor:
+        """:meth:`serve` for who has no call at hand, the arguments as in :class:`.Call`."""
+        found = self.layer(layer) if isinstance(layer, str) else layer
+        return found.attend(Call(q, k, v, mask, is_causal, scale, rope_q, rope_k), native)
+
+    def serve(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
 
-        ``native`` stands for the layer's own in this call, where the host's attention takes more
-        than a layer can know.  ``rope_q`` and ``rope_k`` rotate q and k as in
-        :func:`sage_diffusion.attention`; observers and the host's own attention get them rotated.
+        Args:
+            layer: of this session.
+            call: observers and the host's own attention get its q and k rotated.
+            native: the host's own attention, the layer's or one for this call where the host's
+                takes more than a layer can know.
 
         While a CUDA graph is captured, whose replays run no Python, a plan that gives the layer
         one spec at all steps is captured with it (not watched and not guarded); any other call is
@@ -373,21 +349,18 @@ class AttentionSession:
             AttentionRefused: strict, and the plan's spec can't be served.
             KernelCompilationError: the session's backend is named and its kernel doesn't compile.
         """
-        layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
             self._enlist(layer)
-        native = native or layer.native
-        check_ropes(q, k, rope_q, rope_k)
-        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
-        if capturing(q) and not self._steady(layer.name, k.shape[2]):
+        check_ropes(call)
+        if capturing(call.q) and not self._steady(layer.name, call.k.shape[2]):
             layer.decline("a CUDA graph is captured, which would repeat this step's precision")
             out = native(*call.plain())
             self._show(layer, self.where.branch, FP16, call, out)
             return out
         parts = self.where.parts
-        if parts and not q.shape[0] % len(parts):
+        if parts and not call.q.shape[0] % len(parts):
             return self._attend_parts(layer, call, native)
-        spec = self.spec_for(layer.name, k.shape[2])
+        spec = self.spec_for(layer.name, call.k.shape[2])
         out, ran = self._serve(layer, spec, call, native)
         self._show(layer, self.where.branch, ran, call, out)
         return out
@@ -396,29 +369,12 @@ class AttentionSession:
         """A batch that holds both branches: together where they agree, else each in its spec."""
         branches = self.where.parts
         count = len(branches)
-        size = call.q.shape[0] // count
-
-        def rows(x: Tensor, i: int) -> Tensor:
-            return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
-
-        def part(i: int) -> Call:
-            mask, ropes = call.mask, (call.rope_q, call.rope_k)
-            own = [r if r is None else r.rows(i * size, (i + 1) * size) for r in ropes]
-            return call._replace(
-                q=rows(call.q, i),
-                k=rows(call.k, i),
-                v=rows(call.v, i),
-                mask=mask if mask is None or mask.ndim < 4 else rows(mask, i),
-                rope_q=own[0],
-                rope_k=own[1],
-            )
-
         specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in branches]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
                 return out
-            served = [(rows(out, i), ran) for i in range(count)]
+            served = [(part_of(out, i, count), ran) for i in range(count)]
             if out.requires_grad:  # a gradient must reach what the observers see
                 out = torch.cat([found for found, _ in served])
         else:
@@ -426,14 +382,15 @@ class AttentionSession:
             whole = functools.cache(lambda: native(*call.plain()))
 
             def part_of_whole(i: int) -> Native:
-                return lambda *_: rows(whole(), i)
+                return lambda *_: part_of(whole(), i, count)
 
             served = [
-                self._serve(layer, spec, part(i), part_of_whole(i)) for i, spec in enumerate(specs)
+                self._serve(layer, spec, call.part(i, count), part_of_whole(i))
+                for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
         for i, (branch, (found, ran)) in enumerate(zip(branches, served, strict=True)):
-            self._show(layer, branch, ran, part(i), found)
+            self._show(layer, branch, ran, call.part(i, count), found)
         return out
 
     def _serve(
@@ -461,30 +418,17 @@ class AttentionSession:
 
     def _quantized(self, layer: Layer, spec: AttentionSpec, call: Call) -> Tensor | None:
         """The output, or None after the call was declined with a reason."""
-        q, k, v, mask, is_causal, scale, rope_q, rope_k = call
-        rope = rope_q is not None or rope_k is not None
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if call.wants_grad:
             layer.decline("gradients are asked for, quantized attention is forward only")
             return None
         try:
-            check_call(q, k, v, mask)
-            asked = AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
+            check_call(call)
+            asked = AttentionCall.of(call, spec)
         except (ValueError, TypeError) as error:
             layer.decline(str(error))
             return None
         try:
-            chosen, out, _ = execution.run(
-                asked,
-                self.backend,
-                q,
-                k,
-                v,
-                four_dims(mask),
-                scale,
-                self.compilations,
-                rope_q=rope_q,
-                rope_k=rope_k,
-            )
+            chosen, out, _ = execution.run(call, asked, self.backend, self.compilations)
         except backends.BackendUnavailable as error:
             layer.decline(str(error))
             return None
@@ -498,10 +442,7 @@ class AttentionSession:
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
         if self.guard.due(layer.name, layer.index, self.where.step):
-            q, k = call.plain()[:2]
-            self.guard.check(
-                layer.name, self.where.step, q, k, v, out, four_dims(mask), is_causal, scale
-            )
+            self.guard.check(layer.name, self.where.step, call.rotated(), out)
         return out
 
     # ------------------------------------------------------------------ what happened

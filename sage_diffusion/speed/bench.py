@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
@@ -163,7 +163,7 @@ def _backend(
     record: backends.Backend, spec: AttentionSpec
 ) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        return backends.load(record)(q, k, v, spec, None, is_causal, None, False)[0]
+        return backends.load(record)(Call(q, k, v, None, is_causal), spec, False)[0]
 
     return run
 
@@ -247,7 +247,7 @@ def _of_shape(
         if why is not None:
             yield row
             continue
-        refusal = entrant.refuse(AttentionCall.of(q, k, entrant.spec, None, is_causal))
+        refusal = entrant.refuse(AttentionCall.of(Call(q, k, v, None, is_causal), entrant.spec))
         if refusal is not None:
             result.refused[name, entrant.backend, head_dim] = refusal
             continue

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.speed.bench import (
@@ -103,7 +104,7 @@ def twin_distance(spec: AttentionSpec, head_dim: int, is_causal: bool) -> float:
     """Relative L1 distance of the spec's twin from exact attention, on the CPU."""
     q, k, v = inputs(1, 1, TWIN_TOKENS, head_dim, torch.device("cpu"), torch.float32)
     twin = next(record for record in backends.BACKENDS if record.name == "reference")
-    out, _ = backends.load(twin)(q, k, v, spec, None, is_causal, None, False)
+    out, _ = backends.load(twin)(Call(q, k, v, None, is_causal), spec, False)
     return distance(out, F.scaled_dot_product_attention(q, k, v, is_causal=is_causal))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.formats import QuantizedValue, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.verify.cases import Case, Inputs
@@ -55,9 +56,8 @@ class Kernel(NamedTuple):
 
     def run(self, x: Inputs, case: Case) -> tuple[Tensor, Tensor | None]:
         """A whole call, as ``backend=`` with this name runs it."""
-        rope = {} if x.rope is None else {"rope_q": x.rope, "rope_k": x.rope}
-        call = (x.q, x.k, x.v, self.spec, x.mask, case.is_causal, None, case.return_lse)
-        return backends.load(self.record)(*call, **rope)
+        call = Call(x.q, x.k, x.v, x.mask, case.is_causal, None, x.rope, x.rope)
+        return backends.load(self.record)(call, self.spec, case.return_lse)
 
     def quantize(self, x: Inputs) -> Operands:
         """Smooth, rotate and quantize."""

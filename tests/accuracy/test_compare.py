@@ -33,7 +33,7 @@ def sample(session: AttentionSession, skip: tuple[str, int] | None = None) -> Ge
         session.begin_step(step)
         for name in LAYERS:
             if (name, step) != skip:
-                x = x + 0.5 * session.layer(name).attend(x, x, x)
+                x = x + 0.5 * session.layer(name)(x, x, x)
         latents.append(x.clone())
     session.finish()
     return Generation(torch.sigmoid(x[:, :1]), tuple(latents), ("one", "two"))

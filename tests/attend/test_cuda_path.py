@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sage_diffusion import AttentionSession, AttentionSpec, Guard, Rope
 from sage_diffusion.attend import backends, execution, finite
 from sage_diffusion.attend.backends import Backend
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
 
 SPEC = AttentionSpec.parse("int8/fp8")
 
@@ -19,20 +19,18 @@ def test_any_backend_runs_on_its_tensors_card_and_leaves_the_current_one(monkeyp
     """Other packages' launches don't look where their tensors are, or change the current card."""
     seen = []
 
-    def theirs(q, k, v, *arguments):
+    def theirs(call, *arguments):
         seen.append(FakeCards.current)
         FakeCards.current = 7
-        return torch.empty_like(q), None
+        return torch.empty_like(call.q), None
 
     record = Backend("theirs", "", lambda call: None, lambda: theirs)
     monkeypatch.setattr(backends, "BACKENDS", (record,))
     backends.select.cache_clear()
-    call = AttentionCall(
-        (1, 2, 8, 64), (1, 2, 8, 64), torch.float16, "cuda", (8, 9), None, None, False, False, SPEC
-    )
+    asked = AttentionCall.typical(SPEC, "sm_89", 64, 8)
     with FakeTensorMode(), recorded():
         q = torch.empty(1, 2, 8, 64, dtype=torch.float16, device="cuda:1")
-        execution.run(call, "auto", q, q, q, None, None)
+        execution.run(Call(q, q, q), asked, "auto")
     backends.select.cache_clear()
     assert seen == [1] and FakeCards.current == 0
 

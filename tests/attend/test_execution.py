@@ -10,7 +10,7 @@ import torch
 from sage_diffusion import AttentionSession, AttentionSpec, attention
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.backends import Backend
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.attend.execution import KernelCompilationError
 
 
@@ -142,7 +142,7 @@ def test_triton_itself_is_named(qkv):
     def fail(*args, **kwargs):
         raise RuntimeError("PassManager::run failed")
 
-    call = AttentionCall.of(*qkv[:2], AttentionSpec.parse("int8/fp8"))
+    call = AttentionCall.of(Call(*qkv), AttentionSpec.parse("int8/fp8"))
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = fail  # called right before a kernel is compiled
     try:
@@ -171,15 +171,19 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     from sage_diffusion.kernels.attention import gluon
     from sage_diffusion.kernels.attention.gluon_support import GluonLaunch
 
-    attend = functools.partial(gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2))
+    kernel_entry = functools.partial(
+        gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2)
+    )
+    attend = functools.partial(backends.run_kernel, kernel_entry)
     record = Backend("gluon", "refuses nothing", lambda call: None, lambda: attend)
     monkeypatch.setattr(backends, "BACKENDS", (record,))
     backends.select.cache_clear()
     q, k, v = torch.randn(3, 1, 1, 64, 128).half().unbind()
-    call = AttentionCall.of(q, k, AttentionSpec.parse("int8/fp8-fast"))
-    call = dataclasses.replace(call, capability=(cc // 10, cc % 10))
+    call = Call(q, k, v)
+    asked = AttentionCall.of(call, AttentionSpec.parse("int8/fp8-fast"))
+    asked = dataclasses.replace(asked, capability=(cc // 10, cc % 10))
     with card(cc), pytest.raises(KernelCompilationError) as caught:
-        execution.run(call, "gluon", q, k, v, None, None)
+        execution.run(call, asked, "gluon")
     backends.select.cache_clear()
     assert (caught.value.kernel, caught.value.target) == (f"gluon: {kernel}", f"sm_{cc}")
     assert says in caught.value.message

@@ -37,10 +37,9 @@ def handed_over(monkeypatch):
     def loads(chosen):
         run = load(chosen)
 
-        def recording(*args, rope_q=None, rope_k=None):
-            seen.append((rope_q, rope_k))
-            ropes = {"rope_q": rope_q, "rope_k": rope_k} if rope_q or rope_k else {}
-            return run(*args, **ropes)
+        def recording(call, spec, return_lse):
+            seen.append((call.rope_q, call.rope_k))
+            return run(call, spec, return_lse)
 
         return recording
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage_diffusion.attend.calls import Observer
+from sage_diffusion.attend.calls import Call, Observer
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
@@ -154,9 +154,8 @@ class ModelAttention:
         if quantized and self.keep_cross and call.cross:
             quantized = False
         elif quantized or session.observers:
-            layer.native = native_of(call, host)
-            out = session.attend(layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale)
-            return call.to_host(out)
+            ours = Call(call.q, call.k, call.v, call.mask, scale=call.scale)
+            return call.to_host(layer.attend(ours, native_of(call, host)))
         layer.keep()
         return host()
 

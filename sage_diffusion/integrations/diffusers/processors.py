@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sage_diffusion.attend import ops
+from sage_diffusion.attend.calls import Call, Native
 from sage_diffusion.attend.session import AttentionSession, Layer
 from sage_diffusion.integrations.diffusers.rebind import (
     DISPATCH,
@@ -300,7 +301,8 @@ def _sdpa(
         _bypass(layer, key.shape[-2], reason)
         return original()
     (q, rope_q), (k, rope_k) = taken_apart(query, 1), taken_apart(key, 1)
-    return _attend(layer, q, k, value, attn_mask, is_causal, scale, original, rope_q, rope_k)
+    call = Call(q, k, value, attn_mask, is_causal, scale, rope_q, rope_k)
+    return _attend(layer, call, original)
 
 
 def _dispatch(
@@ -361,8 +363,8 @@ def _dispatch(
     def native(*_: Any) -> Tensor:
         return original().transpose(1, 2)
 
-    out = _attend(layer, q, k, v, mask, is_causal, scale, native, rope_q, rope_k)
-    return out.transpose(1, 2)
+    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+    return _attend(layer, call, native).transpose(1, 2)
 
 
 def _rotary(
@@ -443,28 +445,7 @@ def _bypass(layer: Layer, tokens: int, reason: str) -> None:
         layer.bypass(tokens, reason)
 
 
-def _attend(
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    native: Callable[..., Tensor],
-    rope_q: Rope | None,
-    rope_k: Rope | None,
-) -> Tensor:
+def _attend(layer: Layer, call: Call, native: Native) -> Tensor:
     if torch.compiler.is_compiling():
-        return ops.layer_attention(q, k, v, mask, layer.handle, is_causal, scale)
-    return layer.attend(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        native=native,
-        rope_q=rope_q,
-        rope_k=rope_k,
-    )
+        return ops.by_layer(call, layer.handle)
+    return layer.attend(call, native)
