@@ -40,12 +40,11 @@ def int_to_float(x, SHIFT: tl.constexpr):
 def to_output(x, p_out):
     """float32 -> what ``p_out`` points to; in half its largest number where it would overflow.
 
-    By rounded weights alone it does so by less than a factor of two; what is larger, as of an
-    infinite V, becomes infinite.
+    Rounded weights may add up to more than one.  NaN stays NaN.
     """
     if p_out.dtype.element_ty == tl.float16:
-        x = tl.where((x > _HALF_MAX) & (x < 2 * _HALF_MAX), _HALF_MAX, x)
-        x = tl.where((x < -_HALF_MAX) & (x > -2 * _HALF_MAX), -_HALF_MAX, x)
+        x = tl.maximum(x, -_HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, _HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
     return x.to(p_out.dtype.element_ty)
 
 

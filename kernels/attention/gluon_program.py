@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -11,6 +12,7 @@ from .gluon_asm import add_bf16, add_fp16, add_fp32
 from .gluon_layouts import lane_layout
 
 _TILE_N, _HALF_MAX = gl.constexpr(TILE_N), gl.constexpr(65504.0)
+_NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
@@ -43,8 +45,8 @@ def extent(
 def to_output(x, p_out):
     """As :func:`..tiles.to_output`."""
     if p_out.dtype.element_ty == gl.float16:
-        x = gl.where((x > _HALF_MAX) & (x < 2 * _HALF_MAX), _HALF_MAX, x)
-        x = gl.where((x < -_HALF_MAX) & (x > -2 * _HALF_MAX), -_HALF_MAX, x)
+        x = gl.maximum(x, -_HALF_MAX, propagate_nan=_NAN)
+        x = gl.minimum(x, _HALF_MAX, propagate_nan=_NAN)
     return x.to(p_out.dtype.element_ty)
 
 

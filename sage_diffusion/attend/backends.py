@@ -30,8 +30,8 @@ class Backend:
         refuse: None if it can run the call, else the reason in words.
         load: imports the implementation on first use.
         folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
-        finite: of finite inputs it makes finite outputs; those of the others are searched for NaN
-            before a model sees them.
+        finite: of finite inputs it makes finite outputs, scores beyond float32's resolution (2^27
+            in log2 units) excepted; the others' outputs lose their NaN before a model sees them.
         automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
     """
 
