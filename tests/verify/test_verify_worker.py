@@ -188,3 +188,20 @@ def test_a_kernel_that_reads_wrong_codes_is_wrong_too():
     assert (first.status, first.head_dims) == ("wrong", (64,))
     assert first.reason == "reads what a wrong quantizer wrote, value int8"
     assert second.status == "right"
+
+
+@pytest.mark.parametrize("part", [0, 1, None])
+def test_a_bit_that_moves_in_one_repetition_is_a_race(part):
+    """In the output or the log-sum-exp, NaN or not: bits are compared, not numbers."""
+    runs = []
+
+    def call():
+        runs.append((torch.full((1, 1, 8, 64), torch.nan), torch.zeros(1, 1, 8)))
+        if part is not None and len(runs) == 3:
+            runs[-1][part].view(torch.uint8)[0, 0, 0] ^= 1
+        return runs[-1]
+
+    found = run.checks.check_repeats(KERNELS[0], EMULATED_CASES[0], call, 4)
+    assert len(runs) == 5 and len(found) == (part is not None)
+    if found:
+        assert found[0].kernel == "triton int8/fp16" and "from the first run: a race" in str(found)
