@@ -71,10 +71,15 @@ def stats(length: int, head_dim: int, kinds: int) -> Traffic:
 
 
 def joined(length: int, head_dim: int, kinds: int) -> Traffic:
-    """Torch's joining of the partial statistics, and the scaling of a sum to a mean."""
-    vector = head_dim * FLOAT
-    joining = Traffic(kinds * _blocks(length, STATS_CHUNK) * vector, kinds * vector)
-    return joining + Traffic(kinds % 2 * vector, kinds % 2 * vector)
+    """Torch's joining of several parts: a sum of means, one pass for both extremes of minima and
+    maxima."""
+    vector, parts = head_dim * FLOAT, _blocks(length, STATS_CHUNK)
+    total = Traffic()
+    if parts > 1 and kinds % 2:
+        total += Traffic(parts * vector, vector)
+    if parts > 1 and kinds >= 2:
+        total += Traffic(2 * parts * vector, 4 * vector)
+    return total
 
 
 def rows(

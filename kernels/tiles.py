@@ -9,6 +9,8 @@ import triton.language as tl
 _SHIFT = tl.constexpr(12582912.0)
 _SHIFT_BITS = tl.constexpr(0x4B400000)
 
+_HALF_MAX = tl.constexpr(65504.0)
+
 
 @triton.jit
 def round_to_int(x):
@@ -32,6 +34,18 @@ def int_to_float(x, SHIFT: tl.constexpr):
     if SHIFT:
         return (x + _SHIFT_BITS).to(tl.float32, bitcast=True) - _SHIFT
     return x.to(tl.float32)
+
+
+@triton.jit
+def to_output(x, p_out):
+    """float32 -> what ``p_out`` points to; in half its largest number where it would overflow.
+
+    Rounded weights may add up to more than one.  NaN stays NaN.
+    """
+    if p_out.dtype.element_ty == tl.float16:
+        x = tl.maximum(x, -_HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, _HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(p_out.dtype.element_ty)
 
 
 @triton.jit

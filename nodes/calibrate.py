@@ -11,10 +11,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from sage_diffusion.integrations.comfy.accuracy import KSampling
-from sage_diffusion.integrations.comfy.presets import describe
 from sage_diffusion.integrations.comfy.sampler import CARDS, ComfySampler, Prompt
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
+from sage_diffusion.plan.show import describe
 
 _FLOOR, _BUDGET = "least quality", "most time"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
 from importlib import metadata, util
 
 import torch
@@ -21,6 +23,34 @@ def device_arch(device: torch.device) -> tuple[tuple[int, int] | None, str | Non
         name = torch.cuda.get_device_properties(device).gcnArchName
         return None, name.split(":")[0]
     return torch.cuda.get_device_capability(device), None
+
+
+def parse_arch(name: str) -> tuple[tuple[int, int] | None, str | None]:
+    """``(capability, hip_arch)`` of a GPU by its architecture: "sm_89", "gfx942"."""
+    if name.startswith("sm_"):
+        return (int(name[3:]) // 10, int(name[3:]) % 10), None
+    return None, name
+
+
+@functools.lru_cache(maxsize=64)
+def card_name(device: torch.device) -> str | None:
+    """PyTorch's name of a GPU, None where the device is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@functools.lru_cache(maxsize=1)
+def driver_version() -> str:
+    """Of the NVIDIA driver, "550.54.15", by its management library; "unknown" without one."""
+    name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+    try:
+        library = ctypes.CDLL(name)
+        text = ctypes.create_string_buffer(96)
+        if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, 96):
+            return "unknown"
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return "unknown"
+    return text.value.decode(errors="replace")
 
 
 @functools.lru_cache(maxsize=16)

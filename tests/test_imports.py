@@ -17,7 +17,7 @@ ORDER = (
     ("sage_diffusion.plan",),
     ("sage_diffusion.attend",),
     ("sage_diffusion.accuracy", "sage_diffusion.speed"),
-    ("sage_diffusion.adapt",),
+    ("sage_diffusion.adapt", "sage_diffusion.verify"),
     ("sage_diffusion.integrations.comfy", "sage_diffusion.integrations.diffusers"),
     ("sage_diffusion.commands", "nodes"),
     ("sage_diffusion.cli",),
@@ -144,18 +144,21 @@ def test_nothing_lies_flat_in_the_package():
     assert beside == BESIDE
 
 
-@pytest.mark.parametrize("room", ["attend", "plan", "speed", "accuracy", "adapt"])
-def test_importing_a_room_leaves_the_public_names_what_they_are(room, tmp_path):
+def test_importing_anything_leaves_the_public_names_what_they_are(tmp_path):
     """A module named like a public name would take its place: ``attention`` must stay callable."""
-    names = sorted(name for name in modules() if name.startswith(f"sage_diffusion.{room}."))
+    rooms = ("plan", "attend", "accuracy", "speed", "adapt")
+    names = sorted(
+        n for n in modules() if n.startswith(tuple(f"sage_diffusion.{r}." for r in rooms))
+    )
     assert names
     code = f"""
 import importlib, types
 import sage_diffusion
 for name in {names!r}:
     importlib.import_module(name)
-for name in sage_diffusion.__all__:
-    assert not isinstance(getattr(sage_diffusion, name), types.ModuleType), name
+here = vars(sage_diffusion)
+taken = [name for name in sage_diffusion.__all__ if isinstance(here.get(name), types.ModuleType)]
+assert not taken, taken
 assert callable(sage_diffusion.attention)
 """
     done = run(code, tmp_path)
@@ -198,6 +201,31 @@ assert "kernels" not in sys.modules and "nodes" not in sys.modules
 """
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_load_with_nothing_but_pytorch_and_triton(tmp_path):
+    """Only a table of launches needs what checks it."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+from pathlib import Path
+for name in ("pydantic", "typer", "rich", "safetensors", "scipy", "diffusers", "transformers"):
+    sys.modules[name] = None  # importing it would fail
+Path.home = classmethod(lambda cls: cls.cwd())
+from sage_diffusion import AttentionSession, attention
+from sage_diffusion.attend import backends
+(triton,) = (record for record in backends.BACKENDS if record.name == "triton")
+assert triton.load().args[0].__name__ == "attention"
+table = Path.cwd() / ".cache" / "sage-diffusion" / "tuning.json"
+table.parent.mkdir(parents=True)
+table.write_text("{}")
+from sage_diffusion.attend import launches
+launches.user_entries.cache_clear()
+assert launches.user_entries() == ()
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tuning.json can't be read: import of pydantic halted" in done.stderr
 
 
 def test_import_time_beyond_torch(tmp_path):

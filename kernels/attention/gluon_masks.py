@@ -124,7 +124,8 @@ def pack_mask(mask: Tensor, q_len: int, k_len: int) -> PackedMask:
         Additive values keep their type and unit; finite ones are limited to what stays finite in
         log2 units.
     """
-    mask = mask[(None,) * (4 - mask.ndim)]
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
     if mask.dtype == torch.float64:  # whose finite values are infinite in float32
         top = torch.finfo(torch.float32).max
         mask = mask.clamp(-top, top).masked_fill(mask.isneginf(), -torch.inf)

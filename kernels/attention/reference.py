@@ -98,7 +98,15 @@ def attention(
     )
     if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
         lse = lse + smoothed_lse(q, k_mean, sm_scale)
-    return out.to(dtype), lse
+    return to_output(out, dtype), lse
+
+
+def to_output(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in the output's type: :func:`..tiles.to_output`."""
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        out = out.clamp(-top, top)
+    return out.to(dtype)
 
 
 def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float) -> Tensor:
@@ -294,7 +302,7 @@ def half_value(v: Tensor) -> tuple[Tensor, Tensor]:
         return v, ones
     amax = v.float().abs().amax(2)
     scale = torch.where(amax > 32768.0, torch.exp2(torch.ceil(torch.log2(amax / 32768.0))), ones)
-    return (v.float() / scale[:, :, None]).half(), scale
+    return (v.float() / scale.unsqueeze(2)).half(), scale
 
 
 def _exact(

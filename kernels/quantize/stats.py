@@ -13,7 +13,8 @@ from ..formats import padded_dim
 from ..rope import Rope
 from .rope import load_rotated_rows, rope_arguments
 
-#: Tokens whose statistics one program sums up; the few partial sums are added by Torch.
+#: Tokens whose statistics one program finds; the few parts are joined by Torch, in one launch each
+#: for means and for extremes, in none where there is one part.
 STATS_CHUNK = 512
 
 
@@ -28,7 +29,7 @@ class ChannelStats(NamedTuple):
 @triton.jit
 def _stats_kernel(
     p_x,
-    p_sum,  # [B, H, chunks, D], or None
+    p_mean,  # [B, H, chunks, D], or None
     p_low,  # the same, or None
     p_high,
     length,
@@ -46,7 +47,7 @@ def _stats_kernel(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    AVERAGE: tl.constexpr,  # divide by the chunk's tokens
+    PARTS: tl.constexpr,  # of the mean over all tokens, which they add up to; else chunks' own
     ROPE: tl.constexpr,  # columns of the tables, 0 without
     INTERLEAVED: tl.constexpr,
 ):
@@ -79,16 +80,15 @@ def _stats_kernel(
             ROPE,
             INTERLEAVED,
         )
-        if p_sum is not None:
+        if p_mean is not None:
             total += tl.sum(x, 0)
         if p_low is not None:
             low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
             high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
     at = (i_bh * chunks + i_c) * D + o_d
-    if p_sum is not None:
-        if AVERAGE:
-            total = tl.div_rn(total, (stop - i_c * CHUNK).to(tl.float32))
-        tl.store(p_sum + at, total, mask=o_d < D)
+    if p_mean is not None:
+        count = tl.full([], length if PARTS else stop - i_c * CHUNK, tl.float32)
+        tl.store(p_mean + at, tl.div_rn(total, count), mask=o_d < D)
     if p_low is not None:
         tl.store(p_low + at, low, mask=o_d < D)
         tl.store(p_high + at, high, mask=o_d < D)
@@ -96,8 +96,8 @@ def _stats_kernel(
 
 def token_mean(x: Tensor, rope: Rope | None = None) -> Tensor:
     """Mean over the tokens of ``[B, H, L, D]``, rotated by ``rope`` -> ``[B, H, D]`` float32."""
-    (sums,) = partial_stats(x, extremes=False, rope=rope)
-    return sums.sum(2) * (1.0 / x.shape[2])
+    means, _ = _partial_stats(x, extremes=False, rope=rope)
+    return _join_means(means)
 
 
 def block_mean(x: Tensor, block: int, rope: Rope | None = None) -> Tensor:
@@ -113,41 +113,65 @@ def block_mean(x: Tensor, block: int, rope: Rope | None = None) -> Tensor:
     """
     if block % 64:
         raise ValueError(f"block must be a multiple of 64, got {block}")
-    (sums,) = partial_stats(x, extremes=False, chunk=block, average=True, rope=rope)
-    return sums
+    means, _ = _partial_stats(x, extremes=False, block=block, rope=rope)
+    return means
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum over the tokens of ``[B, H, L, D]``, each ``[B, H, D]`` float32."""
+    _, pair = _partial_stats(x, means=False)
+    return _join_extremes(pair)
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and extremes of every channel of ``[B, H, L, D]`` in one pass."""
-    sums, low, high = partial_stats(x)
-    return ChannelStats(sums.sum(2) * (1.0 / x.shape[2]), low.amin(2), high.amax(2))
+    means, pair = _partial_stats(x)
+    return ChannelStats(_join_means(means), *_join_extremes(pair))
 
 
-def partial_stats(
+def _join_means(parts: Tensor) -> Tensor:
+    return parts.squeeze(2) if parts.shape[2] == 1 else parts.sum(2)
+
+
+def _join_extremes(pair: Tensor) -> tuple[Tensor, Tensor]:
+    if pair.shape[3] == 1:
+        low, high = pair.squeeze(3).unbind()
+        return low, high
+    # One launch for both: the maximum of the minima and its like cost nothing beside it.
+    lows, highs = torch.aminmax(pair, dim=3)
+    return lows.unbind()[0], highs.unbind()[1]
+
+
+def _partial_stats(
     x: Tensor,
     *,
-    sums: bool = True,
+    means: bool = True,
     extremes: bool = True,
-    chunk: int = STATS_CHUNK,
-    average: bool = False,
+    block: int | None = None,
     rope: Rope | None = None,
-) -> list[Tensor]:
-    """Sums, minima and maxima of every ``chunk`` tokens, those that are asked for.
+) -> tuple[Tensor, Tensor]:
+    """Statistics of every :data:`STATS_CHUNK` tokens, or of every ``block``.
 
-    Each is ``[B, H, chunks, D]`` float32; ``average`` turns sums into means,
-    ``rope`` rotates ``x`` first.
+    Args:
+        x: ``[B, H, L, D]``, any float dtype and strides.
+        means, extremes: those that are asked for; the others come back empty.
+        block: tokens whose own mean is wanted, instead of their part of the mean over all.
+        rope: rotates ``x`` first.
+
+    Returns:
+        Means ``[B, H, chunks, D]``, minima and maxima ``[2, B, H, chunks, D]``, float32.
     """
     batch, heads, length, head_dim = x.shape
+    chunk = block or STATS_CHUNK
     chunks = triton.cdiv(length, chunk)
-    shape = (batch, heads, chunks, head_dim)
-    wanted = (sums, extremes, extremes)
-    outputs = [
-        torch.empty(shape, dtype=torch.float32, device=x.device) if w else None for w in wanted
-    ]
+    shape, device = (batch, heads, chunks, head_dim), x.device
+    mean = torch.empty(shape if means else (0,), dtype=torch.float32, device=device)
+    pair = torch.empty((2, *shape) if extremes else (2, 0), dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
         _stats_kernel[(chunks * batch * heads,)](
             x,
-            *outputs,
+            mean if means else None,
+            *(pair.unbind() if extremes else (None, None)),
             length,
             heads,
             *x.stride(),
@@ -156,8 +180,8 @@ def partial_stats(
             BLOCK_D=padded_dim(head_dim),
             CHUNK=chunk,
             BLOCK=64 if rope is None else 32,  # room for the tables
-            AVERAGE=average,
+            PARTS=block is None,
             num_warps=4 if head_dim <= 128 else 8,
             enable_fp_fusion=False,
         )
-    return [x for x in outputs if x is not None]
+    return mean, pair

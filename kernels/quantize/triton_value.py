@@ -22,9 +22,10 @@ from ..formats import (
     padded_length,
 )
 from ..tiles import round_to_int, stored_token
+from ..versions import to_e4m3
 from .reference import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
 from .rope import load_rows
-from .stats import ChannelStats, partial_stats
+from .stats import ChannelStats, extremes
 from .triton_fp4 import fp4_groups, fp4_token, pack_codes
 
 STORAGE = {
@@ -114,7 +115,7 @@ def _quantize_value_kernel(
     else:
         codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
         if FORMAT == "fp8":
-            tl.store(p_tile + at, codes.to(tl.float8e4nv), mask=in_d)
+            tl.store(p_tile + at, to_e4m3(codes), mask=in_d)
         else:
             tl.store(p_tile + at, round_to_int(codes).to(tl.int8), mask=in_d)
     if i_l == 0:
@@ -145,11 +146,7 @@ def quantize_value(
     if precision is Precision.FP4 and not permuted:
         raise ValueError("permuted must be True for fp4, got False")
     batch, heads, length, head_dim = v.shape
-    if stats is None:
-        low, high = partial_stats(v, sums=False)
-        low, high = low.amin(2), high.amax(2)
-    else:
-        low, high = stats.low, stats.high
+    low, high = extremes(v) if stats is None else (stats.low, stats.high)
     padded = padded_length(length)
     shape, device = (batch, heads, head_dim, padded * precision.bits // 8), v.device
     codes = torch.empty(shape, dtype=STORAGE[precision], device=device)

@@ -82,7 +82,7 @@ class Calibrator:
         """Is this cell measured?"""
         if self.only is not None:
             return (layer, step, branch or BOTH) in self.only
-        period = max(1, min(round(1 / self.share), self.session.steps))
+        period = max(1, min(round(1 / self.share), self.session.where.steps))
         picks = -(-period // max(len(self.session.layers), 1))  # few layers: more of each
         stretch, inside = divmod(step, period)
         block, position = divmod(self.place(layer) * picks, period)
@@ -99,9 +99,9 @@ class Calibrator:
         if event.step < 0:
             return
         cell = (event.layer, event.step, event.branch or BOTH)
-        self.steps = self.session.steps
-        if self.session.sigma is not None:
-            self._sigmas[event.step] = self.session.sigma
+        self.steps = self.session.where.steps
+        if self.session.where.sigma is not None:
+            self._sigmas[event.step] = self.session.where.sigma
         batch, heads, q_len, dim = event.q.shape
         self._calls[cell] += 1
         self._work[cell] = float(batch * heads * q_len * event.k.shape[2] * dim)
@@ -138,7 +138,7 @@ class Calibrator:
             for (cell, _), row in zip(self._found, numbers, strict=True):
                 table.add(*cell, row[:-3].reshape(len(self.specs), -1), row[-3:])
         # A step cache may skip whole steps: their sigmas are known only if the host told them all.
-        sigmas = self.session.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
+        sigmas = self.session.where.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
         if len(sigmas) == self.steps and all(b < a for a, b in itertools.pairwise(sigmas)):
             table.schedule = list(sigmas)  # progress can't be looked up in any other
             table.schedule_unit = self.session.noise.unit

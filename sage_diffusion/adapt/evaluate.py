@@ -161,7 +161,7 @@ def evaluate(
     watch = WorkWatch()
     session = AttentionSession("fp16", observers=(watch,))
     exact = [generate(session, prompt, seed) for prompt, seed in pairs[:1]]
-    table = watch.finish(session.steps)
+    table = watch.finish(session.where.steps)
     if not table.layers:
         raise ValueError("no attention call reached the session: there is nothing to evaluate")
     for plan in parsed.values():  # before anything else is run

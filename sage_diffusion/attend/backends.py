@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend import providers
-from sage_diffusion.attend.calls import AttentionCall, Run
-from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.attend import providers, verdicts
+from sage_diffusion.attend.calls import AttentionCall, Call, Run, torch_native
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import triton_version
 
 
@@ -30,6 +30,8 @@ class Backend:
         refuse: None if it can run the call, else the reason in words.
         load: imports the implementation on first use.
         folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
+        finite: of finite inputs it makes finite outputs, scores beyond float32's resolution (2^27
+            in log2 units) excepted; the others' outputs lose their NaN before a model sees them.
         automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
     """
 
@@ -39,6 +41,7 @@ class Backend:
     load: Callable[[], Run]
     automatic: Callable[[AttentionCall], bool] = lambda call: True
     folds_rope: bool = False
+    finite: bool = False
 
 
 class BackendUnavailable(RuntimeError):
@@ -56,39 +59,37 @@ def _refuse_triton(call: AttentionCall) -> str | None:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
+    from sage_diffusion.kernels.attention import tuning
+
+    return _refuse_triton_version(tuning.TRITON_VERSION) or tuning.unsupported(
+        call.spec, call.capability, call.hip_arch
+    )
+
+
+def _refuse_triton_version(needed: tuple[int, int]) -> str | None:
+    """Of a kernel that needs this version of Triton or a newer one."""
     version = triton_version()
     if version is None:
         return "triton is not installed (Windows: pip install triton-windows)"
-    if version < (3, 4):
-        return f"needs triton 3.4 or newer, found {version[0]}.{version[1]}"
-    from sage_diffusion.kernels.attention import tuning
+    if version < needed:
+        found = f"found {version[0]}.{version[1]}"
+        return f"needs triton {needed[0]}.{needed[1]} or newer, {found}"
+    return None
 
-    return tuning.unsupported(call.spec, call.capability, call.hip_arch)
 
-
-def _refuse_without_gluon(call: AttentionCall) -> str | None:
+def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int]) -> str | None:
     """What both kernels in Gluon need."""
-    from sage_diffusion.kernels.attention import gluon_support
-
     if not call.spec.quantized:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA device, the tensors are on {call.device}"
-    version, needed = triton_version(), gluon_support.TRITON_VERSION
-    if version is None:
-        return "triton is not installed (Windows: pip install triton-windows)"
-    if version < needed:
-        return (
-            f"needs triton {needed[0]}.{needed[1]} or newer for inline assembly, "
-            f"found {version[0]}.{version[1]}"
-        )
-    return None
+    return _refuse_triton_version(needed)
 
 
 def _refuse_gluon(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import gluon_support
 
-    return _refuse_without_gluon(call) or gluon_support.unsupported(
+    return _refuse_without_gluon(call, gluon_support.TRITON_VERSION) or gluon_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -96,8 +97,21 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
 def _refuse_hopper(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import hopper_support
 
-    return _refuse_without_gluon(call) or hopper_support.unsupported(
+    return _refuse_without_gluon(call, hopper_support.TRITON_VERSION) or hopper_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
+    )
+
+
+def run_kernel(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+    call: Call,
+    spec: AttentionSpec,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A kernel's entry on a call; kernels know no calls."""
+    q, k, v, mask, is_causal, scale, *ropes = call
+    return attention(
+        q, k, v, spec, mask, is_causal, scale, return_lse, rope_q=ropes[0], rope_k=ropes[1]
     )
 
 
@@ -105,21 +119,21 @@ def _load_gluon() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import gluon
 
-    return launches.bound(gluon.attention, "gluon")
+    return functools.partial(run_kernel, launches.bound(gluon.attention, "gluon"))
 
 
 def _load_hopper() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import hopper
 
-    return launches.bound(hopper.attention, "hopper")
+    return functools.partial(run_kernel, launches.bound(hopper.attention, "hopper"))
 
 
 def _load_triton() -> Run:
     from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import triton
 
-    return launches.bound(triton.attention, "triton")
+    return functools.partial(run_kernel, launches.bound(triton.attention, "triton"))
 
 
 # ---------------------------------------------------------------------- PyTorch
@@ -133,56 +147,26 @@ def _refuse_sdpa(call: AttentionCall) -> str | None:
     return None
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _sdpa(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    q, mask = call.q, call.mask
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out, None
+    return torch_native(q, call.k, call.v, mask, call.is_causal, call.scale), None
 
 
 # ---------------------------------------------------------------------- the twin
 def _load_reference() -> Run:
     from sage_diffusion.kernels.attention import reference
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        return_lse: bool,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
         return reference.attention(
-            q,
-            k,
-            v,
+            *call[:3],
             spec,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
+            mask=call.mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            rope_q=call.rope_q,
+            rope_k=call.rope_k,
         )
 
     return run
@@ -201,6 +185,7 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_gluon,
             _load_gluon,
             folds_rope=True,
+            finite=True,
         ),
         Backend(
             "hopper",
@@ -208,8 +193,16 @@ def _backends() -> tuple[Backend, ...]:
             _refuse_hopper,
             _load_hopper,
             folds_rope=True,
+            finite=True,
         ),
-        Backend("triton", "this package's kernels", _refuse_triton, _load_triton, folds_rope=True),
+        Backend(
+            "triton",
+            "this package's kernels",
+            _refuse_triton,
+            _load_triton,
+            folds_rope=True,
+            finite=True,
+        ),
         Backend(
             "sageattention",
             "the sageattention package, where its numerics equal the spec",
@@ -230,6 +223,7 @@ def _backends() -> tuple[Backend, ...]:
             _load_reference,
             _twin_is_automatic,
             folds_rope=True,
+            finite=True,
         ),
     )
 
@@ -240,8 +234,51 @@ BACKEND_NAMES = ("auto", *(b.name for b in BACKENDS))
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
-    """Every backend's answer to a call, None where it can run it."""
-    return {b.name: b.refuse(call) for b in BACKENDS}
+    """Every backend's answer to a call, None where it can run it.
+
+    Kernels that were found wrong on this card are named too, though they run by name.
+    """
+    return {b.name: b.refuse(call) or _found_wrong(b, call) for b in BACKENDS}
+
+
+def _found_wrong(backend: Backend, call: AttentionCall) -> str | None:
+    return verdicts.switched_off(call.card, backend.name, call.spec, call.q_shape[-1])
+
+
+class Answer(NamedTuple):
+    """Who can run a call.
+
+    Attributes:
+        auto: the backend that "auto" takes, None where nobody can.
+        refusals: backend -> why it can't run the call, None where it can.
+    """
+
+    auto: str | None
+    refusals: dict[str, str | None]
+
+
+def answers(
+    on: torch.device | str, head_dim: int = 128, tokens: int = 4096, mask: str | None = None
+) -> dict[str, Answer]:
+    """Every spec of the ladder -> who can run a call of it.
+
+    Args:
+        on, head_dim, tokens, mask: as in :meth:`.AttentionCall.typical`.
+    """
+    found = {}
+    for name in LADDER:
+        spec = AttentionSpec.parse(name)
+        call = AttentionCall.typical(spec, on, head_dim, tokens, mask=mask)
+        found[name] = Answer(automatic(call), refusals(call))
+    return found
+
+
+def automatic(call: AttentionCall) -> str | None:
+    """The backend that "auto" takes, None where nobody can run the call."""
+    try:
+        return select(call).name
+    except BackendUnavailable:
+        return None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -249,6 +286,8 @@ def select(
     call: AttentionCall, backend: str = "auto", failed: tuple[tuple[str, str], ...] = ()
 ) -> Backend:
     """The backend that runs ``call``: the first that does not refuse, or the named one.
+
+    "auto" also leaves out a kernel that was found wrong on this card (:mod:`.verdicts`).
 
     Args:
         call: what must be computed.
@@ -266,8 +305,10 @@ def select(
         if backend not in ("auto", candidate.name):
             continue
         reason = dict(failed).get(candidate.name) or candidate.refuse(call)
-        if reason is None and backend == "auto" and not candidate.automatic(call):
-            reason = f"only by name: {candidate.describes}"
+        if reason is None and backend == "auto":
+            reason = _found_wrong(candidate, call)
+            if reason is None and not candidate.automatic(call):
+                reason = f"only by name: {candidate.describes}"
         if reason is None:
             return candidate
         reasons[candidate.name] = reason

@@ -11,53 +11,81 @@ from torch import Tensor
 
 from sage_diffusion.kernels.rope import Rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import device_arch
+from sage_diffusion.machine import card_name, device_arch, parse_arch
 
 #: The host's own attention: ``native(q, k, v, mask, is_causal, scale)`` with ``[B, H, L, D]``.
 Native = Callable[[Tensor, Tensor, Tensor, Any, bool, "float | None"], Tensor]
 
-#: ``run(q, k, v, spec, mask, is_causal, scale, return_lse)`` -> output and log-sum-exp or None;
-#: where a backend folds RoPE also ``rope_q`` and ``rope_k``.
-Run = Callable[..., tuple[Tensor, Tensor | None]]
+
+def part_of(x: Tensor, i: int, count: int) -> Tensor:
+    """The i-th of ``count`` equal parts along the batch; a batch of one belongs to all."""
+    size = x.shape[0] // count
+    return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
 
 
 class Call(NamedTuple):
-    """One call: what a :data:`Native` takes, and what q and k are still to be rotated by."""
+    """One call, built where it comes in and handed down whole.
+
+    Attributes:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``.
+        mask: boolean (True: attend) or additive, broadcastable to ``[B, H, Lq, Lk]``, or None; of
+            a host's own kind where only its :data:`Native` reads it.
+        is_causal: query i sees keys 0 .. i.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+        rope_q, rope_k: what q and k are still to be rotated by.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Any
-    is_causal: bool
-    scale: float | None
+    mask: Any = None
+    is_causal: bool = False
+    scale: float | None = None
     rope_q: Rope | None = None
     rope_k: Rope | None = None
 
+    @property
+    def rope(self) -> bool:
+        """Is q or k still to be rotated?"""
+        return self.rope_q is not None or self.rope_k is not None
+
+    @property
+    def wants_grad(self) -> bool:
+        """Will somebody ask for gradients of this call?"""
+        return torch.is_grad_enabled() and (
+            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad
+        )
+
+    def rotated(self) -> Call:
+        """The same call with q and k rotated by Torch."""
+        if not self.rope:
+            return self
+        q, k = rotated(self.q, self.rope_q), rotated(self.k, self.rope_k)
+        return self._replace(q=q, k=k, rope_q=None, rope_k=None)
+
     def part(self, i: int, count: int) -> Call:
-        """The i-th of ``count`` equal parts of the batch; what all rows share stays whole."""
-        size = self.q.shape[0] // count
-        own = [
-            r if r is None else r.rows(i * size, (i + 1) * size) for r in (self.rope_q, self.rope_k)
+        """The i-th of ``count`` equal parts of the batch, as views."""
+        size, mask = self.q.shape[0] // count, self.mask
+        ropes = [
+            rope if rope is None else rope.rows(i * size, (i + 1) * size)
+            for rope in (self.rope_q, self.rope_k)
         ]
-        mask = self.mask
         return self._replace(
-            q=rows(self.q, i, size),
-            k=rows(self.k, i, size),
-            v=rows(self.v, i, size),
-            mask=mask if mask is None or mask.ndim < 4 else rows(mask, i, size),
-            rope_q=own[0],
-            rope_k=own[1],
+            q=part_of(self.q, i, count),
+            k=part_of(self.k, i, count),
+            v=part_of(self.v, i, count),
+            mask=mask if mask is None or mask.ndim < 4 else part_of(mask, i, count),
+            rope_q=ropes[0],
+            rope_k=ropes[1],
         )
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor, Any, bool, float | None]:
         """What a :data:`Native` takes, q and k rotated by Torch."""
-        q, k = rotated(self.q, self.rope_q), rotated(self.k, self.rope_k)
-        return q, k, self.v, self.mask, self.is_causal, self.scale
+        return self.rotated()[:6]
 
 
-def rows(x: Tensor, i: int, size: int) -> Tensor:
-    """The i-th ``size`` rows of a batch; the only row where one serves all."""
-    return x if x.shape[0] == 1 else x[i * size : (i + 1) * size]
+#: ``run(call, spec, return_lse)`` -> output and log-sum-exp or None; the mask has four dims.
+Run = Callable[[Call, AttentionSpec, bool], "tuple[Tensor, Tensor | None]"]
 
 
 def torch_native(
@@ -89,6 +117,7 @@ class AttentionCall:
         is_causal, return_lse: as in :func:`sage_diffusion.attention`.
         spec: what must be computed.
         rope: q or k is still to be rotated.
+        card: PyTorch's name of the GPU, None elsewhere and where it doesn't matter.
     """
 
     q_shape: tuple[int, ...]
@@ -102,19 +131,12 @@ class AttentionCall:
     return_lse: bool
     spec: AttentionSpec
     rope: bool = False
+    card: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        return_lse: bool = False,
-        rope: bool = False,
-    ) -> AttentionCall:
+    def of(cls, call: Call, spec: AttentionSpec, return_lse: bool = False) -> AttentionCall:
         """Describe a call."""
+        q, k, mask = call.q, call.k, call.mask
         capability, hip_arch = device_arch(q.device)
         kind = None if mask is None else "bool" if mask.dtype == torch.bool else "additive"
         return cls(
@@ -125,11 +147,43 @@ class AttentionCall:
             capability,
             hip_arch,
             kind,
-            is_causal,
+            call.is_causal,
             return_lse,
             spec,
-            rope,
+            call.rope,
+            card_name(q.device),
         )
+
+    @classmethod
+    def typical(
+        cls,
+        spec: AttentionSpec,
+        on: torch.device | str,
+        head_dim: int = 128,
+        tokens: int = 4096,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        mask: str | None = None,
+        is_causal: bool = False,
+    ) -> AttentionCall:
+        """Self-attention of an image model: for asking what a machine, or a card, can run.
+
+        Args:
+            spec: what must be computed.
+            on: a device of this machine, or any GPU by its architecture ("sm_89", "gfx942").
+            head_dim, tokens: of q, k and v, which have one batch of 24 heads.
+            dtype, mask, is_causal: as the attributes.
+        """
+        shape = (1, 24, tokens, head_dim)
+        device, card = "cuda", None
+        if isinstance(on, str) and on.startswith(("sm_", "gfx")):
+            capability, hip_arch = parse_arch(on)
+        else:
+            device = torch.device(on).type
+            capability, hip_arch = device_arch(torch.device(on))
+            card = card_name(torch.device(on))
+        arch = (device, capability, hip_arch)
+        return cls(shape, shape, dtype, *arch, mask, is_causal, False, spec, card=card)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend import ops
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
 from sage_diffusion.attend.validation import check_call, check_ropes, not_forward
 from sage_diffusion.kernels.rope import Rope
@@ -55,34 +56,21 @@ def attention(
         RuntimeError: a derivative is asked for, by grad mode or forward mode, a transform of
             torch.func is around, or the default dtype is float64.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+    if call.wants_grad:
         raise RuntimeError(
             "attention() is forward only, but q, k or v requires grad: use torch.no_grad()"
         )
     parsed = AttentionSpec.parse(spec)
     if torch.compiler.is_compiling():
-        check_call(q, k, v, mask)
-        check_ropes(q, k, rope_q, rope_k)
-        out, lse = ops.attention(
-            q,
-            k,
-            v,
-            mask,
-            None,
-            str(parsed),
-            is_causal,
-            scale,
-            backend,
-            return_lse,
-            *ops.tables(rope_q, rope_k),
-        )
+        check_call(call)
+        check_ropes(call)
+        out, lse = ops.by_spec(call, str(parsed), backend, return_lse)
         return (out, lse) if return_lse else out
-    reason = not_forward(q, k, v) if parsed.quantized else None
+    reason = not_forward(call) if parsed.quantized else None
     if reason is not None:
         raise RuntimeError(reason)
-    out, maybe_lse = compute(
-        q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
-    )
+    out, maybe_lse = compute(call, parsed, backend, return_lse)
     if return_lse:
         assert maybe_lse is not None  # a backend that has none refuses `return_lse`
         return out, maybe_lse

@@ -14,13 +14,13 @@ from collections import Counter
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.backends import Backend
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
-from sage_diffusion.kernels.rope import Rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
@@ -78,25 +78,15 @@ class Failures:
 
 
 def run(
-    call: AttentionCall,
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    failures: Failures | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
+    call: Call, asked: AttentionCall, backend: str, failures: Failures | None = None
 ) -> tuple[Backend, Tensor, Tensor | None]:
     """Run a call on the backend that :func:`~sage_diffusion.attend.backends.select` picks.
 
     Args:
-        call: describes the tensors, already checked.
+        call: already checked; what q and k are to be rotated by is folded into the backend where
+            it can, else Torch rotates first.
+        asked: describes it.
         backend: "auto" or a name.
-        q, k, v, mask, scale: as in :func:`sage_diffusion.attention`, the mask with four dims.
-        rope_q, rope_k: rotate q and k first: in the backend where it folds them, else in Torch.
         failures: what failed to compile earlier and, in the end, now; forgotten if None.
 
     Returns:
@@ -107,50 +97,38 @@ def run(
         KernelCompilationError: the named backend's kernel does not compile.
     """
     failures = Failures() if failures is None else failures
+    if call.mask is not None and call.mask.ndim != 4:
+        call = call._replace(mask=four_dims(call.mask))
     try:
         while True:
-            chosen = backends.select(call, backend, failures.of(call))
+            chosen = backends.select(asked, backend, failures.of(asked))
             compute = backends.load(chosen)
-            arguments = (call.spec, mask, call.is_causal, scale, call.return_lse)
             try:
-                if not call.rope:
-                    out, lse = compute(q, k, v, *arguments)
-                elif chosen.folds_rope:
-                    out, lse = compute(q, k, v, *arguments, rope_q=rope_q, rope_k=rope_k)
-                else:
-                    out, lse = compute(rotated(q, rope_q), rotated(k, rope_k), v, *arguments)
+                # Not every backend's launches look where their tensors are, and some that do leave
+                # another device current than they found.
+                with torch.cuda.device_of(call.q):
+                    given = call if chosen.folds_rope else call.rotated()
+                    out, lse = compute(given, asked.spec, asked.return_lse)
             except compiler_errors() as error:
-                failure = _failure(chosen.name, call, error)
+                failure = _failure(chosen.name, asked, error)
                 if failure is None:
                     raise
                 if backend != "auto":
                     raise failure from error
-                failures.add(call, chosen.name, str(failure))
+                failures.add(asked, chosen.name, str(failure))
                 continue
             return chosen, out, lse
     finally:
-        failures.count(call)
+        failures.count(asked)
 
 
 def compute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    backend: str,
-    return_lse: bool,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
+    call: Call, spec: AttentionSpec, backend: str, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`sage_diffusion.attention` without the conveniences: a parsed spec, always a pair."""
-    check_call(q, k, v, mask)
-    check_ropes(q, k, rope_q, rope_k)
-    rope = rope_q is not None or rope_k is not None
-    call = AttentionCall.of(q, k, spec, mask, is_causal, return_lse, rope)
-    _, out, lse = run(call, backend, q, k, v, four_dims(mask), scale, rope_q=rope_q, rope_k=rope_k)
+    check_call(call)
+    check_ropes(call)
+    _, out, lse = run(call, AttentionCall.of(call, spec, return_lse), backend)
     return out, lse
 
 
@@ -170,7 +148,10 @@ def _variant(call: AttentionCall) -> tuple[object, ...]:
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """Looked up once something was raised: without Triton nothing of Triton's can be."""
+    """What a kernel that does not compile may raise; not all of Triton's errors are RuntimeErrors.
+
+    Looked up once something was raised: without Triton nothing of Triton's can be.
+    """
     found: list[type[Exception]] = [RuntimeError]
     if "triton" in sys.modules:
         from triton.compiler.errors import CompilationError

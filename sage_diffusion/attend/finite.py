@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,13 +53,13 @@ class DeferredValues:
                 event.synchronize()
 
     def _send(self) -> None:
-        """Copy the values gathered so far to the host, one copy per device."""
-        by_device: dict[torch.device, list[int]] = {}
+        """Copy the values gathered so far to the host, one copy per device and dtype."""
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, value in enumerate(self._values):
-            by_device.setdefault(value.device, []).append(i)
-        for indices in by_device.values():
+            alike.setdefault((value.device, value.dtype), []).append(i)
+        for indices in alike.values():
             keys = [self._keys[i] for i in indices]
-            values = torch.stack([self._values[i].float() for i in indices])
+            values = torch.stack([self._values[i] for i in indices])
             self._pending.append((keys, *copy_to_host(values)))
         self._keys, self._values = [], []
 
@@ -78,38 +80,49 @@ def copy_to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
+def capturing(x: Tensor) -> bool:
+    """Is work on ``x``'s device being captured in a CUDA graph, which replays without Python?"""
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device_of(x):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class FiniteWatch:
-    """One flag per watched call of a step, gathered on the device and read a step later."""
+    """The extremes of every watched output of a step, gathered on the device, read a step later."""
 
     def __init__(self) -> None:
-        self._flags = DeferredValues()
+        self._extremes = DeferredValues()
 
     def __len__(self) -> int:
-        """Flags that were gathered since the last poll."""
-        return len(self._flags)
+        """Values that were gathered since the last poll: two for each output."""
+        return len(self._extremes)
 
     def forget(self) -> None:
         """Drop what was not polled yet."""
-        self._flags = DeferredValues()
+        self._extremes = DeferredValues()
 
-    def look(self, name: str, step: int, out: Tensor) -> Tensor:
-        """Remember whether ``out`` is finite; queues device work, waits for nothing.
+    def look(self, name: str, step: int, out: Tensor) -> bool | None:
+        """Remember whether ``out`` is finite; on a GPU one pass over it, and no wait.
 
         Returns:
-            The flag, a 0-dim bool tensor on ``out``'s device.
+            On the CPU whether it is, elsewhere None: the answer comes with a later step, or never
+            where a CUDA graph is captured.
         """
-        low, high = torch.aminmax(out.detach())  # NaN propagates through both
-        # In float32: the difference of two half values may overflow where both are finite.
-        finite = (high.float() - low.float()).isfinite()
-        # A captured graph replays without this Python code.
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            self._flags.put(name, step, finite)
-        return finite
+        if capturing(out):
+            return None
+        extremes = torch.aminmax(out.detach())  # NaN propagates through both
+        for value in extremes:
+            self._extremes.put(name, step, value)
+        if not reads_at_once(out):
+            return None
+        return all(math.isfinite(value) for value in extremes)
 
     def poll(self) -> list[tuple[str, int]]:
         """``(name, step)`` of the non-finite outputs that are known by now."""
-        return [(name, at) for name, at, finite in self._flags.poll() if not finite]
+        wrong = [(name, at) for name, at, x in self._extremes.poll() if not math.isfinite(x)]
+        return list(dict.fromkeys(wrong))
 
     def wait(self) -> None:
         """Wait for every copy in flight (at the end of a run)."""
-        self._flags.wait()
+        self._extremes.wait()

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend.finite import DeferredValues
+from sage_diffusion.attend.calls import Call
+from sage_diffusion.attend.finite import DeferredValues, capturing
 from sage_diffusion.attend.rows import RowCall, compare_rows
 from sage_diffusion.kernels.formats import Precision
-from sage_diffusion.kernels.spec import AttentionSpec
-
-_FP16 = AttentionSpec.parse("fp16")
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def next_up(spec: AttentionSpec) -> AttentionSpec:
         return replace(
             spec, qk=Precision.INT8, pv=Precision.FP16, pv_accumulator="fp32", smooth_v=False
         )
-    return _FP16
+    return FP16
 
 
 @dataclass
@@ -100,28 +99,22 @@ class GuardState:
             return False
         return step == 0 or (step + index) % every == 0 or self._raised_at.get(layer) == step
 
-    def check(
-        self,
-        layer: str,
-        step: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> None:
-        """Compare a few rows of ``out`` with exact attention; the verdict is read later."""
-        if out.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return  # a captured graph replays without this Python code
-        q_len = q.shape[2]
+    def check(self, layer: str, step: int, call: Call, out: Tensor) -> None:
+        """Compare a few rows of ``out`` with exact attention; the verdict is read later.
+
+        Args:
+            layer, step: where the call happened.
+            call: q and k rotated.
+            out: ``[B, H, Lq, D]``, what came of it.
+        """
+        if capturing(out):
+            return
+        q_len = call.q.shape[2]
         count = min(self.guard.rows, q_len)
         # Evenly spaced, shifted from step to step: no generator, no copy from the host.
-        index = torch.arange(count, device=q.device) * q_len // count
+        index = torch.arange(count, device=out.device) * q_len // count
         index = (index + step % max(1, q_len // count)).clamp(max=q_len - 1)
-        call = RowCall(q, k, v, index, mask=mask, is_causal=is_causal, scale=scale)
-        l1 = compare_rows(out[:, :, index], call.exact())[1]
+        l1 = compare_rows(out[:, :, index], RowCall.of(call, index).exact())[1]
         self._checks.put(layer, step, l1)
 
     def poll(self, now: int) -> list[str]:

@@ -11,11 +11,11 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sage_diffusion.attend.launch import KNOBS, Entry, TableError
 from sage_diffusion.files import user_cache, write_text
 from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
 from sage_diffusion.kernels.formats import Precision
@@ -23,61 +23,6 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import version
 
 log = logging.getLogger("sage_diffusion")
-
-VERSION: Literal[1] = 1
-
-#: What may differ between launches of a backend's kernel.
-KNOBS = {
-    "triton": ("block_m", "num_warps", "num_stages"),
-    "gluon": ("num_warps", "step", "stages"),
-    "hopper": ("num_warps", "stages"),
-}
-
-Small = Annotated[int, Field(ge=1, le=1024, strict=True)]
-
-
-class TableError(ValueError):
-    """A file is no table of launches; the message says what is wrong with it."""
-
-
-class Entry(BaseModel):
-    """The best launch of one kernel on one card.
-
-    Attributes:
-        gpu: PyTorch's name of the card, or the cost model's for a prediction ("rtx4090").
-        triton: the version that compiled it; another one may want another launch.
-        arch: "sm_89", "gfx942".
-        backend: "triton", "gluon" or "hopper".
-        formats: of Q and K, P and V: "int8/fp8-fast".
-        head_dim: padded, 64, 128 or 256.
-        launch: values of the backend's :data:`KNOBS`.
-        source: "measured" or "predicted bound".
-        value: milliseconds, or cycles of the predicted bound.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpu: Annotated[str, Field(min_length=1)]
-    triton: str
-    arch: str
-    backend: Literal["triton", "gluon", "hopper"]
-    formats: str
-    head_dim: Literal[64, 128, 256]
-    launch: dict[str, Small]
-    source: Literal["measured", "predicted bound"]
-    value: Annotated[float, Field(gt=0, strict=True)]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Entries of the same key replace each other."""
-        return self.gpu, self.triton, self.backend, self.formats, self.head_dim
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    version: Literal[1]
-    entries: list[Entry]
 
 
 def default_path() -> Path:
@@ -97,19 +42,15 @@ def read(path: Path) -> list[Entry]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise TableError(f"{path} can't be read: {error}") from None
+    # Only who has a table needs what checks it: PyTorch and Triton alone run every kernel.
     try:
-        entries = _File.model_validate_json(text).entries
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise TableError(f"{path} is no table of launches: {where}: {first['msg']}") from None
-    for entry in entries:
-        if set(entry.launch) != set(KNOBS[entry.backend]):
-            raise TableError(
-                f"{path} is no table of launches: a launch of {entry.backend} must have "
-                f"{', '.join(KNOBS[entry.backend])}, got {', '.join(entry.launch)}"
-            )
-    return entries
+        from sage_diffusion.attend.launches_json import parse_table
+    except ImportError as error:
+        raise TableError(f"{path} can't be read: {error}") from None
+    try:
+        return parse_table(text)
+    except TableError as error:
+        raise TableError(f"{path} is no table of launches: {error}") from None
 
 
 def write(path: Path, entries: list[Entry]) -> None:
@@ -118,9 +59,10 @@ def write(path: Path, entries: list[Entry]) -> None:
     Raises:
         TableError: there is a file that is no table; it stays as it is.
     """
+    from sage_diffusion.attend.launches_json import format_table
+
     merged = {entry.key: entry for entry in (*read(path), *entries)}
-    document = _File(version=VERSION, entries=list(merged.values()))
-    write_text(path, document.model_dump_json(indent=2) + "\n")
+    write_text(path, format_table(list(merged.values())))
 
 
 def formats(spec: AttentionSpec) -> str:

@@ -1,19 +1,23 @@
-"""The one custom operator: what ``torch.compile`` sees of an attention call.
+"""The custom operators: what ``torch.compile`` sees of an attention call.
 
-The precision is decided inside the operator, so a compiled graph neither breaks nor recompiles
-while it changes from step to step.  The layer is named by a 0-dim CPU tensor: a Python int would be
-a constant of the graph and cost one recompilation per layer.
+:func:`attention` computes the spec that it is given, and may be captured in a CUDA graph.
+:func:`layer_attention` asks a session, so a compiled graph neither breaks nor recompiles while the
+precision changes from step to step.  A captured graph would repeat one step's decision without
+asking again: the operator says so by a tag, and inductor runs it between graphs.  The layer is
+named by a 0-dim CPU tensor: a Python int would be a constant of the graph and cost one
+recompilation per layer.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -22,18 +26,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 class Attends(Protocol):
     """What a handle stands for: a session's layer."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """``[B, H, Lq, D]``, as the session decides."""
 
     def bypass(self, tokens: int, reason: str) -> None:
@@ -44,6 +37,14 @@ class Attends(Protocol):
 # one registry of this package.  It keeps nothing alive.
 _LAYERS: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
 _NEXT = itertools.count(1)
+
+
+# What ``mode="reduce-overhead"`` makes of an operator that decides in Python: from PyTorch 2.9 on
+# inductor captures what stands between such operators, 2.8 captures nothing of their graph, and 2.7
+# and older, which know no tag, capture nothing of a graph with a CPU tensor, the layer's handle.
+_DECIDES_IN_PYTHON: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _DECIDES_IN_PYTHON["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 
 def register(layer: Attends) -> Tensor:
@@ -64,18 +65,26 @@ def _find(handle: Tensor) -> Attends:
     return found
 
 
-def tables(
-    rope_q: Rope | None, rope_k: Rope | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, bool]:
-    """The last arguments of :func:`attention`: an operator takes tensors and constants only."""
-    return (
-        None if rope_q is None else rope_q.cos,
-        None if rope_q is None else rope_q.sin,
-        None if rope_k is None else rope_k.cos,
-        None if rope_k is None else rope_k.sin,
-        rope_q is None or rope_q.interleaved,
-        rope_k is None or rope_k.interleaved,
-    )
+def by_spec(call: Call, spec: str, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of a call."""
+    how = (spec, call.is_causal, call.scale, backend, return_lse)
+    return attention(*call[:4], *how, *_tables(call.rope_q), *_tables(call.rope_k))
+
+
+def by_layer(call: Call, layer: Tensor) -> Tensor:
+    """:func:`layer_attention` of a call, by the layer's handle."""
+    how = (layer, call.is_causal, call.scale)
+    return layer_attention(*call[:4], *how, *_tables(call.rope_q), *_tables(call.rope_k))
+
+
+def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    """A rotation for an operator, which takes tensors and constants only."""
+    return (None, None, True) if rope is None else (rope.cos, rope.sin, rope.interleaved)
+
+
+def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rope | None:
+    """The other way round."""
+    return None if cos is None or sin is None else Rope(cos, sin, interleaved)
 
 
 @torch.library.custom_op("sage_diffusion::attention", mutates_args=())
@@ -84,7 +93,6 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    layer: Tensor | None,
     spec: str,
     is_causal: bool,
     scale: float | None,
@@ -92,35 +100,18 @@ def attention(
     return_lse: bool,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by spec, or, where ``layer`` is given, as its session decides.
+    """:func:`sage_diffusion.attention`; without ``return_lse`` the second result is empty.
 
-    Shapes as in :func:`sage_diffusion.attention`; without ``return_lse`` the second result is
-    empty.  The tables of both rotations come as :func:`tables` takes them apart.
+    The tables of both rotations come one by one.
     """
-    lse: Tensor | None = None
-    rope_q = None if q_cos is None or q_sin is None else Rope(q_cos, q_sin, q_interleaved)
-    rope_k = None if k_cos is None or k_sin is None else Rope(k_cos, k_sin, k_interleaved)
-    if layer is not None:
-        out = _find(layer).attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
-    else:
-        parsed = AttentionSpec.parse(spec)
-        out, lse = compute(
-            q, k, v, parsed, mask, is_causal, scale, backend, return_lse, rope_q, rope_k
-        )
+    ropes = _rope(q_cos, q_sin, q_interleaved), _rope(k_cos, k_sin, k_interleaved)
+    call = Call(q, k, v, mask, is_causal, scale, *ropes)
+    out, lse = compute(call, AttentionSpec.parse(spec), backend, return_lse)
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse.contiguous()
@@ -132,7 +123,6 @@ def _(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    layer: Tensor | None,
     spec: str,
     is_causal: bool,
     scale: float | None,
@@ -140,9 +130,9 @@ def _(
     return_lse: bool,
     q_cos: Tensor | None = None,
     q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
-    q_interleaved: bool = True,
     k_interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
@@ -150,8 +140,49 @@ def _(
     return out, lse
 
 
+@torch.library.custom_op("sage_diffusion::layer_attention", mutates_args=(), **_DECIDES_IN_PYTHON)
+def layer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    k_interleaved: bool = True,
+) -> Tensor:
+    """:meth:`Layer.attend` of the layer with this handle."""
+    ropes = _rope(q_cos, q_sin, q_interleaved), _rope(k_cos, k_sin, k_interleaved)
+    out = _find(layer).attend(Call(q, k, v, mask, is_causal, scale, *ropes))
+    return out.contiguous()
+
+
+@layer_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    q_interleaved: bool = True,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    k_interleaved: bool = True,
+) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
 # It changes nothing of the handle; saying so is what keeps a call without a result in the graph.
-@torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",))
+@torch.library.custom_op("sage_diffusion::bypass", mutates_args=("layer",), **_DECIDES_IN_PYTHON)
 def bypass(layer: Tensor, tokens: int, reason: str) -> None:
     """:meth:`Attends.bypass` from compiled code."""
     _find(layer).bypass(tokens, reason)

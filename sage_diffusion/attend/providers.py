@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend.calls import AttentionCall, Run
+from sage_diffusion.attend.calls import AttentionCall, Call, Run
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
 
@@ -71,16 +71,8 @@ def load_sageattention() -> Run:
     """sageattention's function for the spec, called with ``[B, H, L, D]``."""
     import sageattention
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        q, k, v, is_causal, scale = *call[:3], call.is_causal, call.scale
         name = str(spec)
         if name == _SAGE1_SPEC:
             # Version 1 subtracts K's mean in place: give it a copy.
@@ -131,17 +123,9 @@ def load_comfy_kitchen() -> Run:
     """comfy-kitchen's ``int8_attention``, called with ``[B, H, L, D]``."""
     import comfy_kitchen
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: AttentionSpec,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return comfy_kitchen.int8_attention(q, k, v, scale=scale, attn_mask=mask), None
+    def run(call: Call, spec: AttentionSpec, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        out = comfy_kitchen.int8_attention(*call[:3], scale=call.scale, attn_mask=call.mask)
+        return out, None
 
     return run
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.calls import Call
+from sage_diffusion.attend.validation import four_dims
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.formats import (
     K_SCALE_BLOCK,
@@ -24,16 +26,17 @@ from sage_diffusion.kernels.formats import (
     QuantizedTensor,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 #: Columns of what :func:`measure` returns.  ``error`` is the squared error relative to the squared
 #: output: unlike the other two it adds up over calls, so plans are made with it.
 METRICS = ("cosine", "rel_l1", "error")
 
-_EXACT = AttentionSpec.parse("fp16")
-
 #: Values of K, and as many of V, that are held in float32 at once: 256 MiB each.
 _MAX_VALUES = 1 << 26
+
+#: Scores that exact attention holds in float32 at once, about 256 MiB.
+_MAX_SCORES = 1 << 26
 
 
 class RowCall:
@@ -63,6 +66,13 @@ class RowCall:
         self.mask = row_mask(mask, is_causal, index, k.shape[2])
         self._made: dict[tuple[Any, ...], Any] = {}
 
+    @classmethod
+    def of(cls, call: Call, index: Tensor) -> RowCall:
+        """Some rows of a call whose q and k are rotated."""
+        q, k, v, mask, is_causal, scale = call[:6]
+        mask = four_dims(mask)
+        return cls(q, k, v, index, mask=mask, is_causal=is_causal, scale=scale)
+
     def exact(self) -> Tensor:
         """The rows of exact attention in float32, ``[B, H, R, D]``."""
         batch, kv_heads, k_len, dim = self.k.shape
@@ -79,7 +89,7 @@ class RowCall:
                 self.q[:, heads, self.index].float(),
                 self.k[:, kv].float(),
                 self.v[:, kv].float(),
-                _EXACT,
+                FP16,
                 mask=mask,
                 scale=self.scale,
             )
@@ -199,6 +209,38 @@ def row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) ->
     return torch.where(seen, mask.float(), -torch.inf)
 
 
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Attention in float32, a slice of query rows at a time.
+
+    Args:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``.
+        mask: boolean (True: attend) or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        is_causal: query i sees keys 0 .. i, combined with ``mask``.
+        scale: softmax scale, ``1 / sqrt(D)`` if None.
+        rows: ``[R]`` int64, the query rows to compute; all if None.
+
+    Returns:
+        ``[B, H, R, D]`` float32; a fully masked row gives 0.
+    """
+    batch, heads, q_len, _ = q.shape
+    if rows is None:
+        rows = torch.arange(q_len, device=q.device)
+    parts = [
+        RowCall(q, k, v, some, mask=mask, is_causal=is_causal, scale=scale).exact()
+        for some in rows.split(max(1, _MAX_SCORES // (batch * heads * k.shape[2])))
+    ]
+    return torch.cat(parts, 2)
+
+
 def sample_rows(q_len: int, rows: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """``min(rows, q_len)`` distinct rows in ascending order, one in each equal stretch of Q."""
     if rows >= q_len:
@@ -223,7 +265,8 @@ def compare_rows(out: Tensor, exact: Tensor) -> Tensor:
     error = (a - b).square().sum() / power.clamp(min=1e-30)
     both_zero = (power == 0) & (a.square().sum() == 0)
     found = torch.stack([torch.where(both_zero, 1.0, cosine), l1, error])
-    worst = torch.tensor([0.0, 1.0, 1.0], device=found.device)
+    # 0, 1, 1, made on the device: a list would be copied there, and the copy waited for.
+    worst = torch.arange(3, dtype=found.dtype, device=found.device).clamp(max=1.0)
     return torch.where(found.isfinite().all(), found, worst)
 
 

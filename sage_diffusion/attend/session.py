@@ -13,6 +13,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,24 +26,23 @@ from sage_diffusion.attend.calls import (
     Call,
     Native,
     Observer,
-    rows,
+    part_of,
     torch_native,
 )
-from sage_diffusion.attend.finite import reads_at_once
+from sage_diffusion.attend.finite import capturing
 from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.health import Verdicts
 from sage_diffusion.attend.runs import RunLog, nothing_quantized
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
-from sage_diffusion.attend.validation import check_call, check_ropes, four_dims, not_forward
-from sage_diffusion.attend.verdicts import Verdicts
+from sage_diffusion.attend.validation import check_call, check_ropes, not_forward
+from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan, step_progress
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
+from sage_diffusion.plan import BRANCHES, PrecisionPlan
 from sage_diffusion.plan.names import LayerName
 from sage_diffusion.plan.noise import NoiseScale
 
 log = logging.getLogger("sage_diffusion")
-
-FP16 = AttentionSpec.parse("fp16")
 
 CAME_IN = "NaN or infinity came in: the model's own attention ran"
 
@@ -90,49 +90,18 @@ class Layer:
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
     ) -> Tensor:
-        """Attention as the session decides; inside ``torch.compile`` one opaque operator."""
-        if torch.compiler.is_compiling():
-            tables = ops.tables(rope_q, rope_k)
-            return ops.attention(
-                q, k, v, mask, self.handle, "", is_causal, scale, "auto", False, *tables
-            )[0]
-        return self.attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
+        """Attention as the session decides; inside ``torch.compile`` one opaque operator.
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        native: Native | None = None,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
-        """:meth:`AttentionSession.attend` of this layer."""
-        return self.session.attend(
-            self,
-            q,
-            k,
-            v,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            native=native,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
+        Captured in a CUDA graph by hand, see :meth:`AttentionSession.serve`.
+        """
+        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+        if torch.compiler.is_compiling():
+            return ops.by_layer(call, self.handle)
+        return self.attend(call)
+
+    def attend(self, call: Call, native: Native | None = None) -> Tensor:
+        """The call as the session decides, see :meth:`AttentionSession.serve`."""
+        return self.session.serve(self, call, native or self.native)
 
     def bypass(self, tokens: int, reason: str) -> None:
         """Count a call that never reaches :meth:`attend` because the host must run it itself.
@@ -143,8 +112,20 @@ class Layer:
         if self.session.quantizes(self.name, tokens):
             self.decline(reason)
         else:
-            self.session._enlist(self)
+            self.keep()
+
+    def keep(self, reason: str | None = None) -> None:
+        """Count a call that the host runs itself without being at fault, strict or not.
+
+        Args:
+            reason: why the model wants it so although the plan quantizes it; None where it is
+                planned.
+        """
+        self.session._enlist(self)
+        if reason is None:
             self.ran["fp16", "native"] += 1
+        else:
+            self.declined[reason] += 1
 
     def decline(self, reason: str) -> None:
         """Count a call that the host must run itself; raises in a strict session."""
@@ -199,14 +180,7 @@ class AttentionSession:
         self.strict = strict
         self.observers: list[Observer] = list(observers)
         self.layers: dict[str, Layer] = {}
-        self.step = -1
-        self.steps = 0
-        self.progress = 0.0
-        self.sigma: float | None = None
-        self.schedule: tuple[float, ...] = ()
-        self.branch: str | None = None
-        self.chunks: tuple[str, ...] = ()
-        self.pictures = 0
+        self.where = Where()
         self.before_call: Callable[[], None] | None = None
         self.verdicts = Verdicts(guard or Guard())
         self.watch, self.guard = self.verdicts.outputs, self.verdicts.guard
@@ -226,7 +200,8 @@ class AttentionSession:
         plan = self._plan
         rules = f", {len(plan.rules)} rules" if plan.rules else ""
         named = f"{plan.name!r}, " if plan.name else ""
-        where = f"step {self.step} of {self.steps}" if self.step >= 0 else "not sampling"
+        at = self.where
+        where = f"step {at.step} of {at.steps}" if at.step >= 0 else "not sampling"
         layers = f"{len(self.layers)} layers"
         return f"<AttentionSession {named}{plan.default}{rules}: {layers}, {where}>"
 
@@ -274,14 +249,11 @@ class AttentionSession:
         Raises:
             ValueError: no steps, or a schedule of another length.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if schedule and len(schedule) != steps:
-            raise ValueError(f"schedule must have one sigma a step ({steps}), got {len(schedule)}")
+        started = self.where.started(steps, schedule)
         if self.run is not None:  # nobody ended it
             self.warn(self.run.stuck())
         self.verdicts.begin_run()
-        self.steps, self.schedule = steps, tuple(schedule)
+        self.where = started
         self.noise = noise or NoiseScale.guess(schedule)
         self._find_place()
         self.run = RunLog(steps, self.layers)
@@ -293,13 +265,10 @@ class AttentionSession:
         Raises:
             NonFiniteOutput: an earlier step had non-finite numbers and the session is strict.
         """
-        self.step, self.sigma = step, sigma
-        if sigma is not None and self._place is not None:
-            self.progress = self._place(sigma)
-        else:
-            self.progress = step_progress(step, self.steps)
+        progress = None if sigma is None or self._place is None else self._place(sigma)
+        self.where = self.where.at_step(step, sigma, progress)
         if self.run is not None:
-            self.run.visit(step, sigma, self.progress)
+            self.run.visit(step, sigma, self.where.progress)
         self._read_verdicts()
         self._specs.clear()
 
@@ -335,21 +304,21 @@ class AttentionSession:
             pictures: in each part, 0 if unknown.  A batch that does not hold them all in every part
                 is of no branch (a call for one part only).
         """
-        self.branch, self.chunks, self.pictures = branch, tuple(chunks), pictures
+        self.where = replace(self.where, branch=branch, chunks=tuple(chunks), pictures=pictures)
         if self.run is not None:
-            self.run.branches.update((branch,) if branch else self.chunks)
+            self.run.branches.update((branch,) if branch else self.where.chunks)
 
     @contextlib.contextmanager
     def at(self, progress: float, *, step: int = -1, branch: str | None = None) -> Iterator[None]:
         """Calls inside the block happen at this progress."""
-        before = self.progress, self.step, self.branch
-        self.progress, self.step, self.branch = progress, step, branch
+        before = self.where
+        self.where = replace(before, progress=progress, step=step, branch=branch)
         placed, self._placed = self._placed, True
         self._specs.clear()
         try:
             yield
         finally:
-            self.progress, self.step, self.branch = before
+            self.where = before
             self._placed = placed
             self._specs.clear()
 
@@ -389,7 +358,7 @@ class AttentionSession:
         self._stand_still()
 
     def _stand_still(self) -> None:
-        self.step, self.progress, self.branch, self.chunks = -1, 0.0, None, ()
+        self.where = self.where.finished()
         self.run = self.before_call = None
         self._specs.clear()
 
@@ -402,24 +371,25 @@ class AttentionSession:
         self.warnings[message] += 1
 
     def _read_verdicts(self) -> None:
-        if self.verdicts.read(self.step, self.strict):
+        if self.verdicts.read(self.where.step, self.strict):
             self._specs.clear()
 
     # ------------------------------------------------------------------ the call
     def spec_for(self, layer: str, tokens: int, branch: str | None = None) -> AttentionSpec:
         """What the plan says now of a layer whose call has this many keys; ``branch`` if no call
         is of one branch as a whole."""
-        key = (layer, tokens, branch or self.branch)
+        key = (layer, tokens, branch or self.where.branch)
         spec = self._specs.get(key)
         if spec is None:
-            spec = self._plan.resolve(layer, self.progress, branch=key[2], tokens=tokens)
-            if self.step < 0 and not (self._placed or self.sampled) and self._plan.timed:
+            spec = self._plan.resolve(layer, self.where.progress, branch=key[2], tokens=tokens)
+            outside = self.where.step < 0
+            if outside and not (self._placed or self.sampled) and self._plan.timed:
                 self.warn(
                     "the plan has rules with start or end, and nobody says where sampling stands: "
                     "all calls count as its beginning. Patch the pipeline (enable), or tell the "
                     "session (start and begin_step, or at)"
                 )
-            apart = self.step < 0 and self.sampled and _component(layer) not in self.sampled
+            apart = outside and self.sampled and _component(layer) not in self.sampled
             native = apart or self.verdicts.runs_natively(layer)
             spec = FP16 if native else self.guard.spec(layer, spec)
             self._specs[key] = spec
@@ -432,9 +402,19 @@ class AttentionSession:
         """
         if self.before_call is not None:
             self.settle()
-        branches = self.chunks if self.branch is None else ()
-        parts = [self.spec_for(layer, tokens, b).quantized for b in branches or (None,)]
+        parts = [self.spec_for(layer, tokens, b).quantized for b in self.where.parts or (None,)]
         return all(parts) if whole else any(parts)
+
+    def _steady(self, layer: str, tokens: int) -> bool:
+        """Does the plan give a layer one spec at all steps and in all branches?"""
+        rules = self._plan.rules
+        edges = {0.0, *(rule.start for rule in rules), *(rule.end for rule in rules)}
+        specs = {
+            self._plan.resolve(layer, at, branch=branch, tokens=tokens)
+            for at in edges
+            for branch in (None, *BRANCHES)
+        }
+        return len(specs) == 1
 
     def attend(
         self,
@@ -450,44 +430,57 @@ class AttentionSession:
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
     ) -> Tensor:
+        """:meth:`serve` for who has no call at hand, the arguments as in :class:`.Call`."""
+        found = self.layer(layer) if isinstance(layer, str) else layer
+        return found.attend(Call(q, k, v, mask, is_causal, scale, rope_q, rope_k), native)
+
+    def serve(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """One call of a layer, ``[B, H, L, D]``; runs the host's own attention where it must.
 
-        ``native`` stands for the layer's own in this call, where the host's attention takes more
-        than a layer can know.  ``rope_q`` and ``rope_k`` rotate q and k as in
-        :func:`sage_diffusion.attention`; observers and the host's own attention get them rotated.
+        Args:
+            layer: of this session.
+            call: observers and the host's own attention get its q and k rotated.
+            native: the host's own attention, the layer's or one for this call where the host's
+                takes more than a layer can know.
+
+        While a CUDA graph is captured, whose replays run no Python, a plan that gives the layer
+        one spec at all steps is captured with it (not watched and not guarded); any other call is
+        declined, so that replays repeat the host's own attention and not one step's precision.
 
         Raises:
             ValueError, TypeError: the tables of a rotation do not fit.
             AttentionRefused: strict, and the plan's spec can't be served.
             KernelCompilationError: the session's backend is named and its kernel doesn't compile.
         """
-        layer = self.layer(layer) if isinstance(layer, str) else layer
         if layer.index < 0:
             self._enlist(layer)
         if self.before_call is not None:
             self.settle()
-        layer.tokens = max(layer.tokens, k.shape[2])
-        native = native or layer.native
-        check_ropes(q, k, rope_q, rope_k)
-        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
-        both = self.chunks and self.branch is None
-        if both and not q.shape[0] % (len(self.chunks) * max(self.pictures, 1)):
-            return self._attend_chunks(layer, call, native)
-        spec = self.spec_for(layer.name, k.shape[2])
+        layer.tokens = max(layer.tokens, call.k.shape[2])
+        check_ropes(call)
+        if capturing(call.q) and not self._steady(layer.name, call.k.shape[2]):
+            layer.decline("a CUDA graph is captured, which would repeat this step's precision")
+            out = native(*call.plain())
+            self._show(layer, self.where.branch, FP16, call, out)
+            return out
+        parts = self.where.parts
+        if parts and not call.q.shape[0] % (len(parts) * max(self.where.pictures, 1)):
+            return self._attend_parts(layer, call, native)
+        spec = self.spec_for(layer.name, call.k.shape[2])
         out, ran = self._serve(layer, spec, call, native)
-        self._show(layer, self.branch, ran, call, out)
+        self._show(layer, self.where.branch, ran, call, out)
         return out
 
-    def _attend_chunks(self, layer: Layer, call: Call, native: Native) -> Tensor:
+    def _attend_parts(self, layer: Layer, call: Call, native: Native) -> Tensor:
         """A batch that holds both branches: together where they agree, else each in its spec."""
-        count = len(self.chunks)
-        size = call.q.shape[0] // count
-        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in self.chunks]
+        branches = self.where.parts
+        count = len(branches)
+        specs = [self.spec_for(layer.name, call.k.shape[2], branch) for branch in branches]
         if len(set(specs)) == 1:
             out, ran = self._serve(layer, specs[0], call, native)
             if not self.observers:
                 return out
-            served = [(rows(out, i, size), ran) for i in range(count)]
+            served = [(part_of(out, i, count), ran) for i in range(count)]
             if out.requires_grad:  # a gradient must reach what the observers see
                 out = torch.cat([found for found, _ in served])
         else:
@@ -495,14 +488,14 @@ class AttentionSession:
             whole = functools.cache(lambda: native(*call.plain()))
 
             def part_of_whole(i: int) -> Native:
-                return lambda *_: rows(whole(), i, size)
+                return lambda *_: part_of(whole(), i, count)
 
             served = [
                 self._serve(layer, spec, call.part(i, count), part_of_whole(i))
                 for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
-        for i, (branch, (found, ran)) in enumerate(zip(self.chunks, served, strict=True)):
+        for i, (branch, (found, ran)) in enumerate(zip(branches, served, strict=True)):
             self._show(layer, branch, ran, call.part(i, count), found)
         return out
 
@@ -523,7 +516,7 @@ class AttentionSession:
     ) -> None:
         if self.observers:
             event = AttentionEvent(
-                layer.name, self.step, self.progress, branch, spec, *call.plain(), out
+                layer.name, self.where.step, self.where.progress, branch, spec, *call.plain(), out
             )
             with torch.no_grad():
                 for observer in self.observers:
@@ -531,54 +524,39 @@ class AttentionSession:
 
     def _quantized(self, layer: Layer, spec: AttentionSpec, call: Call) -> Tensor | None:
         """The output, or None after the call was declined with a reason."""
-        q, k, v, mask, is_causal, scale, rope_q, rope_k = call
-        rope = rope_q is not None or rope_k is not None
-        reason = not_forward(q, k, v)
+        reason = not_forward(call)
         if reason is not None:
             layer.decline(reason)
             return None
         try:
-            check_call(q, k, v, mask)
-            asked = AttentionCall.of(q, k, spec, mask, is_causal, rope=rope)
+            check_call(call)
+            asked = AttentionCall.of(call, spec)
         except (ValueError, TypeError) as error:
             layer.decline(str(error))
             return None
-        came_in = self.verdicts.not_finite(layer.name, layer.index, self.step, q, k, v)
+        step = self.where.step
+        came_in = self.verdicts.not_finite(layer.name, layer.index, step, *call[:3])
         if came_in and not self.strict:
             layer.declined[CAME_IN] += 1  # the next step's verdict tells of it
             return None
         try:
-            chosen, out, _ = execution.run(
-                asked,
-                self.backend,
-                q,
-                k,
-                v,
-                four_dims(mask),
-                scale,
-                self.compilations,
-                rope_q=rope_q,
-                rope_k=rope_k,
-            )
+            chosen, out, _ = execution.run(call, asked, self.backend, self.compilations)
         except backends.BackendUnavailable as error:
             layer.decline(str(error))
             return None
-        finite = self.watch.look(layer.name, self.step, out)
+        finite = self.watch.look(layer.name, step, out)
         if self.verdicts.full():
             self._read_verdicts()
         if not self.strict:
-            if reads_at_once(finite):
-                if not finite:
-                    layer.decline("the quantized output was not finite, run again natively")
-                    return None
-            elif chosen.name != "triton":
-                # Waiting for the flag would cost more than a pass over the output.  Our own kernels
-                # make no NaN of finite inputs and are spared it.
+            if finite is False:
+                layer.decline("the quantized output was not finite, run again natively")
+                return None
+            if finite is None and not chosen.finite:
+                # Waiting for the answer would cost more than another pass over the output.
                 out = torch.nan_to_num(out, nan=0.0, posinf=0.0, neginf=0.0)
         layer.ran[str(spec), chosen.name] += 1
-        if self.guard.due(layer.name, layer.index, self.step):
-            q, k = call.plain()[:2]
-            self.guard.check(layer.name, self.step, q, k, v, out, four_dims(mask), is_causal, scale)
+        if self.guard.due(layer.name, layer.index, step):
+            self.guard.check(layer.name, step, call.rotated(), out)
         return out
 
     # ------------------------------------------------------------------ what happened

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sage_diffusion.kernels.rope import Rope, check_rope
+from sage_diffusion.attend.calls import Call
+from sage_diffusion.kernels.rope import check_rope
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def not_forward(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def not_forward(call: Call) -> str | None:
     """Why quantized attention, which is forward only and computes in float32, is not what is asked
     for here; None if it is."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if call.wants_grad:
         return "gradients are asked for, quantized attention is forward only"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a transform of torch.func (vmap, jvp, ..), unknown to quantized attention"
     # The level is -1 outside of every `dual_level`; unpacking costs microseconds.
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+        forward_ad.unpack_dual(x).tangent is not None for x in call[:3]
     ):
         return "forward-mode derivatives are asked for, quantized attention has none"
     if torch.get_default_dtype() is torch.float64:
@@ -31,14 +32,13 @@ def not_forward(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def check_call(call: Call) -> None:
     """Raise ValueError or TypeError unless the call is well-formed.
 
-    Args:
-        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, Hkv divides H; fp16, bf16 or float32, on
-            one device.
-        mask: boolean or floating, broadcastable to ``[B, H, Lq, Lk]``, or None.
+    q must be ``[B, H, Lq, D]``, k and v ``[B, Hkv, Lk, D]``, Hkv a divisor of H, all fp16, bf16 or
+    float32 on one device; the mask None, boolean or floating, broadcastable to ``[B, H, Lq, Lk]``.
     """
+    q, k, v, mask = call[:4]
     if not (q.ndim == k.ndim == v.ndim == 4):
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.ndim != 4:
@@ -69,9 +69,9 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         check_mask(mask, q, k_len)
 
 
-def check_ropes(q: Tensor, k: Tensor, rope_q: Rope | None, rope_k: Rope | None) -> None:
+def check_ropes(call: Call) -> None:
     """Raise ValueError or TypeError unless the tables are None or fit ``[B, H, L, D]``."""
-    for name, x, rope in (("q", q, rope_q), ("k", k, rope_k)):
+    for name, x, rope in (("q", call.q, call.rope_q), ("k", call.k, call.rope_k)):
         if rope is not None:
             check_rope(rope, x, name)
 

@@ -1,130 +1,202 @@
-"""What a session learns of its calls a step late, and what follows from it for those to come."""
+"""The user's file of verdicts: which kernel ``sage-diffusion verify`` found wrong on which card.
+
+``backend="auto"`` leaves such a kernel out, with that reason; a backend that was named runs it.
+A verdict holds for one card, driver and set of versions: after an update of any of them nothing is
+known.  A file that can't be read is ignored with one warning.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from sage_diffusion.attend import finite
-from sage_diffusion.attend.finite import FiniteWatch
-from sage_diffusion.attend.guard import Guard, GuardState
+from sage_diffusion.files import user_cache, write_text
+from sage_diffusion.kernels.formats import padded_dim
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import driver_version, version
 
 log = logging.getLogger("sage_diffusion")
 
-#: More verdicts than this do not wait for the next step: a host that never steps has them read by
-#: count.
-POLL_EVERY = 256
+VERSION = 1
 
-#: On a GPU one call in so many of a layer has its inputs looked at.
-LOOK_EVERY = 8
+#: Statuses of kernels that "auto" leaves out.  What does not compile it finds out call by call.
+OFF = ("wrong", "failed")
 
 
-class NonFiniteOutput(RuntimeError):
-    """A strict session found NaN or infinity in a layer's output, or in what came into a layer."""
+class VerdictError(ValueError):
+    """A file holds no verdicts; the message says what is wrong with it."""
 
 
-class Verdicts:
-    """NaN, infinity and drift of the calls that were, each read without waiting for a device.
+@dataclass(frozen=True)
+class Stand:
+    """What a verdict holds for: a card and everything whose change may change a result."""
 
-    Args:
-        guard: drift checks and stepping up.
+    card: str
+    driver: str
+    torch: str
+    triton: str
+    sage_diffusion: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one kernel on one stand.
 
     Attributes:
-        outputs, inputs: the watched calls' flags.
-        guard: what the guard has seen and done.
-        non_finite: layer -> steps whose quantized output had NaN or infinity.
-        came_in: layer -> steps in which NaN or infinity came in.
+        backend: "gluon", "hopper" or "triton".
+        formats: "int4/fp8-fast"; smoothing and rotation are not in an attention kernel.
+        status: "right", "wrong", "failed", "not compiled" or "not run".
+        reason: "" if it is right.
+        head_dims: padded ones (64, 128, 256) that "auto" must leave to another backend.
     """
 
-    def __init__(self, guard: Guard):
-        self.outputs, self.inputs = FiniteWatch(), FiniteWatch()
-        self.guard = GuardState(guard)
-        self.non_finite: dict[str, list[int]] = {}
-        self.came_in: dict[str, list[int]] = {}
-        self._native: set[str] = set()
-        self._looks: dict[str, int] = {}
-
-    def runs_natively(self, layer: str) -> bool:
-        """Has NaN come into the layer in this run?  Its own attention passes it on."""
-        return layer in self._native
-
-    def not_finite(self, layer: str, index: int, step: int, *inputs: Tensor) -> bool:
-        """Is it known at once that NaN or infinity comes into the call?
-
-        Quantized it may vanish: the largest number of a block with a NaN is a number.  On a GPU
-        nobody waits, and each layer has one call in eight looked at, not all in the same one: the
-        passes over Q, K and V cost three times what the one over the output does.
-        """
-        at_once = finite.reads_at_once(inputs[0])
-        looks = self._looks[layer] = self._looks.get(layer, 0) + 1
-        if not at_once and (looks + index) % LOOK_EVERY:
-            return False
-        found = [self.inputs.look(layer, step, x) for x in inputs]
-        return at_once and not all(found)
-
-    def full(self) -> bool:
-        """Are there so many verdicts that they can't wait for a step?"""
-        return len(self.outputs) + len(self.inputs) + len(self.guard) >= POLL_EVERY
-
-    def begin_run(self) -> None:
-        """Drop the verdicts of a run that was broken off; layers keep what they were stepped up."""
-        for name, step in dict.fromkeys(self.outputs.poll()):
-            log.warning("%s was not finite at step %d of a run that was broken off", name, step)
-        self.outputs.forget()
-        self.inputs.forget()
-        self.guard.begin_run()
-        self._native.clear()
-
-    def wait(self) -> None:
-        """Wait for every verdict in flight (at the end of a run)."""
-        self.outputs.wait()
-        self.inputs.wait()
-        self.guard.wait()
-
-    def read(self, now: int, strict: bool) -> bool:
-        """Book what is known by step ``now``; never waits.
-
-        Returns:
-            Whether specs may have changed.
-
-        Raises:
-            NonFiniteOutput: strict, and a layer was not finite for the first time.
-        """
-        came_in = self.inputs.poll()
-        fresh = [name for name, step in came_in if _first(self.came_in, name, step)]
-        self._native.update(name for name, _ in came_in)
-        made = [found for found in self.outputs.poll() if found not in came_in]
-        worse = [(name, step) for name, step in made if _first(self.non_finite, name, step)]
-        for name, step in worse:
-            # Another rung may fail the same way: straight to the host's own attention.
-            self.guard.raise_layer(name, now, f"non-finite output at step {step}", rungs=3)
-        done = self.guard.poll(now)
-        for words in done:
-            log.warning("%s", words)
-        for what, names in (
-            ("non-finite attention output in", [name for name, _ in worse]),
-            ("NaN or infinity came into the attention of", fresh),
-        ):
-            if names:
-                message = f"{what} {', '.join(names[:4])}"
-                if strict:
-                    raise NonFiniteOutput(message)
-                log.warning("%s", message)
-        return bool(came_in or made or done)
-
-    def reset(self) -> None:
-        """Forget everything: a new count."""
-        self.non_finite.clear()
-        self.came_in.clear()
-        self._native.clear()
-        self.guard.reset()
+    backend: str
+    formats: str
+    status: str
+    reason: str = ""
+    head_dims: tuple[int, ...] = ()
 
 
-def _first(seen: dict[str, list[int]], name: str, step: int) -> bool:
-    """Book a layer's step; True for the first of that layer."""
-    steps = seen.setdefault(name, [])
-    fresh = not steps
-    if step not in steps:
-        steps.append(step)
-    return fresh
+@dataclass(frozen=True)
+class Entry:
+    """The verdicts on one stand, and the day of the last ones."""
+
+    stand: Stand
+    date: str
+    kernels: tuple[Known, ...] = field(default_factory=tuple)
+
+    @property
+    def off(self) -> tuple[Known, ...]:
+        """Kernels that "auto" leaves out."""
+        return tuple(k for k in self.kernels if k.status in OFF and k.head_dims)
+
+
+def default_path() -> Path:
+    """Where the user's file lies."""
+    return user_cache() / "verdicts.json"
+
+
+def read(path: Path) -> list[Entry]:
+    """Entries of a file; none if there is no file.
+
+    Raises:
+        VerdictError: the file holds no verdicts.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise VerdictError(f"{path} can't be read: {error}") from None
+    try:
+        if document["version"] != VERSION:
+            raise ValueError(f"version must be {VERSION}, got {document['version']!r}")
+        return [_entry(data) for data in document["cards"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise VerdictError(f"{path} holds no verdicts: {said}") from None
+
+
+def _entry(data: dict[str, Any]) -> Entry:
+    stand = Stand(**data["stand"])
+    kernels = [Known(**{**k, "head_dims": tuple(k["head_dims"])}) for k in data["kernels"]]
+    texts = [*vars(stand).values(), data["date"]]
+    for known in kernels:
+        texts += [known.backend, known.formats, known.status, known.reason]
+        if not set(known.head_dims) <= {64, 128, 256}:
+            raise ValueError(f"head_dims must be 64, 128 or 256, got {known.head_dims}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text must stand where {text!r} does")
+    return Entry(stand, data["date"], tuple(kernels))
+
+
+def write(path: Path, stand: Stand, date: str, kernels: Iterable[Known]) -> None:
+    """Add verdicts on a stand; those on other kernels and cards stay.
+
+    Raises:
+        VerdictError: there is a file that holds no verdicts; it stays as it is.
+        OSError: the folder can't be written to; nothing was.
+    """
+    entries = {entry.stand: entry for entry in read(path)}
+    before = entries[stand].kernels if stand in entries else ()
+    merged = {(k.backend, k.formats): k for k in (*before, *kernels)}
+    entries[stand] = Entry(stand, date, tuple(merged.values()))
+    cards = [asdict(entry) for entry in entries.values()]
+    write_text(path, json.dumps({"version": VERSION, "cards": cards}, indent=1) + "\n")
+
+
+@functools.lru_cache(maxsize=1)
+def user_entries() -> tuple[Entry, ...]:
+    """The user's file, read once; empty with one warning if it can't be read."""
+    try:
+        return tuple(read(default_path()))
+    except VerdictError as error:
+        log.warning("%s; no verdict is heeded (sage-diffusion verify makes new ones)", error)
+        return ()
+
+
+def formats(spec: AttentionSpec) -> str:
+    """A kernel's variant: "int8/fp8-fast"."""
+    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
+    return f"{spec.qk.value}/{spec.pv.value}{fast}"
+
+
+def latest(card: str) -> Entry | None:
+    """The verdicts that hold for a card as it stands now, None without any."""
+    entries = [entry for entry in user_entries() if entry.stand.card == card]
+    if not entries:  # the driver is not asked where nothing is known
+        return None
+    here = stand_of(card)
+    return next((entry for entry in entries if entry.stand == here), None)
+
+
+def describe(card: str) -> list[str]:
+    """The last verdicts on a card in words: what was found when, or that nothing is known."""
+    entry = latest(card)
+    if entry is None:
+        before = [entry for entry in user_entries() if entry.stand.card == card]
+        if not before:
+            return ["not verified yet: run sage-diffusion verify"]
+        return [
+            "last verified under another driver, PyTorch, Triton or version of this package "
+            f"({before[-1].date}): run sage-diffusion verify again"
+        ]
+    right = [k for k in entry.kernels if k.status == "right"]
+    lines = [f"verified {entry.date}: {len(right)} of {len(entry.kernels)} kernels right"]
+    for known in entry.kernels:
+        if known.status != "right":
+            name = f"{known.backend} {known.formats}"
+            off = ", left out by backend='auto'" if known in entry.off else ""
+            lines.append(f"{name} {known.status}{off}: {known.reason}")
+    return lines
+
+
+def switched_off(card: str | None, backend: str, spec: AttentionSpec, head_dim: int) -> str | None:
+    """Why "auto" must not take a kernel on this card, None if nothing speaks against it."""
+    if card is None or not user_entries():
+        return None
+    entry = latest(card)
+    for known in entry.off if entry else ():
+        same = (known.backend, known.formats) == (backend, formats(spec))
+        if same and padded_dim(head_dim) in known.head_dims:
+            return f"sage-diffusion verify found it {known.status} here: {known.reason}"
+    return None
+
+
+def stand_of(card: str) -> Stand:
+    """A card with today's driver and versions."""
+    return Stand(
+        card,
+        driver_version(),
+        str(torch.__version__),
+        version("triton") or version("triton-windows") or "none",
+        version("sage-diffusion") or "checkout",
+    )

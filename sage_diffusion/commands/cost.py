@@ -59,7 +59,7 @@ def cost(
     further the second pipe stays below the first, the closer a real card comes.
     """
     from sage_diffusion.kernels.spec import LADDER
-    from sage_diffusion.speed.cost import NoKernelError, gpu_named, kernel_costs, peer_costs
+    from sage_diffusion.speed.cost import NoKernelError, gpu_named, kernel_costs, library_costs
 
     gpus = tuple(dict.fromkeys(gpu or GPUS))
     for name in gpus:
@@ -76,7 +76,7 @@ def cost(
         task = bar.add_task("read", total=len(against or ()) + len(gpus))
         for target in against or ():
             bar.update(task, description=target[-24:])
-            theirs += peer_costs(target, gpus, dims, match, wheels=wheels, download=download)
+            theirs += library_costs(target, gpus, dims, match, wheels=wheels, download=download)
             bar.advance(task)
         for name in gpus:
             bar.update(task, description=name)
@@ -92,7 +92,7 @@ def cost(
 
 
 def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, ...]) -> list[Table]:
-    """Ours with the peers' beside them, and below what has no counterpart."""
+    """Ours with the other packages' beside them, and below what has no counterpart."""
     from rich import box
     from rich.table import Table
 
@@ -120,7 +120,7 @@ def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, .
     for row in sorted(ours, key=lambda r: (gpus.index(r.gpu), r.head_dim or 0)):
         compared = []
         for package in packages:
-            other = beside(row, (peer for peer in theirs if peer.package == package))
+            other = beside(row, (other for other in theirs if other.package == package))
             if other is None:
                 compared += ["-", "-"]
                 continue

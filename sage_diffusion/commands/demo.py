@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sage_diffusion.commands.common import AsJson, emit, progress, quiet_stdout
+from sage_diffusion.commands.options import prompts_of
 
 if TYPE_CHECKING:
     from sage_diffusion.adapt.evaluate import Evaluation
@@ -119,7 +120,6 @@ def demo(
 def _calibrate(sampler: Any, path: Path, pictures: int) -> ScoreTable:
     from sage_diffusion.adapt.calibrate import SPECS as candidates
     from sage_diffusion.adapt.calibrate import calibrate
-    from sage_diffusion.commands.calibrate import prompts_of
 
     with progress() as bar:
         task = bar.add_task("calibrate", total=None)

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
+from sage_diffusion.commands.options import check_names, parse_option, prompts_of
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -67,10 +68,8 @@ def evaluate(
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
     from sage_diffusion.adapt.table import ScoreTable
-    from sage_diffusion.commands.calibrate import prompts_of
-    from sage_diffusion.commands.compare import check_names, parse_option
     from sage_diffusion.plan import PrecisionPlan
-    from sage_diffusion.plan.shelf import bundled_plan
+    from sage_diffusion.plan.library import bundled_plan
 
     if bundled and model != "bundled":
         raise CommandError(f"--bundled names the model already, got --model {model}")

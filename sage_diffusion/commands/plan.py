@@ -28,7 +28,7 @@ def list_plans(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from sage_diffusion.plan.catalog import shipped
-    from sage_diffusion.plan.shelf import shipped_plan
+    from sage_diffusion.plan.library import shipped_plan
 
     plans = {name: shipped_plan(name) for name in shipped()}
     table = Table("plan", "made for", "calibrated", "rules")
@@ -55,16 +55,16 @@ def show(path: PlanOrName, as_json: AsJson = False) -> None:
     """Print a plan's rules in the order in which they are tried."""
     from rich.table import Table
 
-    from sage_diffusion.accuracy.render import rules_of
     from sage_diffusion.plan import PrecisionPlan
     from sage_diffusion.plan.catalog import shipped
+    from sage_diffusion.plan.show import table_of
 
     named = str(path) in shipped()
     plan = PrecisionPlan.of(str(path)) if named else PrecisionPlan.load(path)
     table = Table(title=plan.name or str(path), title_justify="left")
     for heading in ("rule", "layers", "progress", "only", "spec"):
         table.add_column(heading)
-    for row in rules_of(plan):
+    for row in table_of(plan):
         table.add_row(*row)
     notes = [f"made for {plan.model}"] if plan.model else []
     if plan.calibration is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan.fingerprint import mismatch
 from sage_diffusion.plan.noise import NoiseScale
 from sage_diffusion.plan.plan import PrecisionPlan
@@ -114,3 +116,69 @@ def remap_plan(
         if not any(earlier.covers(moved) for earlier in rules):
             rules.append(moved)
     return replace(plan, rules=tuple(rules), schedule=target, schedule_unit=unit)
+
+
+def custom(
+    spec: str,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    layers: str = "*",
+    min_tokens: int = 0,
+) -> PrecisionPlan:
+    """One spec in a range of steps and layers, FP16 elsewhere.
+
+    Args:
+        spec: an :class:`AttentionSpec`'s name.
+        start, end: range of progress.
+        layers: globs separated by commas, spaces or lines; ``!glob`` leaves layers alone.
+        min_tokens: calls with fewer keys are left alone.
+
+    Raises:
+        PlanError: a wrong spec, start not below end, or no glob.
+    """
+    try:
+        parsed = AttentionSpec.parse(spec)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    globs = [glob for glob in re.split(r"[,\s]+", layers) if glob]
+    kept = [glob[1:] for glob in globs if glob.startswith("!")]
+    wanted = [glob for glob in globs if not glob.startswith("!")] or ["*"]
+    if not globs or "" in kept:
+        raise PlanError(f"layers must be globs such as *, double.* or !single.0*, got {layers!r}")
+    rules = [Rule(FP16, glob) for glob in dict.fromkeys(kept)]
+    rules += [
+        Rule(parsed, glob, start, end, min_tokens=min_tokens) for glob in dict.fromkeys(wanted)
+    ]
+    return PrecisionPlan(FP16, tuple(rules), name=f"{parsed} (custom)")
+
+
+# ---------------------------------------------------------------------- edits
+def with_rule(plan: PrecisionPlan, rule: Rule, *, first: bool = True) -> PrecisionPlan:
+    """``plan`` with a rule of highest or lowest priority; rules it makes pointless go."""
+    if first:
+        rest = [old for old in plan.rules if not rule.covers(old)]
+        return replace(plan, rules=(rule, *rest), calibration=None)
+    return replace(plan, rules=(*plan.rules, rule), calibration=None)
+
+
+def without_rule(plan: PrecisionPlan, index: int) -> PrecisionPlan:
+    """``plan`` without one rule.
+
+    Raises:
+        PlanError: it has no such rule.
+    """
+    if not 0 <= index < len(plan.rules):
+        raise PlanError(f"rule must be between 0 and {len(plan.rules) - 1}, got {index}")
+    rules = (*plan.rules[:index], *plan.rules[index + 1 :])
+    return replace(plan, rules=rules, calibration=None)
+
+
+def with_default(plan: PrecisionPlan, spec: str) -> PrecisionPlan:
+    """``plan`` with another spec where no rule applies."""
+    return replace(plan, default=AttentionSpec.parse(spec), calibration=None)
+
+
+def renamed(plan: PrecisionPlan, name: str) -> PrecisionPlan:
+    """``plan`` under another name."""
+    return replace(plan, name=name.strip() or None)

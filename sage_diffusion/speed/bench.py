@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
+from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.speed.timing import Timer
 
 MEASURED, PREDICTED = "measured", "predicted bound"
 WRONG, NO_MEMORY, FAILED = "wrong result", "out of memory", "failed"
+GAPS = "with gaps in which the GPU waited for the host"
 
 #: Largest relative L1 distance from exact attention that a right kernel may have on normally
 #: distributed inputs, by format: Q and K's share plus P and V's.  The twins stay below two thirds
@@ -82,7 +84,8 @@ class Row:
         tops: tera-operations per second of both products, from ``milliseconds``.
         peak_mib: memory beyond the inputs, None where unknown.
         relative_l1: distance from PyTorch's attention (of a prediction: the twin's).
-        reason: why there is no time.
+        host_milliseconds: what the host needs to start the call, None where unknown.
+        reason: why there is no time, or what else is in it.
     """
 
     spec: str
@@ -94,6 +97,7 @@ class Row:
     tops: float | None = None
     peak_mib: float | None = None
     relative_l1: float | None = None
+    host_milliseconds: float | None = None
     reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def _backend(
     record: backends.Backend, spec: AttentionSpec
 ) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        return backends.load(record)(q, k, v, spec, None, is_causal, None, False)[0]
+        return backends.load(record)(Call(q, k, v, None, is_causal), spec, False)[0]
 
     return run
 
@@ -243,11 +247,16 @@ def _of_shape(
         if why is not None:
             yield row
             continue
-        refusal = entrant.refuse(AttentionCall.of(q, k, entrant.spec, None, is_causal))
+        refusal = entrant.refuse(AttentionCall.of(Call(q, k, v, None, is_causal), entrant.spec))
         if refusal is not None:
             result.refused[name, entrant.backend, head_dim] = refusal
             continue
         yield _row(entrant, timer, (q, k, v), is_causal, exact)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Of a compiler, of other packages, and of PyTorch where its kernel does not serve a call."""
+    return (*compiler_errors(), ValueError, TypeError, AssertionError, ImportError)
 
 
 def _row(
@@ -273,8 +282,7 @@ def _row(
         if qkv[0].device.type == "cuda":
             torch.cuda.empty_cache()
         return row(NO_MEMORY, reason=str(caught).partition(".")[0])
-    except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as caught:
-        # Of other packages and of PyTorch where one of its kernels does not serve the call.
+    except _failures() as caught:
         return row(FAILED, reason=" ".join(str(caught).split()) or type(caught).__name__)
     milliseconds = timing.median
     work = operations(batch, heads, length, head_dim, is_causal)
@@ -284,4 +292,6 @@ def _row(
         tops=work / milliseconds / 1e9,
         peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         relative_l1=error,
+        host_milliseconds=timing.host_milliseconds,
+        reason=GAPS if timing.gaps else None,
     )

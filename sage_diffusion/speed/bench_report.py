@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
 from sage_diffusion.speed.bench import (
@@ -71,7 +72,7 @@ def predict(
 
 def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bool) -> float | str:
     """Most tera-operations per second of a backend's kernel on a card, or why it isn't known."""
-    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, peer_costs
+    from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, library_costs
     from sage_diffusion.speed.cost_compile import compile_attention
 
     if name in ("gluon", "hopper", "triton") and spec.quantized:
@@ -94,7 +95,7 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
     if str(spec) != "int8/int8" or is_causal:
         return "comfy-kitchen computes int8/int8, not causal"
     try:
-        return max(cost.tops for cost in peer_costs(name, [gpu], [head_dim]))
+        return max(cost.tops for cost in library_costs(name, [gpu], [head_dim]))
     except CostError as error:
         return str(error)
 
@@ -103,7 +104,7 @@ def twin_distance(spec: AttentionSpec, head_dim: int, is_causal: bool) -> float:
     """Relative L1 distance of the spec's twin from exact attention, on the CPU."""
     q, k, v = inputs(1, 1, TWIN_TOKENS, head_dim, torch.device("cpu"), torch.float32)
     twin = next(record for record in backends.BACKENDS if record.name == "reference")
-    out, _ = backends.load(twin)(q, k, v, spec, None, is_causal, None, False)
+    out, _ = backends.load(twin)(Call(q, k, v, None, is_causal), spec, False)
     return distance(out, F.scaled_dot_product_attention(q, k, v, is_causal=is_causal))
 
 
@@ -131,8 +132,9 @@ def document(
 
 #: What the figures are.
 NOTES = {
-    MEASURED: "median of CUDA-event times with a cold L2 cache, quantization included; relative "
-    "L1 against PyTorch's attention on the same normally distributed inputs",
+    MEASURED: "median of CUDA-event times with a cold L2 cache, quantization included, queued "
+    "behind a sleeping kernel so that the host's time is not in them but in a column of its own; "
+    "relative L1 against PyTorch's attention on the same normally distributed inputs",
     PREDICTED: "predicted bound of the attention kernel alone from its machine code, quantization "
     "excluded, nothing was run; relative L1 is of the Torch twin at "
     f"{TWIN_TOKENS} tokens",

@@ -1,7 +1,7 @@
 """Predicted bounds of kernels on GPUs that need not be there.
 
 Our own kernels are compiled for a card exactly as their launcher would (:mod:`.cost_compile`);
-other people's come as a cubin, a shared library or a wheel (:mod:`.peers`), never executed.
+other people's come as a cubin, a shared library or a wheel (:mod:`.libraries`), never executed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.speed import peers
 from sage_diffusion.speed.cost_sass import (
     GPUS,
     Function,
@@ -27,6 +26,7 @@ from sage_diffusion.speed.cost_sass import (
     main_loop,
     opcode,
 )
+from sage_diffusion.speed.libraries import libraries
 
 #: Multiply-accumulates that ``cycles`` counts: 16 queries, 64 keys, head dim 128, both products.
 UNIT = 262_144
@@ -216,7 +216,7 @@ _PEERS = {
 }
 
 
-def peer_costs(
+def library_costs(
     target: str,
     gpus: Sequence[str] = ("rtx4090",),
     head_dims: Sequence[int] | None = None,
@@ -228,8 +228,8 @@ def peer_costs(
     """Predicted bounds of someone else's kernels, the fastest of those that differ in details only.
 
     Args:
-        target: path of a cubin, a shared library or a wheel, or a package's name (:mod:`.peers`),
-            whose files are read and whose code is never imported.
+        target: path of a cubin, a shared library or a wheel, or a package's name; its files are
+            read (:mod:`.libraries`), its code is never imported.
         gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
         head_dims: leave out others, where the head dim is known.
         match: part of the kernels' mangled names.
@@ -238,11 +238,11 @@ def peer_costs(
 
     Raises:
         CostError: a GPU's name is unknown, or there is no attention kernel for any of them.
-        PeerError: there is no such file or package, or no machine code in it.
+        LibraryError: there is no such file or package, or no machine code in it.
     """
     cards = {name: gpu_named(name) for name in gpus}
     best: dict[tuple[str, str, int | None], KernelCost] = {}
-    with peers.libraries(target, wheels, download) as (package, paths):
+    with libraries(target, wheels, download) as (package, paths):
         named, dim_pattern = _PEERS.get(package, ("", ""))
 
         def head_dim(name: str) -> int | None:

@@ -21,7 +21,6 @@ from triton.backends.driver import DriverBase
 
 from sage_diffusion.attend.backends import BACKENDS
 from sage_diffusion.attend.calls import AttentionCall
-from sage_diffusion.attend.execution import target
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.formats import (
     FP4_GROUP,
@@ -176,17 +175,9 @@ def compile_attention(
     Returns:
         None if no backend of this package runs the spec on the card.
     """
-    call = AttentionCall(
-        q_shape=(BATCH, HEADS, LENGTH, head_dim),
-        kv_shape=(BATCH, KV_HEADS, LENGTH, head_dim),
-        dtype=torch.float16,
-        device="cuda",
-        capability=capability,
-        hip_arch=None,
-        mask=mask,
-        is_causal=is_causal,
-        return_lse=False,
-        spec=spec,
+    arch = f"sm_{capability[0]}{capability[1]}"
+    call = AttentionCall.typical(
+        spec, arch, head_dim, LENGTH, dtype=torch.float16, mask=mask, is_causal=is_causal
     )
     for record in BACKENDS:
         if record.name not in ((backend,) if backend else _MODULES):
@@ -201,7 +192,7 @@ def compile_attention(
             kind = {"bool": torch.bool, "additive": torch.float16}[mask]
             bias = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=kind)
         return compile_backend(
-            record.name, spec, head_dim, target(call), mask=bias, is_causal=is_causal, launch=launch
+            record.name, spec, head_dim, arch, mask=bias, is_causal=is_causal, launch=launch
         )
     return None
 

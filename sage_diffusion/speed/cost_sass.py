@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 
 
@@ -131,8 +131,10 @@ def tool(name: str) -> str:
     Raises:
         FileNotFoundError: triton is not installed, or its wheel lacks the tool.
     """
-    for key in ("purelib", "platlib"):
-        path = Path(sysconfig.get_path(key)) / "triton" / "backends" / "nvidia" / "bin" / name
+    found = util.find_spec("triton")
+    folders = (found.submodule_search_locations if found else None) or ["triton"]
+    for folder in folders:
+        path = Path(folder) / "backends" / "nvidia" / "bin" / name
         if path.exists():
             return str(path)
     raise FileNotFoundError(
@@ -189,6 +191,7 @@ def _parse(name: str, body: str, registers: int) -> Function:
     index: dict[int, int] = {}
     branches: list[tuple[int, int]] = []
     for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/]*?)\s*;", body):
+        text = re.sub(r"\s{2,}[&?].*", "", text)  # CUDA 12.8 prints Blackwell's scheduling too
         index[int(address, 16)] = len(code)
         branch = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)$", text)
         if branch:
@@ -260,7 +263,7 @@ def main_loop(function: Function) -> tuple[str, ...]:
 
 
 _FREE = re.compile(
-    r"^(U[A-Z]|BAR|BRA|NOP|DEPBAR|LDGDEPBAR|LDC|S2|R2UR|WARPSYNC|BSSY|BSYNC|MEMBAR|FENCE|ERRBAR|CCTL"
+    r"^(U[A-Z]|BAR|BRA|BREAK|NOP|DEPBAR|LDGDEPBAR|LDC|S2|R2UR|WARPSYNC|BSSY|BSYNC|MEMBAR|FENCE|ERRBAR|CCTL"
     r"|WARPGROUP|SYNCS|ELECT|LDL|STL|CALL|RET|EXIT|VOTE|REDUX|NANOSLEEP|ACQBULK|ARRIVES|YIELD)"
 )
 _INTEGER = re.compile(

@@ -259,32 +259,25 @@ def entries(choices: Sequence[Choice], gpu: str, arch: str, source: str) -> list
     triton = version("triton") or version("triton-windows") or "unknown"
     found = []
     for choice in choices:
-        if choice.best is not None:
-            fields = {
-                "gpu": gpu,
-                "triton": triton,
-                "arch": arch,
-                "backend": choice.backend,
-                "formats": launches.formats(choice.spec),
-                "head_dim": choice.head_dim,
-                "launch": choice.best.launch,
-                "source": source,
-                "value": choice.best.value,
-            }
-            found.append(Entry.model_validate(fields))
+        best = choice.best
+        if best is not None and best.value is not None:
+            entry = Entry(
+                gpu=gpu,
+                triton=triton,
+                arch=arch,
+                backend=choice.backend,
+                formats=launches.formats(choice.spec),
+                head_dim=choice.head_dim,
+                launch=best.launch,
+                source=source,
+                value=best.value,
+            )
+            found.append(entry)
     return found
 
 
 def refusal(backend: str, spec: AttentionSpec, head_dim: int, arch: str) -> str | None:
     """Why a card has no such kernel, or None."""
-    capability, hip = None, None
-    if arch.startswith("sm_"):
-        capability = int(arch[3:]) // 10, int(arch[3:]) % 10
-    else:
-        hip = arch
-    shape = (1, HEADS, TOKENS, head_dim)
-    call = AttentionCall(
-        shape, shape, torch.float16, "cuda", capability, hip, None, False, False, spec
-    )
+    call = AttentionCall.typical(spec, arch, head_dim, TOKENS, dtype=torch.float16)
     record = next(record for record in backends.BACKENDS if record.name == backend)
     return record.refuse(call)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,19 +156,9 @@ def test_a_named_backend_that_cannot_run_lists_its_reason():
 
 
 def gpu_call(spec, capability=(8, 9), **changes):
-    fields = {
-        "q_shape": (1, 8, 1024, 128),
-        "kv_shape": (1, 8, 1024, 128),
-        "dtype": torch.float16,
-        "device": "cuda",
-        "capability": capability,
-        "hip_arch": None,
-        "mask": None,
-        "is_causal": False,
-        "return_lse": False,
-        "spec": AttentionSpec.parse(spec),
-    }
-    return AttentionCall(**{**fields, **changes})
+    call = AttentionCall.typical(AttentionSpec.parse(spec), "cpu", tokens=1024)
+    fields = {"device": "cuda", "dtype": torch.float16, "capability": capability, **changes}
+    return dataclasses.replace(call, **fields)
 
 
 @pytest.fixture
@@ -211,7 +203,7 @@ def test_the_operator_has_a_correct_fake(qkv_shape=(1, 2, 9, 16)):
     for return_lse in (False, True):
         torch.library.opcheck(
             torch.ops.sage_diffusion.attention.default,
-            (q, q, q, None, None, "int8/fp8", False, None, "reference", return_lse),
+            (q, q, q, None, "int8/fp8", False, None, "reference", return_lse),
             test_utils=("test_schema", "test_faketensor"),
         )
 

@@ -10,7 +10,7 @@ import torch
 from sage_diffusion import AttentionSession, AttentionSpec, attention
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.backends import Backend
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.attend.execution import KernelCompilationError
 
 
@@ -142,7 +142,7 @@ def test_triton_itself_is_named(qkv):
     def fail(*args, **kwargs):
         raise RuntimeError("PassManager::run failed")
 
-    call = AttentionCall.of(*qkv[:2], AttentionSpec.parse("int8/fp8"))
+    call = AttentionCall.of(Call(*qkv), AttentionSpec.parse("int8/fp8"))
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = fail  # called right before a kernel is compiled
     try:
@@ -164,22 +164,26 @@ def test_triton_itself_is_named(qkv):
 )
 def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     """Really compiled: a ring of too many tiles, and a format that the card doesn't have."""
-    pytest.importorskip("triton", minversion="3.9")
+    pytest.importorskip("triton")
     from helpers import card
 
     from sage_diffusion.attend import execution
     from sage_diffusion.kernels.attention import gluon
     from sage_diffusion.kernels.attention.gluon_support import GluonLaunch
 
-    attend = functools.partial(gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2))
+    kernel_entry = functools.partial(
+        gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2)
+    )
+    attend = functools.partial(backends.run_kernel, kernel_entry)
     record = Backend("gluon", "refuses nothing", lambda call: None, lambda: attend)
     monkeypatch.setattr(backends, "BACKENDS", (record,))
     backends.select.cache_clear()
     q, k, v = torch.randn(3, 1, 1, 64, 128).half().unbind()
-    call = AttentionCall.of(q, k, AttentionSpec.parse("int8/fp8-fast"))
-    call = dataclasses.replace(call, capability=(cc // 10, cc % 10))
+    call = Call(q, k, v)
+    asked = AttentionCall.of(call, AttentionSpec.parse("int8/fp8-fast"))
+    asked = dataclasses.replace(asked, capability=(cc // 10, cc % 10))
     with card(cc), pytest.raises(KernelCompilationError) as caught:
-        execution.run(call, "gluon", q, k, v, None, None)
+        execution.run(call, asked, "gluon")
     backends.select.cache_clear()
     assert (caught.value.kernel, caught.value.target) == (f"gluon: {kernel}", f"sm_{cc}")
     assert says in caught.value.message
@@ -189,8 +193,9 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     ("backend", "spec", "changes", "version", "reason"),
     [
         ("triton", "int8/fp8", {"capability": (7, 5)}, (3, 9), "needs sm_80 or newer, found sm_75"),
-        ("triton", "int8/fp8", {}, (3, 3), "needs triton 3.4 or newer, found 3.3"),
-        ("gluon", "int4/int8", {}, (3, 8), "needs triton 3.9 or newer .*, found 3.8"),
+        ("triton", "int8/fp8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
+        ("gluon", "int4/int8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
+        ("hopper", "int8/fp8", {"capability": (9, 0)}, (3, 5), "needs triton 3.6 or newer"),
         (
             "gluon",
             "int8/int8",
@@ -205,12 +210,9 @@ def test_refused_before_anything_is_compiled(monkeypatch, backend, spec, changes
     """Card, Triton version and head dim; ``load`` would import the kernel."""
     monkeypatch.setattr(backends, "triton_version", lambda: version)
     backends.select.cache_clear()
-    shape = (1, 8, 1024, changes.get("head_dim", 128))
-    capability = changes.get("capability", (8, 9))
-    parsed = AttentionSpec.parse(spec)
-    call = AttentionCall(
-        shape, shape, torch.float16, "cuda", capability, None, None, False, False, parsed
-    )
+    major, minor = changes.get("capability", (8, 9))
+    parsed, head_dim = AttentionSpec.parse(spec), changes.get("head_dim", 128)
+    call = AttentionCall.typical(parsed, f"sm_{major}{minor}", head_dim)
     with pytest.raises(backends.BackendUnavailable, match=reason):
         backends.select(call, backend)
     backends.select.cache_clear()

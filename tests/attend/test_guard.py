@@ -1,17 +1,18 @@
 """The guard at run time: drift, stepping up, never a black picture."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from adapt_host import TinySampler
+from recording import recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sage_diffusion.attend import backends, finite
-from sage_diffusion.attend import session as session_module
 from sage_diffusion.attend.guard import Guard, GuardState, next_up
+from sage_diffusion.attend.health import NonFiniteOutput
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.attend.verdicts import NonFiniteOutput
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
 
@@ -97,8 +98,11 @@ def test_observing_only_leaves_the_spec():
 
 @pytest.fixture
 def broken_backend(monkeypatch):
-    """The twin, but the second layer's first call returns NaN."""
+    """The twin as somebody else's kernel; the second layer's first call returns NaN."""
     load = backends.load
+    theirs = tuple(dataclasses.replace(record, finite=False) for record in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", theirs)
+    backends.select.cache_clear()
     calls = []
 
     def loads(chosen):
@@ -112,6 +116,8 @@ def broken_backend(monkeypatch):
         return broken
 
     monkeypatch.setattr(backends, "load", loads)
+    yield
+    backends.select.cache_clear()
 
 
 @pytest.mark.usefixtures("broken_backend")
@@ -127,14 +133,15 @@ def test_nan_is_replaced_at_once_and_the_layer_stepped_up():
 
 
 class Queue(TorchDispatchMode):
-    """Counts every value of a tensor that Python reads."""
+    """Counts the values of tensors that Python reads, and passes that replace NaN."""
 
     def __init__(self):
         super().__init__()
-        self.reads = 0
+        self.reads = self.replaced = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.reads += func is torch.ops.aten._local_scalar_dense.default
+        self.replaced += func is torch.ops.aten.nan_to_num.default
         return func(*args, **(kwargs or {}))
 
 
@@ -155,7 +162,6 @@ class Copy:
 @pytest.mark.usefixtures("broken_backend")
 def test_a_device_is_never_waited_for_and_nan_never_seen(monkeypatch):
     """The GPU's path: NaN becomes 0 on the device, and its flag is read a step or two later."""
-    monkeypatch.setattr(session_module, "reads_at_once", lambda x: False)
     monkeypatch.setattr(finite, "reads_at_once", lambda x: False)
     monkeypatch.setattr(finite, "copy_to_host", lambda values: (values, Copy()))
     waited = []
@@ -184,6 +190,41 @@ def test_a_device_is_never_waited_for_and_nan_never_seen(monkeypatch):
     assert layer.non_finite == (0,)
     assert layer.stepped_up[0] == "non-finite output at step 0"
     assert layer.ran == {("int8/fp8", "reference"): 2, ("fp16", "native"): 6}
+
+
+def test_backends_whose_outputs_are_finite_are_spared_a_pass(monkeypatch):
+    monkeypatch.setattr(finite, "reads_at_once", lambda x: False)
+    spared = {record.name for record in backends.BACKENDS if record.finite}
+    assert spared == {"gluon", "hopper", "triton", "reference"}
+    with Queue() as queue:
+        sample_with(TinySampler(), "int8/fp8")
+    assert queue.replaced == 0
+    theirs = tuple(dataclasses.replace(record, finite=False) for record in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", theirs)
+    backends.select.cache_clear()
+    with Queue() as queue:
+        sample_with(TinySampler(), "int8/fp8")
+    backends.select.cache_clear()
+    assert queue.replaced == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_look_is_one_kernel_and_finds_what_is_not_finite(dtype, monkeypatch):
+    monkeypatch.setattr(finite, "reads_at_once", lambda x: False)
+    watch, top = finite.FiniteWatch(), torch.finfo(dtype).max
+    values = {
+        "extremes": (top, -top),
+        "infinite": (0.0, torch.inf),
+        "negative": (-torch.inf, 0.0),
+        "nan": (0.0, torch.nan),
+    }
+    for name, pair in values.items():
+        out = torch.tensor(pair, dtype=dtype)
+        with recorded() as found:
+            assert watch.look(name, 3, out) is None
+        assert found.torch == ["aminmax"]
+    assert watch.poll() == [("infinite", 3), ("negative", 3), ("nan", 3)]
+    assert watch.poll() == []
 
 
 @pytest.mark.usefixtures("broken_backend")

@@ -1,10 +1,20 @@
 """Sampled rows against the whole call, for every spec, mask and granularity."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sage_diffusion.attend import rows as measure_module
-from sage_diffusion.attend.rows import RowCall, compare_rows, measure, outliers, sample_rows
+from sage_diffusion.attend.rows import (
+    RowCall,
+    compare_rows,
+    exact_attention,
+    measure,
+    outliers,
+    sample_rows,
+)
 from sage_diffusion.kernels.attention.reference import attention
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
@@ -87,3 +97,47 @@ def test_outliers_find_one_loud_channel():
     x[:, 1, :, 7] *= 30
     assert 3 < quiet < 6
     assert outliers(x) > 3 * quiet
+
+
+def qkv(seed: int = 0, q_len: int = 70, k_len: int = 90, heads: int = 4, kv_heads: int = 2):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, heads, q_len, 32), (2, kv_heads, k_len, 32), (2, kv_heads, k_len, 32))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("mask_kind", [None, "bool", "additive", "row"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_exact_attention_is_sdpa(mask_kind, is_causal, sampled, monkeypatch) -> None:
+    monkeypatch.setattr(measure_module, "_MAX_SCORES", 2 * 4 * 90 * 16)  # several slices
+    q, k, v = qkv()
+    generator = torch.Generator().manual_seed(1)
+    full = torch.ones(70, 90, dtype=torch.bool)
+    mask = None
+    if mask_kind == "bool":
+        mask = torch.rand(2, 1, 70, 90, generator=generator) > 0.3
+        mask[..., 0] = True  # SDPA's answer for a row without any key is not ours to repeat
+        full = mask
+    elif mask_kind == "additive":
+        mask = torch.randn(1, 4, 70, 90, generator=generator)
+    elif mask_kind == "row":
+        mask = torch.rand(2, 1, 1, 90, generator=generator) > 0.3
+        mask[..., 0] = True
+        full = mask
+    bias = mask if mask_kind == "additive" else torch.zeros(1)
+    if is_causal:
+        full = full & torch.ones(70, 90, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(
+        q.double(),
+        k.double(),
+        v.double(),
+        attn_mask=torch.where(full, bias.double(), -math.inf),
+        scale=0.2,
+        enable_gqa=True,
+    )
+    rows = torch.tensor([3, 41, 69]) if sampled else None
+    found = exact_attention(q, k, v, mask=mask, is_causal=is_causal, scale=0.2, rows=rows)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected if rows is None else expected[:, :, rows], atol=2e-6, rtol=1e-5
+    )

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from broken import HUGE, made_nan  # noqa: F401
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, attention
+from sage_diffusion.attend.health import NonFiniteOutput
 from sage_diffusion.attend.session import AttentionRefused
-from sage_diffusion.attend.verdicts import NonFiniteOutput
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def test_at_sets_and_restores_the_place(qkv):
     session = AttentionSession(PrecisionPlan("fp16", (Rule("int8/fp8", start=0.5),)))
     session.attend("x", *qkv)
     with session.at(0.7, step=5):
-        assert session.step == 5
+        assert session.where.step == 5
         session.attend("x", *qkv)
-    assert (session.step, session.progress) == (-1, 0.0)
+    assert (session.where.step, session.where.progress) == (-1, 0.0)
     assert session.summary().specs == {"fp16": 1, "int8/fp8": 1}
 
 
@@ -67,7 +67,7 @@ def test_a_plan_with_a_schedule_is_looked_up_by_sigma():
     )
     session.start(11)
     session.begin_step(1, sigma=0.4)
-    assert session.progress == pytest.approx(0.6)
+    assert session.where.progress == pytest.approx(0.6)
     assert str(session.spec_for("x", 64)) == "int8/fp8"
 
 

@@ -11,7 +11,7 @@ from tiny_emoji import tiny_emoji
 from sage_diffusion import AccuracyReport, PrecisionPlan, Rule
 from sage_diffusion.cli import COMMANDS, main
 from sage_diffusion.commands.common import CommandError
-from sage_diffusion.commands.compare import call_arguments, parse_option
+from sage_diffusion.commands.options import call_arguments, parse_option
 from sage_diffusion.kernels.spec import LADDER
 
 

@@ -114,9 +114,9 @@ def test_a_run_that_breaks_off_keeps_nothing(error):
         patched.sample()
     assert not any(ref() is not None for ref in network.seen)
     assert not any(ref() is not None for pair in sigmas for ref in pair)
-    lane = attached(patched).lanes[torch.device("cpu")]
-    assert len(lane.session.watch) == len(lane.session.guard) == 0
-    assert lane.session.step == -1
+    state = attached(patched).devices[torch.device("cpu")]
+    assert len(state.session.watch) == len(state.session.guard) == 0
+    assert state.session.where.step == -1
     assert attached(patched).last is None
 
 

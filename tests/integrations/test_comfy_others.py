@@ -207,7 +207,7 @@ def test_a_node_between_two_of_ours_does_not_keep_the_older_plan_alive():
     assert torch.equal(new.sample(), exact)
     assert len(log) == 3  # double.00, which the new plan leaves alone, goes through it
     assert attached(new).last.summary.specs == {"fp16": 3, "int8/fp16": 3}
-    assert attached(old).lanes[torch.device("cpu")].session.summary().calls == 0
+    assert attached(old).devices[torch.device("cpu")].session.summary().calls == 0
 
 
 def test_two_nodes_between_three_of_ours():

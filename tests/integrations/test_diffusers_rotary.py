@@ -37,10 +37,9 @@ def handed_over(monkeypatch):
     def loads(chosen):
         run = load(chosen)
 
-        def recording(*args, rope_q=None, rope_k=None):
-            seen.append((rope_q, rope_k))
-            ropes = {"rope_q": rope_q, "rope_k": rope_k} if rope_q or rope_k else {}
-            return run(*args, **ropes)
+        def recording(call, spec, return_lse):
+            seen.append((call.rope_q, call.rope_k))
+            return run(call, spec, return_lse)
 
         return recording
 
@@ -182,7 +181,7 @@ def unrotated():
         calls.append(1)
         return rotated(x.transpose(1, 2), rope).transpose(1, 2)
 
-    return x, rotary.put_off(x, rope, 2, rotate), rotate(), calls
+    return x, rotary.with_tables(x, rope, 2, rotate), rotate(), calls
 
 
 def test_any_other_use_finds_it_rotated():
@@ -218,8 +217,8 @@ def test_another_layout_or_odd_tables_rotate_at_once():
     x, put, want, _ = unrotated()
     tensor, rope = rotary.taken_apart(put, 1)
     assert rope is None and torch.equal(tensor, want)
-    assert rotary.put_off(x, Rope(torch.ones(4, 8), torch.ones(4, 8)), 2, x.clone) is None
-    assert rotary.put_off(x, Rope(*torch.ones(2, 5, 8).double()), 2, x.clone) is None
+    assert rotary.with_tables(x, Rope(torch.ones(4, 8), torch.ones(4, 8)), 2, x.clone) is None
+    assert rotary.with_tables(x, Rope(*torch.ones(2, 5, 8).double()), 2, x.clone) is None
 
 
 def test_the_wan_familys_function_is_recognized_by_its_instructions():

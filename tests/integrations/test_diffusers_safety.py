@@ -200,7 +200,7 @@ def test_a_new_processor_of_a_routed_class_is_routed_too():
     assert torch.equal(tiny(steps=2), plain("sd15"))
 
 
-def test_one_routed_processor_put_into_every_module_is_told_apart():
+def test_one_routed_processor_put_into_every_module_is_reported_apart():
     tiny = build("sd15")
     patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
     tiny.denoiser.set_attn_processor(processors(tiny.denoiser)[0])
@@ -297,7 +297,7 @@ def test_a_deep_copied_pipe_has_a_session_and_a_schedule_of_its_own():
     theirs = other.pipe.sage.summary()
     assert theirs.specs == {"fp16": 8, "int8/fp8": 8}
     assert tiny.pipe.sage.summary().calls == 0
-    assert tiny.pipe.sage.session.steps == 0
+    assert tiny.pipe.sage.session.where.steps == 0
     assert torch.equal(tiny(steps=2), out)
     assert other.pipe.sage.summary().calls == theirs.calls
 
@@ -324,7 +324,7 @@ def test_a_copied_scheduler_drives_nothing():
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     audio = copy.deepcopy(tiny.pipe.scheduler)  # as pipelines with sound do in mid-call
     audio.set_timesteps(7)
-    assert patch.session.steps == 0
+    assert patch.session.where.steps == 0
     assert len(audio.timesteps) == 7
 
 
@@ -334,7 +334,7 @@ def test_pickled_models_and_pipes_come_back():
     expected = tiny(steps=1)
     other = Tiny(pickle.loads(pickle.dumps(tiny.pipe)), tiny.kwargs)
     assert torch.equal(other(steps=1), expected)
-    assert other.pipe.sage.session.steps == 1  # it follows its own scheduler
+    assert other.pipe.sage.session.where.steps == 1  # it follows its own scheduler
     assert other.denoiser.transformer_blocks[0].attn.processor._sage_slot.layers[0].ran
     other.pipe.set_attn_processor("fp16")
     assert torch.equal(other(steps=2), plain("flux"))

@@ -206,7 +206,7 @@ def test_schedulers_that_are_copied_for_every_frame_are_followed(more, steps):
     pipe(**arguments | more, generator=torch.Generator().manual_seed(0))
     seen = [step for step, _ in watcher.places]
     assert [s for i, s in enumerate(seen) if i == 0 or s != seen[i - 1]] == steps
-    assert pipe.sage.session.step == -1
+    assert pipe.sage.session.where.step == -1
     assert not pipe.sage.summary().warnings
 
 
@@ -278,7 +278,7 @@ def test_nothing_stays_on_schedulers_or_their_copies():
     for each in (scheduler, *copies):
         assert type(each) is diffusers.FlowMatchEulerDiscreteScheduler
         each.set_timesteps(3)
-    assert patch.session.step == -1
+    assert patch.session.where.step == -1
 
 
 def test_what_others_put_on_a_scheduler_is_called_and_stays():
@@ -335,7 +335,7 @@ def test_every_scheduler_of_a_pipe_is_followed():
         *(0, 0.5, 1),
         *(0, 0.25, 0.5, 0.75, 1),
     ]
-    assert patch.session.step == -1
+    assert patch.session.where.step == -1
     patch.remove()
     assert type(pipe.components["prior_scheduler"]) is diffusers.UnCLIPScheduler
 
@@ -345,9 +345,9 @@ def test_the_end_of_denoising_ends_a_run():
     patch = enable(tiny.pipe).set_attn_processor(AttentionSession("fp16", observers=[watcher]))
     tiny.pipe(**tiny.kwargs, num_inference_steps=8, denoising_end=0.5, output_type="latent")
     assert {step for step, _ in watcher.places} == {0, 1, 2, 3}
-    assert patch.session.step == -1
+    assert patch.session.where.step == -1
     tiny(steps=2)
-    assert patch.session.steps == 2 and not patch.summary().warnings
+    assert patch.session.where.steps == 2 and not patch.summary().warnings
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -359,7 +359,7 @@ def test_a_loop_that_is_broken_off_ends_its_run(error):
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     with pytest.raises(error):
         tiny(steps=4, callback_on_step_end=stop)
-    assert patch.session.step == -1
+    assert patch.session.where.step == -1
     tiny(steps=2)
     assert not patch.summary().warnings
 
@@ -385,7 +385,7 @@ def test_bars_that_iterate_end_a_run_too():
     patch = apply(pipe, AttentionSession("fp16"))
     with torch.no_grad():
         pipe(4, 2)
-    assert patch.session.step == -1
+    assert patch.session.where.step == -1
     assert patch.session.layers["transformer_blocks.0.attn1"].ran.total() == 2
 
 

@@ -1,14 +1,20 @@
 """Plans that belong to a model, move to other schedules, and merge; plans that are shipped."""
 
 import pytest
-import torch
 from adapt_host import TinySampler
 
-from sage_diffusion.adapt.frechet import frechet_distance, picture_features
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, step_progress
-from sage_diffusion.plan.edit import check_fingerprint, merge_plans, remap_plan
+from sage_diffusion.plan.edit import (
+    check_fingerprint,
+    custom,
+    merge_plans,
+    remap_plan,
+    renamed,
+    with_default,
+    with_rule,
+    without_rule,
+)
 from sage_diffusion.plan.fingerprint import fingerprint
-from sage_diffusion.plan.shelf import FOLDER, shipped, shipped_plan
 
 
 def test_a_plan_knows_its_model():
@@ -76,42 +82,48 @@ def test_merging_puts_the_first_plan_first():
         merge_plans(one, other)
 
 
-@pytest.mark.parametrize("name", shipped())
-def test_shipped_plans_are_valid(name):
-    plan = shipped_plan(name)
-    assert plan.name
-    calibrated = plan.calibration is not None
-    assert calibrated == (name == "bundled")
-    # A plan for one family must not look as if it had been measured there.
-    assert calibrated or plan.model is None or "not calibrated" in plan.name
-    assert PrecisionPlan.from_json(plan.to_json()) == plan
+def spec_at(plan, layer="double.00", progress=0.5, tokens=4096):
+    return str(plan.resolve(layer, progress, tokens=tokens))
 
 
-def test_unknown_shipped_plan():
-    assert len(shipped()) == len(list(FOLDER.glob("*.json"))) > 5
-    with pytest.raises(PlanError, match="plan must be one of"):
-        shipped_plan("nope")
+def test_custom_plans():
+    plan = custom(
+        "int4/int8", start=0.25, end=0.75, layers="double.*, !double.00\nsingle.1?", min_tokens=100
+    )
+    assert spec_at(plan, "double.01") == "int4/int8"
+    assert spec_at(plan, "single.12") == "int4/int8"
+    assert spec_at(plan, "double.00") == "fp16"
+    assert spec_at(plan, "single.05") == "fp16"
+    assert spec_at(plan, "double.01", progress=0.1) == "fp16"
+    assert spec_at(plan, "double.01", progress=0.75) == "fp16"
+    assert spec_at(plan, "double.01", tokens=99) == "fp16"
+    assert spec_at(custom("int8/fp16", layers="!double.00")) == "fp16"
+    assert spec_at(custom("int8/fp16", layers="!double.00"), "double.01") == "int8/fp16"
 
 
-def test_frechet_distance_agrees_with_the_matrix_square_root():
-    from scipy.linalg import sqrtm
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spec": "int5"}, "not an attention spec"),
+        ({"spec": "int8/fp16", "start": 0.6, "end": 0.5}, "start must be less than end"),
+        ({"spec": "int8/fp16", "layers": " "}, "layers must be globs"),
+        ({"spec": "int8/fp16", "layers": "!"}, "layers must be globs"),
+    ],
+)
+def test_custom_plans_say_what_is_wrong(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        custom(**arguments)
 
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(200, 6, generator=generator, dtype=torch.float64)
-    b = torch.randn(150, 6, generator=generator, dtype=torch.float64) * 1.5 + 0.3
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root = torch.tensor(sqrtm((cov_a @ cov_b).numpy()).real)
-    expected = shift + cov_a.trace() + cov_b.trace() - 2 * root.trace()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
-
-def test_frechet_distance_of_fewer_pictures_than_features():
-    pictures = torch.rand(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    features = picture_features(pictures)
-    assert features.shape == (5, 48)
-    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(features, features + 1) == pytest.approx(48, rel=1e-6)
-    with pytest.raises(ValueError, match="at least two members"):
-        frechet_distance(features[:1], features)
+def test_edits():
+    plan = PrecisionPlan("fp16", (Rule("int8/fp16", "a"), Rule("int8/int8", "b")))
+    top = with_rule(plan, Rule("int4/int8", "a"))
+    assert [str(rule.spec) for rule in top.rules] == ["int4/int8", "int8/int8"]
+    assert len(with_rule(plan, Rule("int4/int8", "c"), first=False).rules) == 3
+    with pytest.raises(PlanError, match="can never apply"):
+        with_rule(plan, Rule("int4/int8", "a"), first=False)
+    assert [rule.layers for rule in without_rule(plan, 0).rules] == ["b"]
+    with pytest.raises(PlanError, match="between 0 and 1, got 2"):
+        without_rule(plan, 2)
+    assert str(with_default(plan, "int8/fp8").default) == "int8/fp8"
+    assert renamed(plan, " ").name is None

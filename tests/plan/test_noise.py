@@ -60,7 +60,7 @@ def run(plan, noise, schedule):
     found = []
     for step, value in enumerate(schedule):
         session.begin_step(step, value)
-        found.append(session.progress)
+        found.append(session.where.progress)
     return found, session
 
 
@@ -95,7 +95,7 @@ def test_a_plan_assigned_in_mid_run_is_looked_up_too():
     session.start(3, (900.0, 500.0, 10.0), TIMESTEPS)
     session.plan = PrecisionPlan("fp16", schedule=(1.0, 0.9, 0.01), schedule_unit="flow-sigmas")
     session.begin_step(1, 500.0)
-    assert session.progress == pytest.approx(
+    assert session.where.progress == pytest.approx(
         0.5 + 0.5 * (0.9 - TIMESTEPS.share(500, "timesteps")) / 0.89
     )
 

@@ -1,5 +1,7 @@
 """The benchmark: on the CPU, by the twin and a fake clock."""
 
+import ast
+import contextlib
 import json
 import types
 
@@ -99,6 +101,34 @@ def test_what_fails_is_a_row_and_the_run_goes_on():
     assert result.refused == {("int8/fp8", "mine", 64): "needs a GPU"}
 
 
+def compiler_failures():
+    """What Triton's compiler raises, as it raises it."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    from triton.compiler.errors import CompilationError
+
+    return {
+        "no such dot": CompilationError("x = 1", ast.parse("x = 1").body[0], "no such dot"),
+        "shared memory": errors.OutOfResources(200000, 101376, "shared memory"),
+        "ptxas": errors.PTXASError("ptxas exited with 255"),
+    }
+
+
+def test_a_kernel_that_does_not_compile_is_a_row():
+    failures = compiler_failures()
+    assert not any(isinstance(error, RuntimeError) for error in failures.values())
+
+    def raising(error):
+        def run(q, k, v, is_causal):
+            raise error
+
+        return run
+
+    entrants = [*(entrant(raising(error)) for error in failures.values()), entrant(exact)]
+    rows = measure(entrants, FakeTimer(), lengths=(64,), head_dims=(64,), **CPU).rows
+    assert [row.status for row in rows] == ["failed", "failed", "failed", "measured"]
+    assert all(says in row.reason for says, row in zip(failures, rows[:3], strict=True))
+
+
 def test_inputs_that_do_not_fit():
     def make(batch, heads, length, *rest):
         if length == 128:
@@ -143,36 +173,91 @@ def test_sdpa_is_held_to_one_kernel():
         cudnn.run(q, k, v, False)
 
 
+class FakeGpu:
+    """Stands for ``torch.cuda``; a cycle takes a microsecond, a call 400 ms and its host 3 ms.
+
+    Attributes:
+        log: what was done; of a sleep its milliseconds.
+    """
+
+    def __init__(self, monkeypatch, wakes_after=6.0):
+        self.log, self.now, self.wakes_after, self.slept = [], 0.0, wakes_after, 0.0
+        monkeypatch.setattr(timing.torch, "cuda", self)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def call(self):
+        self.log.append("call")
+        self.now += 0.003
+
+    def Event(self, enable_timing):
+        def record():
+            self.log.append("event")
+
+        return types.SimpleNamespace(
+            record=record,
+            query=lambda: self.slept < self.wakes_after,
+            elapsed_time=lambda end: self.slept if self.log[-3] == self.slept else 400.0,
+        )
+
+    def _sleep(self, cycles):
+        self.slept = cycles / 1000
+        self.log.append(self.slept)
+
+    def synchronize(self, device):
+        self.log.append("wait")
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def get_device_properties(self, device):
+        return types.SimpleNamespace(L2_cache_size=2**26)
+
+    def reset_peak_memory_stats(self, device):
+        self.slept = 0.0
+
+    def memory_allocated(self, device):
+        return 100
+
+    def max_memory_allocated(self, device):
+        return 350
+
+    def timer(self, **options):
+        found = CudaTimer(torch.device("cpu"), **options)
+        found._flush = types.SimpleNamespace(zero_=lambda: self.log.append("flush"))
+        self.log.clear()
+        return found
+
+
 def test_the_gpu_timer(monkeypatch):
-    """Warm-up, one run for the memory, and a flush of the cache before every timed run."""
-    log = []
+    """Warm-up, one run for the memory; then each run behind a flush of the cache and a sleep."""
+    gpu = FakeGpu(monkeypatch)
+    assert CudaTimer(torch.device("cpu"))._flush.numel() == 2**27
+    found = gpu.timer(repeats=20, warmup=2, seconds=2.0)(gpu.call)
+    assert found == Timing((400.0,) * 5, 250, pytest.approx(3.0), gaps=False)  # two seconds
+    assert gpu.log[:7] == ["call", "call", "wait", "event", "call", "event", "wait"]
+    sleep = pytest.approx(6.1, abs=1e-3)  # twice the host's time of the run for the memory
+    assert gpu.log[7:] == ["flush", sleep, "event", "call", "event", "wait"] * 5
 
-    class Event:
-        def __init__(self, enable_timing):
-            self.at = None
 
-        def record(self):
-            log.append("event")
+def test_a_run_that_was_not_queued_in_time_is_repeated(monkeypatch):
+    gpu = FakeGpu(monkeypatch, wakes_after=20.0)
+    found = gpu.timer(repeats=3, warmup=0)(gpu.call)
+    assert found.milliseconds == (400.0,) * 3 and not found.gaps
+    sleeps = [x for x in gpu.log if isinstance(x, float)]
+    assert sleeps == pytest.approx([6.1, 12.2, 24.4, 24.4, 24.4], abs=1e-2)
 
-        def elapsed_time(self, end):
-            return 400.0
 
-    fake = types.SimpleNamespace(
-        Event=Event,
-        synchronize=lambda device: log.append("wait"),
-        reset_peak_memory_stats=lambda device: None,
-        memory_allocated=lambda device: 100,
-        max_memory_allocated=lambda device: 350,
-        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=2**26),
-    )
-    monkeypatch.setattr(timing.torch, "cuda", fake)
-    timer = CudaTimer(torch.device("cpu"), repeats=20, warmup=2, seconds=2.0)
-    assert timer._flush.numel() == 2**27
-    timer._flush = types.SimpleNamespace(zero_=lambda: log.append("flush"))
-    found = timer(lambda: log.append("call"))
-    assert found == Timing((400.0,) * 5, 250)  # stops once two seconds are over
-    assert log[:5] == ["call", "call", "wait", "call", "wait"]
-    assert log[5:] == ["flush", "event", "call", "event", "wait"] * 5
+def test_gaps_that_no_sleep_covers_are_reported(monkeypatch):
+    gpu = FakeGpu(monkeypatch, wakes_after=1e9)  # the call itself waits for the GPU
+    assert gpu.timer(repeats=3, warmup=0)(gpu.call).gaps
+    assert max(x for x in gpu.log if isinstance(x, float)) == timing.LONGEST_SLEEP
+
+    def timer(call):
+        call()
+        return Timing((1.0,), None, 0.5, gaps=True)
+
+    (row,) = measure([entrant(exact)], timer, lengths=(64,), head_dims=(64,), **CPU).rows
+    assert (row.status, row.host_milliseconds, row.reason) == ("measured", 0.5, bench.GAPS)
 
 
 @pytest.fixture

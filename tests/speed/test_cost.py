@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 from sage_diffusion import cli
 from sage_diffusion.adapt.costs import card_costs, relative_cost
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.speed import cost
+from sage_diffusion.kernels.versions import TRITON
+from sage_diffusion.speed import cost, cost_sass
 from sage_diffusion.speed.cost_compile import compile_attention
 from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
 
@@ -62,6 +63,21 @@ def test_tensor_core_work(op, want):
     assert macs(op) == want
 
 
+def test_what_older_toolkits_print(monkeypatch, tmp_path):
+    """CUDA 12.8 adds scheduling to Blackwell's instructions, and leaves loops through BREAK."""
+    lines = (
+        "        /*0000*/ IMMA.16832.S8.S8.SAT R0, R4.ROW, R8.COL, R0   &req={0,1}  ?WAIT5;",
+        "        /*0010*/ BREAK.RELIABLE B0 ;",
+        "        /*0020*/ @P0 BRA 0x0                 &req={4,1}       ?trans6;",
+    )
+    printed = ["Function k:\n REG:40\n", "Function : k\n" + "\n".join(lines)]
+    monkeypatch.setattr(cost_sass, "_run", lambda command: printed.pop(0))
+    (function,) = functions(tmp_path)
+    assert function.loops == ((0, 2),) and function.code[2] == "@P0 BRA 0x0"
+    found = bound(main_loop(function), GPUS["rtx5090"])
+    assert found.work == 16 * 8 * 32 and not found.unknown
+
+
 def test_main_loop_is_the_innermost_with_the_work():
     code = ["MOV R0, R1", "IMMA.16864.S4.S4.SAT R0", "IADD3 R0", "@P0 BRA 0x10", "BRA 0x0"]
     function = Function("f", tuple(code), ((1, 3), (0, 4)), 32, 0)
@@ -69,7 +85,13 @@ def test_main_loop_is_the_innermost_with_the_work():
     assert opcode("@!P0 IMAD.MOV.U32 R1, RZ, RZ, R2") == "IMAD.MOV.U32"
 
 
-#: (card, spec, head dim, cycles, share of the second pipe): what the kernels must not lose again.
+#: Of what the kernels must not lose again Triton before 3.9 may lose 2 % of the bound (2.2 % at
+#: int4/int8 and head dim 64, where each instruction counts: eight moves and a barrier), some of the
+#: room below it, and a few registers outside the main loop.
+OLDER = TRITON < (3, 9)
+SLACK, ROOM = (1.025, 0.07) if OLDER else (1.0, 0.0)
+
+#: (card, spec, head dim, cycles, share of the second pipe) under Triton 3.9.
 GOALS = [
     ("rtx4090", "int4/fp8-fast", 128, 192, 0.65),
     ("rtx4090", "int4/fp8-fast", 64, 200, 0.98),
@@ -93,12 +115,12 @@ GOALS = [
 def test_goals(gpu, spec, head_dim, cycles, second):
     (got,) = cost.kernel_costs([gpu], [spec], [head_dim])
     assert (got.gpu, got.spec, got.head_dim) == (gpu, spec, head_dim)
-    assert got.cycles <= cycles and got.second <= second
-    assert got.spills == 0 and got.registers <= 255
+    assert got.cycles <= cycles * SLACK and got.second <= second + ROOM
+    assert got.spills <= (8 if OLDER else 0) and got.registers <= 255
     if spec != "fp8/fp8":  # not on the ladder, plans don't choose it
         prices = card_costs(gpu)
         planned = relative_cost(spec, prices, head_dim) * prices["fp16"]
-        assert planned == pytest.approx(got.cycles, rel=0.01)  # what plans are made with
+        assert planned == pytest.approx(got.cycles, rel=0.02 if OLDER else 0.01)  # of plans
 
 
 @pytest.mark.parametrize(
@@ -114,7 +136,7 @@ def test_goals_with_masks(spec, mask, is_causal, second):
     """A mask that differs from query to query leaves the tensor cores the slowest pipe."""
     (got,) = cost.kernel_costs(["rtx4090"], [spec], [128], mask=mask, is_causal=is_causal)
     assert got.bound == "tensor" and got.cycles == (192 if "int4" in spec else 256)
-    assert got.second <= second and got.spills == 0
+    assert got.second <= second + ROOM and got.spills == 0
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +167,7 @@ def test_peers_by_path(int4):
     _, cubin, wheel = int4
     ours = cost.kernel_costs(["rtx4090"], ["int4/fp8-fast"], [128])[0]
     for path, package in ((cubin, "kernel"), (wheel, "some_peer")):
-        first, second = cost.peer_costs(str(path), ["rtx4090", "l40s"])
+        first, second = cost.library_costs(str(path), ["rtx4090", "l40s"])
         assert (first.cycles, first.second, first.registers) == (
             ours.cycles,
             ours.second,
@@ -153,10 +175,10 @@ def test_peers_by_path(int4):
         )
         assert (first.spec, first.package) == ("int4/fp8", package)
         assert (first.gpu, second.gpu, second.cycles) == ("rtx4090", "l40s", first.cycles)
-    (found,) = cost.peer_costs("some-peer", ["rtx4090"], wheels=wheel.parent)
-    assert found == cost.peer_costs(str(wheel), ["rtx4090"])[0]
+    (found,) = cost.library_costs("some-peer", ["rtx4090"], wheels=wheel.parent)
+    assert found == cost.library_costs(str(wheel), ["rtx4090"])[0]
     with pytest.raises(cost.CostError, match="no tensor-core kernel for h100 was found"):
-        cost.peer_costs(str(wheel), ["h100"])
+        cost.library_costs(str(wheel), ["h100"])
 
 
 def test_what_is_put_beside_ours():
@@ -174,7 +196,7 @@ def test_bad_input(tmp_path, monkeypatch):
     text = tmp_path / "text.so"
     text.write_text("no machine code")
     with pytest.raises(cost.CostError, match="must hold machine code for a GPU"):
-        cost.peer_costs(str(text))
+        cost.library_costs(str(text))
     with pytest.raises(cost.CostError, match=r"gpu must be one of rtx2080ti, .*, got 'rtx1'"):
         cost.kernel_costs(["rtx1"])
     with pytest.raises(cost.NoKernelError, match="no kernel of this package runs on rtx2080ti"):

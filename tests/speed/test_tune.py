@@ -118,7 +118,7 @@ def test_a_backend_hands_the_users_table_to_its_kernel(monkeypatch):
     pytest.importorskip("triton")
     record = next(b for b in backends.BACKENDS if b.name == "triton")
     monkeypatch.setattr(launches, "user_entries", lambda: (entry(),))
-    assert record.load().keywords["tuned"](CPU, INT8, 64) == Launch(64, 8, 2)
+    assert record.load().args[0].keywords["tuned"](CPU, INT8, 64) == Launch(64, 8, 2)
 
 
 @pytest.mark.parametrize(("block", "warps"), [(64, 4), (128, 4)])

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from sage_diffusion.attend import backends
-from sage_diffusion.attend.calls import AttentionCall
+from sage_diffusion.attend import verdicts
+from sage_diffusion.attend.backends import answers
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
-from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.machine import device_arch, environment
+from sage_diffusion.machine import card_name, device_arch, environment
 
 
-def answers(
-    device: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, mask: str | None = None
-) -> dict[str, dict[str, str | None]]:
-    """Spec -> backend -> None where it runs such a call, else the reason why not."""
-    where = torch.device(device)
-    capability, hip_arch = device_arch(where)
-    shape = (1, 24, 4096, head_dim)
-    found = {}
-    for name in LADDER:
-        spec = AttentionSpec.parse(name)
-        call = AttentionCall(
-            shape, shape, dtype, where.type, capability, hip_arch, mask, False, False, spec
-        )
-        found[name] = backends.refusals(call)
-    return found
+def diagnosis(device: str, head_dim: int = 128, mask: str | None = None) -> str:
+    """The text of Sage Doctor: versions, every spec's backend, presets, and the refusals.
 
-
-def diagnosis(device: str, **call: object) -> str:
-    """The text of Sage Doctor: versions, every spec's backend, presets, and the refusals."""
-    found = answers(device, **call)  # type: ignore[arg-type]
+    Args:
+        device: of the calls asked about.
+        head_dim, mask: of those calls, as in :class:`.AttentionCall`.
+    """
+    found = answers(device, head_dim, mask=mask)
     lines = [f"{name}: {value}" for name, value in environment().items()]
     where = torch.device(device)
     capability, hip_arch = device_arch(where)
@@ -38,13 +25,15 @@ def diagnosis(device: str, **call: object) -> str:
         lines.append(f"architecture: sm_{capability[0]}{capability[1]}")
     if hip_arch is not None:
         lines.append(f"architecture: {hip_arch}")
+    card = card_name(where)
+    if card is not None:
+        lines += verdicts.describe(card)
     lines.append("")
     lines.append("spec            runs on")
     reasons: dict[str, dict[str, list[str]]] = {}
-    for spec, by_backend in found.items():
-        able = [name for name, reason in by_backend.items() if reason is None]
-        lines.append(f"{spec:<15} {able[0] if able else 'nothing'}")
-        for backend, reason in by_backend.items():
+    for spec, answer in found.items():
+        lines.append(f"{spec:<15} {answer.auto or 'nothing'}")
+        for backend, reason in answer.refusals.items():
             if reason is not None:
                 reasons.setdefault(backend, {}).setdefault(reason, []).append(spec)
     lines.append("")

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend.calls import Observer
+from sage_diffusion.attend.calls import Call, Observer
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.runs import nothing_quantized, quantizes
 from sage_diffusion.attend.session import AttentionRefused, AttentionSession
 from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
-from sage_diffusion.integrations.comfy.lane import Lane
+from sage_diffusion.integrations.comfy.device import DeviceState
 from sage_diffusion.integrations.comfy.report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
@@ -52,7 +52,7 @@ Reporter = Callable[[RunReport], None]
 
 
 class ModelAttention:
-    """What one patched MODEL (and its clones) shares: settings, lanes, and the last run's report.
+    """What one patched MODEL (and its clones) shares: settings, devices, and the last run's report.
 
     Args:
         plan: a plan, a spec, a spec's name, a path of a plan, or a session: the caller's own,
@@ -93,12 +93,12 @@ class ModelAttention:
         self.first: Override | None = None  # what stood there when the MODEL was patched
         self.previous: Override | None = None  # what a call that we decline goes to
         self.last: RunReport | None = None
-        self.lanes: dict[torch.device, Lane] = {}
+        self.devices: dict[torch.device, DeviceState] = {}
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._checked = False
         self._run: Callable[..., Any] = ModelAttention._attend
-        self._lane(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
+        self._state(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
 
     # ------------------------------------------------------------------ the call
     @property
@@ -117,12 +117,12 @@ class ModelAttention:
         override.sage_attention = self  # type: ignore[attr-defined]
         return override
 
-    def _lane(self, device: torch.device) -> Lane:
-        lane = self.lanes.get(device)
-        if lane is None:
+    def _state(self, device: torch.device) -> DeviceState:
+        state = self.devices.get(device)
+        if state is None:
             with self._lock:
-                lane = self.lanes.setdefault(device, Lane(self._session()))
-        return lane
+                state = self.devices.setdefault(device, DeviceState(self._session()))
+        return state
 
     def _session(self) -> AttentionSession:
         if self.session is not None:
@@ -143,45 +143,41 @@ class ModelAttention:
         name: str | None = None,
     ) -> Any:
         first = args[0] if args else kwargs.get("q")
-        lane = self._lane(first.device if isinstance(first, Tensor) else torch.device("cpu"))
-        if lane.in_previous:
+        state = self._state(first.device if isinstance(first, Tensor) else torch.device("cpu"))
+        if state.in_previous:
             # An override below ours has put itself on top as well and handed the call back.
             return func(*args, **kwargs)
 
         def host() -> Any:
             if self.previous is None or name is not None:
                 return func(*args, **kwargs)
-            lane.in_previous = True
+            state.in_previous = True
             try:
                 return self.previous(func, *args, **kwargs)
             finally:
-                lane.in_previous = False
+                state.in_previous = False
 
         options = kwargs.get("transformer_options") or {}
-        session = lane.session
-        if not lane.inside:
-            lane.cursor.reset()  # a node calls the network itself: nobody tells us where it begins
+        session = state.session
+        if not state.inside:
+            state.cursor.reset()  # a node calls the network itself: nobody tells us where it begins
         try:
             call = parse_call(args, kwargs)
         except UnknownCall as error:
-            session.layer(name or lane.cursor.name(options)).decline(str(error))
+            session.layer(name or state.cursor.name(options)).decline(str(error))
             return host()
-        layer = session.layer(name or lane.cursor.name(options, call.cross))
+        layer = session.layer(name or state.cursor.name(options, call.cross))
         quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
-            # The model knows; not even `strict` overrules it.
-            layer.declined[FULL_PRECISION] += 1
+            layer.keep(FULL_PRECISION)
             return host()
         if quantized and self.keep_cross and call.cross:
             quantized = False
         elif quantized or session.observers:
-            native = native_of(call, host)
-            out = session.attend(
-                layer, call.q, call.k, call.v, mask=call.mask, scale=call.scale, native=native
-            )
-            return call.to_host(out)
-        layer.ran["fp16", "native"] += 1
+            ours = Call(call.q, call.k, call.v, call.mask, scale=call.scale)
+            return call.to_host(layer.attend(ours, native_of(call, host)))
         layer.tokens = max(layer.tokens, call.k.shape[2])
+        layer.keep()
         return host()
 
     def _hidden(
@@ -195,8 +191,8 @@ class ModelAttention:
         self.previous = self.first
         self._warnings.clear()
         self._checked = False
-        for lane in self.lanes.values():
-            lane.begin_run(self._session())
+        for state in self.devices.values():
+            state.begin_run(self._session())
         if "torch._dynamo" in sys.modules:
             # A compiled model breaks its graph here: counting and choosing are Python.  Importing
             # the compiler only for this would cost seconds where nothing is compiled.
@@ -209,7 +205,7 @@ class ModelAttention:
             NonFiniteOutput, AttentionRefused: strict, and what a report would warn of.
         """
         try:
-            logs = [lane.session.finish(judge=False) for lane in self.lanes.values()]
+            logs = [state.session.finish(judge=False) for state in self.devices.values()]
             runs = [run for run in logs if run is not None]
             nothing = nothing_quantized(self.plan, runs) if runs else None
             if nothing is not None and any(run.calls for run in runs):
@@ -226,30 +222,30 @@ class ModelAttention:
 
     def break_off(self) -> None:
         """A sampling run was broken off: nothing of it is kept, nothing booked on the next."""
-        for lane in self.lanes.values():
-            lane.session.break_off()
+        for state in self.devices.values():
+            state.session.break_off()
         self._let_go()
 
     def _let_go(self) -> None:
         self.previous = self.first
-        for lane in self.lanes.values():
-            lane.let_go()
+        for state in self.devices.values():
+            state.let_go()
 
     def report(self) -> RunReport:
         """What happened since the run began."""
         unreached: dict[str, tuple[str, ...]] = {}
-        for lane in self.lanes.values():
-            for why, names in lane.unreached.items():
+        for state in self.devices.values():
+            for why, names in state.unreached.items():
                 unreached[why] = tuple(sorted({*unreached.get(why, ()), *names}))
         warnings = list(self._warnings)
         if self.previous is not None:
             other = getattr(self.previous, "__qualname__", type(self.previous).__name__)
             warnings.append(f"calls left alone here go to another node's override ({other})")
         return RunReport(
-            merged([lane.session.summary() for lane in self.lanes.values()]),
+            merged([state.session.summary() for state in self.devices.values()]),
             self.title,
             self.model_name,
-            sum(lane.forwards for lane in self.lanes.values()),
+            sum(state.forwards for state in self.devices.values()),
             tuple(warnings),
             unreached,
         )
@@ -259,14 +255,14 @@ class ModelAttention:
         self, model: Any, device: torch.device, options: Mapping[str, Any]
     ) -> Iterator[None]:
         """One model call: modules are patched, the session knows the step, inside the block."""
-        lane = self._lane(device)
-        with lane.forward(model, options, self.percents, self._hidden):
+        state = self._state(device)
+        with state.forward(model, options, self.percents, self._hidden):
             yield
         if not self._checked:
             self._checked = True
-            self._check_plan(list(lane.session.layers))
-        if self.strict and lane.unreached and quantizes(self.plan):
-            why, names = next(iter(lane.unreached.items()))
+            self._check_plan(list(state.session.layers))
+        if self.strict and state.unreached and quantizes(self.plan):
+            why, names = next(iter(state.unreached.items()))
             raise AttentionRefused(f"{min(names)} can't be reached: {why}")
 
     def _check_plan(self, layers: list[str]) -> None:

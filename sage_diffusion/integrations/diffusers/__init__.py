@@ -1,4 +1,11 @@
-"""diffusers: any pipeline's or model's attention through an ``AttentionSession``, and back."""
+"""diffusers: any pipeline's or model's attention through an :class:`AttentionSession`.
+
+from sage_diffusion import enable
+enable(pipe).set_attn_processor("int8/fp8")     # a spec, a plan or the path of one
+image = pipe("a cat").images[0]
+print(pipe.sage.summary())                      # which layer ran what
+pipe.set_attn_processor(None)                   # as it was, bit for bit
+"""
 
 try:
     import diffusers  # noqa: F401

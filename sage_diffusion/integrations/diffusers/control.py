@@ -1,4 +1,4 @@
-"""What users call: ``enable``, ``apply``, and a marker for a model's own method."""
+"""How users switch quantized attention on: ``apply``, ``enable`` and ``SageAttnProcessor``."""
 
 from __future__ import annotations
 

@@ -117,13 +117,13 @@ class Guidance:
     def _within(self, branch: str | None, context: Any) -> Iterator[None]:
         session = self.session
         session.settle()
-        before = session.branch
-        session.set_branch(branch or before, session.chunks, self._pictures)
+        before = session.where.branch
+        session.set_branch(branch or before, session.where.chunks, self._pictures)
         try:
             with context:
                 yield
         finally:
-            session.set_branch(before, session.chunks, self._pictures)
+            session.set_branch(before, session.where.chunks, self._pictures)
 
     def prepare_models(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A guider is about to call the model for one of its branches."""

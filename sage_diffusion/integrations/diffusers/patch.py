@@ -1,11 +1,4 @@
-"""diffusers: any pipeline's or model's attention through an :class:`AttentionSession`.
-
-from sage_diffusion import enable
-enable(pipe).set_attn_processor("int8/fp8")     # a spec, a plan or the path of one
-image = pipe("a cat").images[0]
-print(pipe.sage.summary())                      # which layer ran what
-pipe.set_attn_processor(None)                   # as it was, bit for bit
-"""
+"""One patched pipeline or model: its attention modules routed, its scheduler followed, undone."""
 
 from __future__ import annotations
 
@@ -75,7 +68,7 @@ class Patch:
     def __init__(self, target: Any, session: AttentionSession, only: frozenset[str] | None = None):
         self._target = WeakLink(target)
         self.session = session
-        _denoisers(target)  # is it a target at all?
+        denoisers(target)  # is it a target at all?
         self.skipped: dict[str, str] = {}
         self._only = only
         self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
@@ -111,10 +104,10 @@ class Patch:
 
     def _attention_modules(self) -> Iterator[tuple[LayerName, nn.Module]]:
         """Layer name and module of everything that has an attention processor."""
-        denoisers = _denoisers(self.target, self._known)
-        self._known.update(denoisers)
-        main = next((name for name in _MAIN if name in denoisers), next(iter(denoisers), ""))
-        for component, model in denoisers.items():
+        found = denoisers(self.target, self._known)
+        self._known.update(found)
+        main = next((name for name in _MAIN if name in found), next(iter(found), ""))
+        for component, model in found.items():
             for path, module in model.named_modules():
                 if _processor(module) is not None and (self._only is None or path in self._only):
                     yield LayerName(path, component, component == main), module
@@ -160,7 +153,7 @@ class Patch:
             return
         self.skipped.clear()
         passing: dict[type, list[str]] = {}
-        for model in _denoisers(self.target).values():
+        for model in denoisers(self.target).values():
             self._stand_before(model, "cache_context", self._guidance.cache_context)
         for name, module in self._attention_modules():
             processor = _processor(module)
@@ -204,7 +197,7 @@ class Patch:
         driver = self._driver
         new = is_pipeline(self.target) and driver.follow(_schedulers(self.target))
         track = driver.tracks[-1] if new else driver.current
-        if track is not None and (new or self.session.step < 0):
+        if track is not None and (new or self.session.where.step < 0):
             driver.start(track)
         else:
             self._sampling_begins()
@@ -265,7 +258,7 @@ class Patch:
 
     def models(self) -> list[nn.Module]:
         """The patched models, as the pipeline holds them."""
-        return list(_denoisers(self.target, self._known).values())
+        return list(denoisers(self.target, self._known).values())
 
     def summary(self) -> PatchSummary:
         """Which layer ran what, and what fell back and why."""
@@ -275,7 +268,7 @@ class Patch:
 
 
 # ---------------------------------------------------------------------- helpers
-def _denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
+def denoisers(target: Any, known: Container[str] = ()) -> dict[str, nn.Module]:
     """The models to patch by component name, ``known`` ones included; a lone model's is ""."""
     if isinstance(target, nn.Module):
         return {"": _unwrapped(target)}
@@ -321,7 +314,7 @@ def _nothing_to_route(target: Any) -> str:
     }
     odd = [cls for cls in found if computes_softmax(cls) and not attention_sites(cls)]
     message = f"{type(target).__name__} has no attention to quantize: none of its denoisers ("
-    message += ", ".join(_denoisers(target)) or "it has none"
+    message += ", ".join(denoisers(target)) or "it has none"
     message += ") has a processor that calls scaled_dot_product_attention or diffusers' dispatcher"
     for cls in odd:
         message += f"; {cls.__name__} computes softmax attention by itself: {_cure(cls)}"
@@ -335,7 +328,7 @@ def _takes_time(model: nn.Module) -> bool:
 
 def model_name(target: Any) -> str:
     """What plans call a pipeline's or model's denoisers: their classes."""
-    return " + ".join(type(module).__name__ for module in _denoisers(target).values())
+    return " + ".join(type(module).__name__ for module in denoisers(target).values())
 
 
 def _unwrapped(model: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sage_diffusion.attend import ops
+from sage_diffusion.attend.calls import Call, Native
 from sage_diffusion.attend.session import AttentionSession, Layer
 from sage_diffusion.integrations.diffusers.rebind import (
     DISPATCH,
@@ -32,9 +33,9 @@ from sage_diffusion.integrations.diffusers.rotary import (
     ROTARY,
     as_rotated,
     pair_tables,
-    put_off,
     rotate_pairs,
     taken_apart,
+    with_tables,
 )
 from sage_diffusion.integrations.diffusers.standin import Alike
 from sage_diffusion.integrations.diffusers.weak import WeakLink
@@ -321,7 +322,8 @@ def _sdpa(
         _bypass(layer, key.shape[-2], reason)
         return original()
     (q, rope_q), (k, rope_k) = taken_apart(query, 1), taken_apart(key, 1)
-    return _attend(layer, q, k, value, attn_mask, is_causal, scale, original, rope_q, rope_k)
+    call = Call(q, k, value, attn_mask, is_causal, scale, rope_q, rope_k)
+    return _attend(layer, call, original)
 
 
 def _dispatch(
@@ -382,8 +384,8 @@ def _dispatch(
     def native(*_: Any) -> Tensor:
         return original().transpose(1, 2)
 
-    out = _attend(layer, q, k, v, mask, is_causal, scale, native, rope_q, rope_k)
-    return out.transpose(1, 2)
+    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+    return _attend(layer, call, native).transpose(1, 2)
 
 
 def _rotary(
@@ -401,7 +403,7 @@ def _rotary(
     if not use_real or use_real_unbind_dim not in (-1, -2) or not _folds(x, sequence_dim):
         return original()
     cos, sin = freqs_cis
-    put = put_off(x, Rope(cos, sin, use_real_unbind_dim == -1), 3 - sequence_dim, original)
+    put = with_tables(x, Rope(cos, sin, use_real_unbind_dim == -1), 3 - sequence_dim, original)
     return original() if put is None else put
 
 
@@ -412,7 +414,7 @@ def _rotate_pairs(x: Tensor, freqs_cos: Tensor, freqs_sin: Tensor) -> Tensor:
         return rotate_pairs(x, freqs_cos, freqs_sin)
 
     rope = pair_tables(freqs_cos, freqs_sin) if _folds(x, 1) else None
-    put = None if rope is None else put_off(x, rope, 2, original)
+    put = None if rope is None else with_tables(x, rope, 2, original)
     return original() if put is None else put
 
 
@@ -464,28 +466,7 @@ def _bypass(layer: Layer, tokens: int, reason: str) -> None:
         layer.bypass(tokens, reason)
 
 
-def _attend(
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    native: Callable[..., Tensor],
-    rope_q: Rope | None,
-    rope_k: Rope | None,
-) -> Tensor:
+def _attend(layer: Layer, call: Call, native: Native) -> Tensor:
     if torch.compiler.is_compiling():
-        return ops.attention(q, k, v, mask, layer.handle, "", is_causal, scale, "auto", False)[0]
-    return layer.attend(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        native=native,
-        rope_q=rope_q,
-        rope_k=rope_k,
-    )
+        return ops.by_layer(call, layer.handle)
+    return layer.attend(call, native)

@@ -93,7 +93,7 @@ def taken_apart(x: Tensor, heads_dim: int) -> tuple[Tensor, Rope | None]:
     return x.plain, x.rope
 
 
-def put_off(
+def with_tables(
     x: Tensor, rope: Rope, heads_dim: int, rotate: Callable[[], Tensor]
 ) -> Unrotated | None:
     """``x`` with its tables, None if they are of a kind that the kernels don't take."""

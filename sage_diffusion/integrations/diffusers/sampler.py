@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sage_diffusion.accuracy.compare import Generation
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers.control import apply
-from sage_diffusion.integrations.diffusers.patch import _denoisers, model_name
+from sage_diffusion.integrations.diffusers.patch import denoisers, model_name
 from sage_diffusion.integrations.diffusers.pipelines import PipelineRun
 
 #: Arguments of these types are kept with a score table.
@@ -76,7 +76,7 @@ class PipelineSampler:
         arguments |= {"output_type": "latent"} if "output_type" in parameters else {}
         arguments |= {"generator": torch.Generator().manual_seed(seed)}
         call = inspect.unwrap(type(self.pipe).__call__)
-        models = _denoisers(self.pipe).values()
+        models = denoisers(self.pipe).values()
         with apply(self.pipe, self.session), _differentiable(models), torch.enable_grad():
             found = call(self.pipe, **arguments)
         return found[0] if isinstance(found, tuple) else found.images

@@ -241,7 +241,7 @@ class ScheduleDriver:
         self.tracks: list[Track] = []
         self.current: Track | None = None  # whose schedule the session has
         self._anchor = weakref.ref(anchor)
-        self._told: int | None = None  # the index that the session knows
+        self._reported: int | None = None  # the index that the session knows
         self._led = False  # did one of the pipeline's own step in this run?
         self._hearing = False
 
@@ -310,7 +310,7 @@ class ScheduleDriver:
         """Sampling begins with a scheduler's present schedule."""
         self.guidance.look()
         self.on_start()
-        self.current, self._told, self._led = track, None, False
+        self.current, self._reported, self._led = track, None, False
         track.forget()
         self._forget_dead()
         for other in self.tracks:
@@ -327,13 +327,13 @@ class ScheduleDriver:
 
     def _heard_set_begin_index(self, track: Track, _: Any) -> None:
         begin = track.begin_index()
-        if begin is not None and self.session.step >= 0 and not track.copied:
+        if begin is not None and self.session.where.step >= 0 and not track.copied:
             self._go_to(track, begin)
 
     def _heard_scale_model_input(self, track: Track, timestep: Any) -> None:
         # Image-to-image starts in mid-schedule, and some schedulers keep no index: the timestep
         # that is about to be sampled says where.
-        if self.session.step < 0 or track.copied:
+        if self.session.where.step < 0 or track.copied:
             return
         at = track.step_index()
         if at is None:
@@ -342,7 +342,7 @@ class ScheduleDriver:
             self._go_to(track, at)
 
     def _heard_step(self, track: Track, timestep: Any) -> None:
-        if self.session.step < 0:
+        if self.session.where.step < 0:
             return  # sampling was never announced, or is over
         after = track.step_index()
         if after is None:
@@ -368,10 +368,10 @@ class ScheduleDriver:
             return
         track.index = index if not track.copied else track.index
         if track is not self.current and not track.copied:  # several took turns
-            self.current, self._told = track, None
+            self.current, self._reported = track, None
             self.session.start(len(track.values), track.values, track.noise)
-        if self._told != index:
-            self._told = index
+        if self._reported != index:
+            self._reported = index
             self.session.begin_step(index, track.values[index])
         self.guidance.ask_again()
 

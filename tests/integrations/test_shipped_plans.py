@@ -2,7 +2,6 @@
 
 import re
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import pytest
 from integrations.tiny_pipelines import PIPELINES, build
@@ -10,9 +9,9 @@ from integrations.tiny_pipelines import PIPELINES, build
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers import apply
 from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.plan.library import FOLDER
 
-SHELF = Path(__file__).parents[2] / "sage_diffusion" / "plan" / "shipped"
-PLANS = sorted(SHELF.glob("*.json"))
+PLANS = sorted(FOLDER.glob("*.json"))
 
 #: Plan -> tiny pipeline of the family, where the names differ.
 FAMILY = {"qwen-image": "qwenimage", "z-image": "zimage"}

@@ -1,8 +1,8 @@
 """Where other people's machine code comes from: read, unpacked, never imported or executed.
 
-A peer is a file (cubin, shared library, wheel) or a package by name: the one that is installed,
-else its wheel in a folder, by default this package's cache, else, only if that is asked for, its
-wheel from the package index.
+It is a file (cubin, shared library, wheel) or a package by name: the one that is installed, else
+its wheel in a folder, by default this package's cache, else, only if that is asked for, its wheel
+from the package index.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sage_diffusion.files import user_cache
 SUFFIXES = (".so", ".pyd", ".dll", ".cubin")
 
 
-class PeerError(ValueError):
+class LibraryError(ValueError):
     """There is no such file or package, or no machine code in it; the message says which."""
 
 
@@ -37,7 +37,7 @@ def default_folder() -> Path:
 def libraries(
     target: str, wheels: Path | None = None, download: bool = False
 ) -> Iterator[tuple[str, list[Path]]]:
-    """A peer's name and its files with machine code for NVIDIA cards.
+    """A package's name and its files with machine code for NVIDIA cards.
 
     Args:
         target: a path, or a package's name.
@@ -45,19 +45,21 @@ def libraries(
         download: fetch a wheel that is in neither place into that folder, with pip.
 
     Raises:
-        PeerError: there is nothing of the kind.
+        LibraryError: there is nothing of the kind.
     """
     path = Path(target)
     if path.suffix.lower() == ".whl" or path.is_file():
         if not path.is_file():
-            raise PeerError(f"{target} must be a file, there is none")
+            raise LibraryError(f"{target} must be a file, there is none")
         if path.suffix.lower() != ".whl":
             yield path.name.split(".")[0], [path]
             return
     else:
         package = _normal(target)
         if not re.fullmatch(r"\w+", package) or path.suffix in SUFFIXES:
-            raise PeerError(f"{target} must be a file or a package's name, there is no such file")
+            raise LibraryError(
+                f"{target} must be a file or a package's name, there is no such file"
+            )
         installed = _installed(package)
         if installed is not None:
             yield package, _with_device_code(installed, target)
@@ -69,7 +71,7 @@ def libraries(
                 inside = [name for name in wheel.namelist() if name.endswith(SUFFIXES)]
                 paths = [Path(wheel.extract(name, unpacked)) for name in inside]
         except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError) as error:
-            raise PeerError(f"{path} must be a wheel, it is no zip file: {error}") from None
+            raise LibraryError(f"{path} must be a wheel, it is no zip file: {error}") from None
         yield _normal(path.name.split("-")[0]), _with_device_code(paths, target)
 
 
@@ -96,7 +98,7 @@ def _wheel(package: str, folder: Path, download: bool) -> Path:
     if not here() and download:
         _download(package, folder)
     if not here():
-        raise PeerError(
+        raise LibraryError(
             f"{package} must be installed, or its wheel be in {folder}: neither is so "
             "(--download fetches the wheel and runs none of its code)"
         )
@@ -114,7 +116,7 @@ def _download(package: str, folder: Path) -> None:
         if done.returncode or not arrived:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             why = next((line for line in said if line.startswith("ERROR")), "\n".join(said[-1:]))
-            raise PeerError(
+            raise LibraryError(
                 f"pip could not download a wheel of {package}: {why or 'no wheel came'}"
             )
         for wheel in arrived:
@@ -125,5 +127,5 @@ def _with_device_code(paths: Iterable[Path], target: str) -> list[Path]:
     """Of a package's libraries those for NVIDIA cards: HIP's say so in their path."""
     found = [path for path in paths if "hip" not in path.parts]
     if not found:
-        raise PeerError(f"{target} must hold machine code, found no {', '.join(SUFFIXES)} in it")
+        raise LibraryError(f"{target} must hold machine code, found no {', '.join(SUFFIXES)} in it")
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sage_diffusion.integrations.comfy import ModelAttention
-from sage_diffusion.integrations.comfy.lane import branch_of, step_of
+from sage_diffusion.integrations.comfy.device import branch_of, step_of
 from sage_diffusion.integrations.comfy.layers import (
     DIRECT,
     FOREIGN,
@@ -224,7 +224,7 @@ class Pixels(nn.Module):
         self.pool = Closed()
 
 
-def test_attention_that_asks_nobody_is_found_and_told_from_what_is_out_of_reach():
+def test_attention_that_asks_nobody_is_found_and_reported_from_what_is_out_of_reach():
     reach = reach_of(Pixels())
     assert list(reach.hidden) == ["double.00.attn"]
     assert list(reach.closed) == ["pool"]
@@ -416,7 +416,7 @@ def test_devices_run_side_by_side_without_mixing_branches():
     def work(device, chunks):
         with attention.forward(SimpleNamespace(), device, options(0, chunks)):
             gate.wait(10)
-            session = attention.lanes[device].session
+            session = attention.devices[device].session
             specs[chunks[0]] = str(session.spec_for("double.00", 100))
             gate.wait(10)
 

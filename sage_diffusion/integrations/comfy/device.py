@@ -41,7 +41,7 @@ def chunks_of(cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
     return tuple(BRANCHES[kind] for kind in kinds) if set(kinds) <= {0, 1} else ()
 
 
-class Lane:
+class DeviceState:
     """One device's session and its place in the model; multi-GPU runs one thread per device.
 
     Attributes:

@@ -11,9 +11,9 @@ from broken import HUGE, made_nan  # noqa: F401
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule
 from sage_diffusion.attend import finite
-from sage_diffusion.attend import verdicts as verdicts_module
+from sage_diffusion.attend import health as verdicts_module
 from sage_diffusion.attend.guard import Guard
-from sage_diffusion.attend.verdicts import LOOK_EVERY, POLL_EVERY, NonFiniteOutput
+from sage_diffusion.attend.health import LOOK_EVERY, POLL_EVERY, NonFiniteOutput
 from sage_diffusion.kernels.spec import LADDER
 
 
@@ -159,7 +159,7 @@ def test_breaking_off_forgets_where_sampling_stood():
     session.set_branch(None, ("uncond", "cond"))
     session.attend("x", q, k, v)
     session.break_off()
-    assert (session.step, session.progress, session.chunks) == (-1, 0.0, ())
+    assert (session.where.step, session.where.progress, session.where.chunks) == (-1, 0.0, ())
     assert len(session.watch) == 0
 
 

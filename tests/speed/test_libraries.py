@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from sage_diffusion.speed import peers
-from sage_diffusion.speed.peers import PeerError, libraries
+from sage_diffusion.speed import libraries as finder
+from sage_diffusion.speed.libraries import LibraryError, libraries
 
 
 def wheel(folder, name="some_peer-1.0-py3-none-any.whl", files=("some_peer/_C.so",)):
@@ -55,10 +55,10 @@ def test_a_download_is_asked_for_and_kept(tmp_path, monkeypatch):
         wheel(folder / command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(peers.subprocess, "run", pip)
-    monkeypatch.setattr(peers, "default_folder", lambda: folder)
+    monkeypatch.setattr(finder.subprocess, "run", pip)
+    monkeypatch.setattr(finder, "default_folder", lambda: folder)
     with pytest.raises(
-        PeerError, match=f"some_peer must be installed, or its wheel be in {folder}"
+        LibraryError, match=f"some_peer must be installed, or its wheel be in {folder}"
     ):
         found("some_peer")
     assert not commands and not folder.exists()
@@ -72,9 +72,11 @@ def test_a_download_is_asked_for_and_kept(tmp_path, monkeypatch):
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
     said = "WARNING: x\nERROR: No matching distribution found for some_peer\n"
     monkeypatch.setattr(
-        peers.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said)
+        finder.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said)
     )
-    with pytest.raises(PeerError, match="could not download a wheel of some_peer: ERROR: No match"):
+    with pytest.raises(
+        LibraryError, match="could not download a wheel of some_peer: ERROR: No match"
+    ):
         found("some_peer", wheels=tmp_path, download=True)
     assert not list(tmp_path.iterdir())
 
@@ -82,10 +84,10 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_bad_input(tmp_path, monkeypatch):
     no_zip = tmp_path / "some_peer-1.0-py3-none-any.whl"
     no_zip.write_bytes(b"PK but no zip")
-    with pytest.raises(PeerError, match="must be a wheel, it is no zip file"):
+    with pytest.raises(LibraryError, match="must be a wheel, it is no zip file"):
         found(no_zip)
-    with pytest.raises(PeerError, match=r"must hold machine code, found no \.so, \.pyd"):
+    with pytest.raises(LibraryError, match=r"must hold machine code, found no \.so, \.pyd"):
         found(wheel(tmp_path, files=()))
     for missing in ("missing.whl", "missing.so", "no/such/kernel"):
-        with pytest.raises(PeerError, match=f"{missing} must be a file"):
+        with pytest.raises(LibraryError, match=f"{missing} must be a file"):
             found(missing)
