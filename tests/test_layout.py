@@ -45,14 +45,13 @@ ALSO_TESTS = {
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
     "integrations/test_diffusers_compile.py": "sage_diffusion.attend.ops",
-    "integrations/test_diffusers_pipelines.py": (
-        "sage_diffusion.integrations.diffusers.control sage_diffusion.integrations.diffusers.patch "
-        "sage_diffusion.integrations.diffusers.schedule"
+    "integrations/test_diffusers_memory.py": (
+        "sage_diffusion.integrations.diffusers.standin sage_diffusion.integrations.diffusers.weak"
     ),
-    "integrations/test_diffusers_safety.py": (
-        "sage_diffusion.integrations.diffusers.processors "
-        "sage_diffusion.integrations.diffusers.rebind"
-    ),
+    "integrations/test_diffusers_names.py": "sage_diffusion.plan.names",
+    "integrations/test_diffusers_pipelines.py": "sage_diffusion.integrations.diffusers.patch",
+    "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
+    "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
     "kernels/test_attention.py": "kernels.attention.reference",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
@@ -71,6 +70,7 @@ ALSO_TESTS = {
         "kernels.quantize.triton_value kernels.tiles"
     ),
     "plan/test_edit.py": "sage_diffusion.plan.fingerprint",
+    "plan/test_library.py": "sage_diffusion.plan.catalog",
     "plan/test_plan.py": "sage_diffusion.plan.plan_json sage_diffusion.plan.rules",
     "speed/test_bench.py": (
         "sage_diffusion.commands.bench sage_diffusion.speed.bench_report "
