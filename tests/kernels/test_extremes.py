@@ -81,3 +81,22 @@ def test_finite_in_gives_finite_out(backend, cc, spec, dtype, options):
     # Where scores are large, float32 has steps beyond 1 and every kernel its own rounding.
     ordinary = [0, 1, 3, 4]
     assert relative_l1(out[:, ordinary], want[:, ordinary]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("backend", "cc", "spec"),
+    [("hopper", 90, "int8/fp8"), ("gluon", 89, "int8/fp8-fast"), ("triton", 80, "int8/int8")],
+)
+def test_a_softmax_scale_of_zero_and_rows_of_every_size(backend, cc, spec):
+    """Hidden scores are -inf, and no row's scale may turn them into NaN."""
+    record = next(b for b in backends.BACKENDS if b.name == backend)
+    if backend != "triton" and backends.triton_version() < gluon_support.TRITON_VERSION:
+        pytest.skip("this Triton has no Gluon that the kernels are written in")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, TOKENS, 64, generator=g) for _ in range(3))
+    q = q * torch.logspace(-37, 0, TOKENS)[:, None]
+    tensors = [x.bfloat16() for x in (q, k, v)]
+    with card(cc):
+        out, _ = record.load()(*tensors, AttentionSpec.parse(spec), None, True, 0.0, False)
+    means = v.bfloat16().float().cumsum(2) / torch.arange(1, TOKENS + 1)[:, None]
+    assert relative_l1(out, means) < 0.03
