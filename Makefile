@@ -14,7 +14,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix grid test-comfy lint cost fidelity adaptive overhead clean
+.PHONY: help demo test matrix grid compiled test-comfy lint cost fidelity adaptive overhead clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,22 @@ grid: $(READY)  ## Whole calls as compiled, every pair of parameter values (20 m
 
 test-comfy:  ## The node pack inside real ComfyUI releases and in a browser (installs both)
 	tests/comfy/run.sh
+
+# Those that PyTorch releases bring, and the newest.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+COMPILED := tests/kernels tests/test_ptxvm.py tests/speed/test_cost.py \
+  tests/attend/test_rope_calls.py tests/attend/test_execution.py
+
+compiled: $(TRITONS:%=.cache/triton-%/.ready)  ## Suites of compiled kernels under each of TRITONS (an hour)
+	@failed=; for version in $(TRITONS); do \
+	  echo "Triton $$version"; \
+	  PYTHONPATH=$(CURDIR)/.cache/triton-$$version OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) \
+	    --dist loadfile --triton $$version $(COMPILED) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed under Triton$$failed"; exit 1; }
+
+.cache/triton-%/.ready: | $(READY)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
 
 lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python tools/typecheck.py

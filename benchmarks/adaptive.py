@@ -35,8 +35,8 @@ from sage_diffusion.adapt.planner import make_plan, predicted_time
 from sage_diffusion.adapt.plots import pareto
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.files import write_text
-from sage_diffusion.integrations.adaptive import PipelineSampler, class_batches
-from sage_diffusion.integrations.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler, class_batches
 from sage_diffusion.plan import PrecisionPlan
 
 ASSETS = Path(__file__).resolve().parent / "assets"

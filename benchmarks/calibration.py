@@ -28,8 +28,8 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from sage_diffusion.adapt.calibrate import SPECS, calibrate
 from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.adapt.table import ScoreTable
-from sage_diffusion.integrations.adaptive import PipelineSampler
-from sage_diffusion.integrations.bundled import EmojiPipeline
+from sage_diffusion.integrations.diffusers.bundled import EmojiPipeline
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
 #: Layers, steps and share of the measured cells of the planned tables, and whether errors add up.
 PLANNED = ((60, 50, 1.0, False), (60, 50, 0.25, False), (60, 50, 1.0, True))

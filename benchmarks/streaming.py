@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.accuracy.compare import Generation, end_to_end
-from sage_diffusion.calls import Call, Native
-from sage_diffusion.integrations.adaptive import PipelineSampler, class_batches
-from sage_diffusion.integrations.pipelines import load_pipeline
+from sage_diffusion.attend.calls import Call, Native
+from sage_diffusion.attend.session import AttentionSession, Layer
+from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler, class_batches
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.session import AttentionSession, Layer
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 

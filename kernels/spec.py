@@ -180,3 +180,6 @@ def _parse(text: str) -> AttentionSpec:
 
 _PARSED: dict[str, AttentionSpec] = {}
 _PARSED.update({name: _parse(name) for name in LADDER})
+
+#: Not quantized: the model's own half type through the host's own attention.
+FP16 = AttentionSpec.parse("fp16")

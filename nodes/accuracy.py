@@ -7,14 +7,9 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io, ui
 
-from sage_diffusion.accuracy.report import Limits
+from sage_diffusion.accuracy.records import Limits
 from sage_diffusion.files import write_text
-from sage_diffusion.integrations.comfy_accuracy import (
-    KSampling,
-    check,
-    heat_map,
-    side_by_side,
-)
+from sage_diffusion.integrations.comfy.accuracy import KSampling, check, heat_map, side_by_side
 from sage_diffusion.nodes.host import CATEGORY, Plan, report_path, show
 from sage_diffusion.plan import PrecisionPlan
 

@@ -7,13 +7,15 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from sage_diffusion.backends import BACKEND_NAMES
-from sage_diffusion.guard import Guard
+from sage_diffusion.attend.backends import BACKEND_NAMES
+from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch
-from sage_diffusion.integrations.comfy_plans import PRESETS, custom, describe, preset
+from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import CATEGORY, Plan, load_plan, plan_names, show
 from sage_diffusion.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan.edit import custom
+from sage_diffusion.plan.show import describe
 
 #: Steps between two drift checks of a layer.
 _CHECK_EVERY = 10

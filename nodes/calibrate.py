@@ -10,11 +10,11 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
-from sage_diffusion.integrations.comfy_accuracy import KSampling
-from sage_diffusion.integrations.comfy_calibrate import CARDS, ComfySampler, Prompt
-from sage_diffusion.integrations.comfy_plans import describe
+from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.sampler import CARDS, ComfySampler, Prompt
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
+from sage_diffusion.plan.show import describe
 
 _FLOOR, _BUDGET = "least quality", "most time"
 
@@ -127,8 +127,9 @@ class SageCalibrate(io.ComfyNode):
         card: str,
         name: str,
     ) -> io.NodeOutput:
-        from sage_diffusion.adapt.calibrate import Progress, calibrate
+        from sage_diffusion.adapt.calibrate import calibrate
         from sage_diffusion.adapt.planner import make_plan
+        from sage_diffusion.adapt.sampling import Progress
 
         node = cls.hidden.unique_id
         sampling = KSampling(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from sage_diffusion.integrations.comfy_doctor import diagnosis
+from sage_diffusion.integrations.comfy.doctor import diagnosis
 from sage_diffusion.nodes.host import CATEGORY, show
 
 

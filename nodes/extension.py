@@ -16,6 +16,7 @@ from sage_diffusion.nodes.plan import (
     SagePlanPreview,
     SageSavePlan,
 )
+from sage_diffusion.nodes.verify import SageVerify
 
 NODES: list[type[io.ComfyNode]] = [
     SageAttention,
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     SageCalibrate,
     SageAccuracyCheck,
     SageDoctor,
+    SageVerify,
 ]
 
 

@@ -9,8 +9,8 @@ import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
-from sage_diffusion.integrations.comfy_plans import OWN_PLANS, plan_files
 from sage_diffusion.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan.library import OWN_PLANS, plan_files
 
 #: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
 PLANS = "sage_plans"

@@ -7,23 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from sage_diffusion.integrations.comfy import attached
-from sage_diffusion.integrations.comfy_layers import layer_names
-from sage_diffusion.integrations.comfy_picture import (
-    as_image,
-    draw,
-    grid,
-    matching,
-    plan_layers,
-    shares,
-)
-from sage_diffusion.integrations.comfy_plans import (
-    describe,
-    renamed,
-    save_plan,
-    with_default,
-    with_rule,
-    without_rule,
-)
+from sage_diffusion.integrations.comfy.images import as_image
+from sage_diffusion.integrations.comfy.layers import layer_names
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import (
     CATEGORY,
@@ -35,6 +20,9 @@ from sage_diffusion.nodes.host import (
     user_plan_folder,
 )
 from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan.edit import renamed, with_default, with_rule, without_rule
+from sage_diffusion.plan.library import save_plan
+from sage_diffusion.plan.show import describe, draw, grid, matching, plan_layers, spec_shares
 
 _PLAN_CATEGORY = f"{CATEGORY}/plan"
 
@@ -135,7 +123,7 @@ class SageMergePlans(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: PrecisionPlan, second: PrecisionPlan) -> io.NodeOutput:
-        from sage_diffusion.adapt.travel import merge_plans
+        from sage_diffusion.plan.edit import merge_plans
 
         plan = merge_plans(first, second)
         dropped = len(first.rules) + len(second.rules) - len(plan.rules)
@@ -313,7 +301,7 @@ class SagePlanPreview(io.ComfyNode):
         cells = grid(plan, rows, steps, branch, tokens)
         picture = as_image(draw(cells, rows, f"{plan.name or 'plan'}, {branch}, {steps} steps"))
         text = describe(plan)
-        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares(cells).items())
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in spec_shares(cells).items())
         show(cls.hidden.unique_id, f"{text}\n{len(rows)} layers x {steps} steps: {parts}")
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
 

@@ -26,10 +26,10 @@ _HOMES = {
     "PrecisionPlan": "sage_diffusion.plan",
     "PlanError": "sage_diffusion.plan",
     "Rule": "sage_diffusion.plan",
-    "AttentionSession": "sage_diffusion.session",
-    "BackendUnavailable": "sage_diffusion.backends",
-    "Guard": "sage_diffusion.guard",
-    "attention": "sage_diffusion.dispatch",
+    "AttentionSession": "sage_diffusion.attend.session",
+    "BackendUnavailable": "sage_diffusion.attend.backends",
+    "Guard": "sage_diffusion.attend.guard",
+    "attention": "sage_diffusion.attend.dispatch",
     "AccuracyReport": "sage_diffusion.accuracy.report",
     "ScoreTable": "sage_diffusion.adapt.table",
     "calibrate": "sage_diffusion.adapt.calibrate",
@@ -63,15 +63,15 @@ if TYPE_CHECKING:
     from sage_diffusion.adapt.calibrate import calibrate
     from sage_diffusion.adapt.planner import make_plan
     from sage_diffusion.adapt.table import ScoreTable
-    from sage_diffusion.backends import BackendUnavailable
-    from sage_diffusion.dispatch import attention
-    from sage_diffusion.guard import Guard
+    from sage_diffusion.attend.backends import BackendUnavailable
+    from sage_diffusion.attend.dispatch import attention
+    from sage_diffusion.attend.guard import Guard
+    from sage_diffusion.attend.session import AttentionSession
     from sage_diffusion.integrations.diffusers import SageAttnProcessor, enable
     from sage_diffusion.kernels.formats import Precision
     from sage_diffusion.kernels.rope import Rope
     from sage_diffusion.kernels.spec import LADDER, AttentionSpec
     from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
-    from sage_diffusion.session import AttentionSession
 
 
 def __getattr__(name: str) -> Any:

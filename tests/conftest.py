@@ -8,6 +8,20 @@ import torch
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make compiled`` says which Triton it put on the path."""
+    parser.addoption("--triton", help="stop if another version of Triton is imported")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = config.getoption("--triton")
+    if wanted is not None:
+        import triton
+
+        if triton.__version__ != wanted:
+            raise pytest.UsageError(f"triton must be {wanted}, found {triton.__version__}")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN (or the largest integer), so that an unwritten output cannot pass."""

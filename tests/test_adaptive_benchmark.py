@@ -7,8 +7,8 @@ from from_file import from_file
 from tiny_emoji import tiny_emoji
 
 from sage_diffusion.adapt.table import ScoreTable
-from sage_diffusion.integrations.adaptive import class_batches
-from sage_diffusion.integrations.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.sampler import class_batches
 from sage_diffusion.plan import PrecisionPlan
 
 adaptive = from_file("benchmarks/adaptive.py")

@@ -1,13 +1,32 @@
-"""The one-way arrow, the name trap, and what an import may cost."""
+"""The one-way arrow, the order of folders, the name trap, and what an import may cost."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+#: Folders in their order: each imports only what stands in a row above its own, or itself.
+ORDER = (
+    ("kernels",),
+    ("sage_diffusion.files", "sage_diffusion.machine"),
+    ("sage_diffusion.plan",),
+    ("sage_diffusion.attend",),
+    ("sage_diffusion.accuracy", "sage_diffusion.speed"),
+    ("sage_diffusion.adapt", "sage_diffusion.verify"),
+    ("sage_diffusion.integrations.comfy", "sage_diffusion.integrations.diffusers"),
+    ("sage_diffusion.commands", "nodes"),
+    ("sage_diffusion.cli",),
+    ("sage_diffusion.__main__",),
+    ("sage_diffusion",),  # the public names, which nothing inside imports
+)
+
+#: What may lie beside the folders in ``sage_diffusion/``; anything else belongs into one.
+BESIDE = {"__init__.py", "__main__.py", "cli.py", "files.py", "machine.py", "py.typed"}
 
 #: What each layer must not import: the arrow is kernels <- core <- integrations <- nodes.
 FORBIDDEN = {
@@ -26,6 +45,124 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             yield ".".join(base + ([node.module] if node.module else []))
+
+
+def module_of(path):
+    """Dotted name of a file; a package's is its folder's."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules():
+    """Every module of the project -> its file."""
+    files = (path for folder in FORBIDDEN for path in (ROOT / folder).rglob("*.py"))
+    return {module_of(path): path for path in files}
+
+
+def imported(path, known):
+    """Modules of the project that a file imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            # As they lie in a checkout: beside the package, not inside it.
+            for folder in ("kernels", "nodes"):
+                name = name.replace(f"sage_diffusion.{folder}", folder)
+            while name and name not in known:  # `from a.b import C`: C may be a name of a.b
+                name = name.rpartition(".")[0]
+            if name:
+                yield name
+
+
+def graph():
+    """Module -> the modules that it imports."""
+    known = modules()
+    return {name: set(imported(path, known)) - {name} for name, path in known.items()}
+
+
+def folder_of(module):
+    """The entry of :data:`ORDER` that a module belongs to, the most exact one."""
+    entries = [entry for row in ORDER for entry in row]
+    fitting = [e for e in entries if module == e or module.startswith(e + ".")]
+    return max(fitting, key=len)
+
+
+def circle(edges):
+    """Nodes of a circle, first and last equal; None without one."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_file_imports_itself_by_a_detour():
+    assert circle(graph()) is None
+
+
+def test_no_folder_imports_itself_by_a_detour():
+    """The kernels' own folders too: each file counts as its folder, a file beside folders alone."""
+    packages = {module_of(path) for path in modules().values() if path.name == "__init__.py"}
+    tops = packages - {"sage_diffusion", "kernels"}
+
+    def home(module):
+        return (
+            module
+            if module in tops
+            else max((p for p in tops if module.startswith(p + ".")), key=len, default=module)
+        )
+
+    edges = {}
+    for module, targets in graph().items():
+        edges.setdefault(home(module), set()).update(home(t) for t in targets)
+    assert circle({name: targets - {name} for name, targets in edges.items()}) is None
+
+
+def test_folders_import_only_what_stands_before_them():
+    rank = {entry: i for i, row in enumerate(ORDER) for entry in row}
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in sorted(graph().items())
+        for target in sorted(targets)
+        if folder_of(module) != folder_of(target)
+        and rank[folder_of(target)] >= rank[folder_of(module)]
+    ]
+    assert not wrong
+
+
+def test_every_entry_of_the_order_exists():
+    known = modules()
+    assert all(entry in known for row in ORDER for entry in row)
+
+
+def test_nothing_lies_flat_in_the_package():
+    beside = {path.name for path in (ROOT / "sage_diffusion").iterdir() if path.is_file()}
+    assert beside == BESIDE
+
+
+def test_importing_anything_leaves_the_public_names_what_they_are(tmp_path):
+    """A module named like a public name would take its place: ``attention`` must stay callable."""
+    rooms = ("plan", "attend", "accuracy", "speed", "adapt")
+    names = sorted(
+        n for n in modules() if n.startswith(tuple(f"sage_diffusion.{r}." for r in rooms))
+    )
+    assert names
+    code = f"""
+import importlib, types
+import sage_diffusion
+for name in {names!r}:
+    importlib.import_module(name)
+here = vars(sage_diffusion)
+taken = [name for name in sage_diffusion.__all__ if isinstance(here.get(name), types.ModuleType)]
+assert not taken, taken
+assert callable(sage_diffusion.attention)
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def sources():
@@ -75,13 +212,14 @@ from pathlib import Path
 for name in ("pydantic", "typer", "rich", "safetensors", "scipy", "diffusers", "transformers"):
     sys.modules[name] = None  # importing it would fail
 Path.home = classmethod(lambda cls: cls.cwd())
-from sage_diffusion import AttentionSession, attention, backends
+from sage_diffusion import AttentionSession, attention
+from sage_diffusion.attend import backends
 (triton,) = (record for record in backends.BACKENDS if record.name == "triton")
-assert triton.load().__name__ == "attention"
+assert triton.load().args[0].__name__ == "attention"
 table = Path.cwd() / ".cache" / "sage-diffusion" / "tuning.json"
 table.parent.mkdir(parents=True)
 table.write_text("{}")
-from sage_diffusion import launches
+from sage_diffusion.attend import launches
 launches.user_entries.cache_clear()
 assert launches.user_entries() == ()
 """

@@ -46,8 +46,8 @@ def test_the_wheel_holds_every_module_under_one_name(wheel):
     ):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(ROOT / folder)}" in names
-    for path in (ROOT / "sage_diffusion" / "plans").glob("*.json"):
-        assert f"sage_diffusion/plans/{path.name}" in names
+    for path in (ROOT / "sage_diffusion" / "plan" / "shipped").glob("*.json"):
+        assert f"sage_diffusion/plan/shipped/{path.name}" in names
     assert "sage_diffusion/assets/emoji_dit/transformer/config.json" in names
     assert "sage_diffusion/accuracy/report.html.j2" in names
 

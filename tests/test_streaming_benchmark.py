@@ -5,8 +5,8 @@ from from_file import from_file
 from tiny_emoji import tiny_emoji
 
 from sage_diffusion.accuracy.compare import end_to_end
-from sage_diffusion.integrations.adaptive import PipelineSampler
-from sage_diffusion.session import AttentionSession
+from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
 streaming = from_file("benchmarks/streaming.py")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from from_file import from_file
 
-from sage_diffusion.integrations.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
 train_dit = from_file("tools/train_dit.py")
 

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
-from sage_diffusion.integrations.bundled import EmojiPipeline
+from sage_diffusion.integrations.diffusers.bundled import EmojiPipeline
 
 CLASSES = ("cat", "dog", "bird")
 

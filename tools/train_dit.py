@@ -32,7 +32,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from sage_diffusion.integrations.bundled import EmojiPipeline
+from sage_diffusion.integrations.diffusers.bundled import EmojiPipeline
 
 EMOJI_CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 

@@ -40,7 +40,8 @@ def regs(names):
 
 @gluon.constexpr_function
 def _scores(mma, outputs, inputs):
-    (s,), (q, k, magic, scale, offset, *more) = outputs, inputs
+    (s,) = outputs
+    q, k, magic, scale, offset, *more = inputs
     k_tiles = len(q) // 4  # 4 words of q a k tile, 2 of k a k and n8 tile
     lines = ["{ .reg .b32 c<4>, bit; .reg .pred seen;"]
     for n in range(len(s) // 4):
@@ -92,20 +93,11 @@ def magic_words(outputs, inputs):
     They depend on sizes, whose sign bits are never set: ptxas would otherwise write the constants
     anew for every tile.
     """
-    (out,), sizes = outputs, inputs
+    (out,) = outputs
+    sizes = inputs
     return "\n".join(
         f"shr.u32 {name}, {size[0]}, 31; or.b32 {name}, {name}, {MAGIC_BITS};"
         for name, size in zip(out, sizes, strict=True)
-    )
-
-
-@gluon.constexpr_function
-def program_after(outputs, inputs):
-    """The program's number, which can't be known before a pointer is: its highest bit is 0."""
-    ((out,),), (pointers,) = outputs, inputs
-    return (
-        f"{{ .reg .b64 high; .reg .b32 none; shr.u64 high, {pointers[0]}, 63; "
-        f"cvt.u32.u64 none, high; mov.u32 {out}, %ctaid.x; add.u32 {out}, {out}, none; }}"
     )
 
 
@@ -127,13 +119,15 @@ def _p_words(p):
 @gluon.constexpr_function
 def values_fp8(outputs, inputs):
     """``out = acc * alpha + e4m3(p) @ v``; the product accumulates in FP16 over the tile's keys."""
-    (out,), (p, v, acc, alpha) = outputs, inputs
+    (out,) = outputs
+    p, v, acc, alpha = inputs
     words = _p_words(p)
     k_tiles = len(words) // 4
     lines = [
         f"{{ .reg .b32 a<{len(words)}>, c<2>, z; .reg .b16 h<4>; .reg .f32 x<4>; mov.b32 z, 0;"
     ]
-    for i, (w, x, y, z) in enumerate(words):
+    for i, word in enumerate(words):
+        w, x, y, z = word
         lines.append(f"cvt.rn.satfinite.e4m3x2.f32 h0, {x}, {w};")
         lines.append(f"cvt.rn.satfinite.e4m3x2.f32 h1, {z}, {y}; mov.b32 a{i}, {{h0, h1}};")
     for n in range(len(out) // 4):
@@ -158,7 +152,8 @@ def values_int8(outputs, inputs):
     With a total, also ``total * alpha + sum of round(p)`` of one thread's columns, as
     :func:`add_row` has them.
     """
-    (out, *sums), (p, v, acc, alpha, magic, *totals) = outputs, inputs
+    out, *sums = outputs
+    p, v, acc, alpha, magic, *totals = inputs
     words = _p_words(p)
     k_tiles = len(words) // 4
     lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>, z; .reg .f32 x<4>; mov.b32 z, 0;"]
@@ -196,10 +191,12 @@ def values_int8(outputs, inputs):
 
 @gluon.constexpr_function
 def _add_mask(kind, outputs, inputs):
-    (out,), (s, *chunks) = outputs, inputs
+    (out,) = outputs
+    s, *chunks = inputs
     words = [word for chunk in chunks for word in chunk]
     lines = ["{ .reg .b32 x; .reg .b16 h<2>; .reg .f32 y;"]
-    for i, (dst, src) in enumerate(zip(out, s, strict=True)):
+    for i, pair in enumerate(zip(out, s, strict=True)):
+        dst, src = pair
         word = words[i] if kind == "fp32" else words[i // 2]
         if kind == "fp32":
             lines.append(f"mov.b32 y, {word};")
@@ -236,13 +233,15 @@ def hide_columns(outputs, inputs):
 
     Written out so that the columns are immediates: as a tensor they would take 16 registers.
     """
-    (out,), (s, visible) = outputs, inputs
+    (out,) = outputs
+    s, visible = inputs
     lines = [
         "{ .reg .b32 own, seen<2>; .reg .pred shown;",
         "mov.u32 own, %laneid; and.b32 own, own, 3; shl.b32 own, own, 1;",
         *(f"sub.s32 seen{row}, {visible[row]}, own;" for row in range(2)),
     ]
-    for i, (dst, src) in enumerate(zip(out, s, strict=True)):
+    for i, pair in enumerate(zip(out, s, strict=True)):
+        dst, src = pair
         lines.append(f"setp.gt.s32 shown, seen{i // 2 % 2}, {8 * (i // 4) + i % 2};")
         lines.append(f"selp.f32 {dst}, {src}, 0fFF800000, shown;")
     return "\n".join([*lines, "}"])
@@ -250,12 +249,9 @@ def hide_columns(outputs, inputs):
 
 @gluon.constexpr_function
 def add_row(outputs, inputs):
-    """``out = total * alpha + sum of p`` over one *thread's* columns; four threads share a row.
-
-    The partial sums of the four are added once at the end (:func:`finish_row`); until then the
-    copies of a row's register differ between the threads, which nothing else may look at.
-    """
-    (out,), (p, total, alpha) = outputs, inputs
+    """``out = total * alpha + sum of p`` over one *thread's* columns (``partial_layout``)."""
+    (out,) = outputs
+    p, total, alpha = inputs
     lines = ["{ .reg .f32 y<2>;"]
     for row in range(2):
         columns = [r for i, r in enumerate(p) if i % 4 // 2 == row]
@@ -263,15 +259,4 @@ def add_row(outputs, inputs):
         lines.append(f"add.rn.f32 y1, {columns[1]}, {columns[2]};")
         lines += [f"add.rn.f32 y{i % 2}, y{i % 2}, {c};" for i, c in enumerate(columns[3:])]
         lines.append(f"add.rn.f32 {out[row]}, y0, y1;")
-    return "\n".join([*lines, "}"])
-
-
-@gluon.constexpr_function
-def finish_row(outputs, inputs):
-    """The sum of :func:`add_row` over the four threads of a row, in each of them."""
-    (out,), (total,) = outputs, inputs
-    lines = ["{ .reg .f32 y;"]
-    for dst, src in zip(out, total, strict=True):
-        lines.append(f"shfl.sync.bfly.b32 y, {src}, 1, 31, -1; add.rn.f32 {dst}, {src}, y;")
-        lines.append(f"shfl.sync.bfly.b32 y, {dst}, 2, 31, -1; add.rn.f32 {dst}, {dst}, y;")
     return "\n".join([*lines, "}"])

@@ -14,8 +14,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
+from ..versions import distributed_type, inline_asm
 from .gluon_asm import MAGIC_BITS, regs, seen
-from .gluon_layouts import micro_layout
+from .gluon_layouts import p_micro_layout
 
 _FP4 = (
     "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
@@ -35,7 +36,8 @@ def scores_fp4(outputs, inputs):
 
     What bits of a mask hide becomes the float that they hide integer sums by.
     """
-    (s,), (q, k, q_micro, k_micro, scale, *more) = outputs, inputs
+    (s,) = outputs
+    q, k, q_micro, k_micro, scale, *more = inputs
     k_tiles = len(q) // 4
     lines = ["{ .reg .f32 c<4>, z; .reg .b32 bit; .reg .pred seen; mov.f32 z, 0f00000000;"]
     for n in range(len(s) // 4):
@@ -68,12 +70,12 @@ def _halves(s, row):
 
 @gluon.constexpr_function
 def _group_tops(outputs, inputs):
-    """Maxima of the 16 keys that share a scale, for both of a thread's groups, and of the row.
+    """Maxima of the 16 keys that share a scale, for both of a thread's groups.
 
-    Threads 0 and 1 of a row group share their groups, and so do 2 and 3: what differs between them
-    nothing else may look at.
+    Threads 0 and 1 of a row group share their groups, and so do 2 and 3.
     """
-    (low, high, top), (s,) = outputs, inputs
+    low, high = outputs
+    (s,) = inputs
     lines = ["{ .reg .f32 y;"]
     for row in range(2):
         for out, keys in zip((low[row], high[row]), _halves(s, row), strict=True):
@@ -82,9 +84,6 @@ def _group_tops(outputs, inputs):
             lines.append(f"max.f32 y, {keys[5]}, {keys[6]}, {keys[7]};")
             lines.append(f"max.f32 {out}, {out}, y;")
             lines.append(f"shfl.sync.bfly.b32 y, {out}, 1, 31, -1; max.f32 {out}, {out}, y;")
-        lines.append(f"max.f32 {top[row]}, {low[row]}, {high[row]};")
-        lines.append(f"shfl.sync.bfly.b32 y, {top[row]}, 2, 31, -1;")
-        lines.append(f"max.f32 {top[row]}, {top[row]}, y;")
     return "\n".join([*lines, "}"])
 
 
@@ -95,7 +94,8 @@ def _weights(outputs, inputs):
     P is ``2^(s - shift)``, or ``2^(s * q_scale - shift)``, and at most 2688.  The maximum of 16
     keys over 6 gives their scale, whose logarithm joins the shift: the exponential is the code.
     """
-    (words, micro, total), (s, low, high, shift, six, before, alpha, *q_scale) = outputs, inputs
+    words, micro, total = outputs
+    s, low, high, shift, six, before, alpha, *q_scale = inputs
     lines = [
         "{ .reg .f32 m<4>, g<4>, u<8>, y<2>; .reg .b32 f<2>, own, other, pick;"
         ".reg .b16 h<2>, e<2>; .reg .b8 b<4>; .reg .pred odd;"
@@ -152,26 +152,27 @@ def weigh_fp4(
         P's words, their micro scales, and the new total, alpha, top and reference.
     """
     mma: gl.constexpr = s.type.layout
-    row: gl.constexpr = top.type
-    low, high, tile_top = gl.inline_asm(
-        _group_tops, ("=&f", "=&f", "=&f", "f"), [s], (row, row, row), is_pure=True
-    )
+    part: gl.constexpr = total.type
+    low, high = inline_asm(_group_tops, ("=&f", "=&f", "f"), [s], (part, part), is_pure=True)
     if not SCALED:
-        low, high, tile_top = low * q_scale, high * q_scale, tile_top * q_scale
+        scale = gl.convert_layout(q_scale, gl.SliceLayout(1, part.layout), assert_trivial=True)
+        low, high = low * scale[:, None], high * scale[:, None]
+    tile_top = gl.max(gl.maximum(low, high), 1)
+    tile_top = gl.convert_layout(tile_top, top.type.layout, assert_trivial=True)
     before = reference
     top = gl.maximum(top, tile_top)
     reference = gl.maximum(tile_top, top - LAG)
     alpha = gl.exp2(before - reference)
     shift = reference - RANGE_FP4
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 1)
-    words_type: gl.constexpr = gl.distributed_type(gl.int32, [s.shape[0], 8], operand)
-    micro_type: gl.constexpr = gl.distributed_type(
-        gl.int32, [s.shape[0], 1], micro_layout(1, s.shape[0] // 16, 0)
+    words_type: gl.constexpr = distributed_type(gl.int32, [s.shape[0], 8], operand)
+    micro_type: gl.constexpr = distributed_type(
+        gl.int32, [s.shape[0], 2], p_micro_layout(s.shape[0] // 16)
     )
-    types: gl.constexpr = (words_type, micro_type, row)
+    types: gl.constexpr = (words_type, micro_type, part)
     six = shift + _LOG2_FP4_MAX
     if SCALED:
-        words, micro, total = gl.inline_asm(
+        words, micro, total = inline_asm(
             _weights,
             ("=&r", "=&r", "=&f", "f", "f", "f", "f", "f", "f", "f"),
             [s, low, high, shift, six, total, alpha],
@@ -179,7 +180,7 @@ def weigh_fp4(
             is_pure=True,
         )
     else:
-        words, micro, total = gl.inline_asm(
+        words, micro, total = inline_asm(
             _weights,
             ("=&r", "=&r", "=&f", "f", "f", "f", "f", "f", "f", "f", "f"),
             [s, low, high, shift, six, total, alpha, q_scale],
@@ -192,7 +193,8 @@ def weigh_fp4(
 @gluon.constexpr_function
 def values_fp4(outputs, inputs):
     """``out = acc * alpha + P V`` of one tile in NVFP4."""
-    (out,), (p, p_micro, v, v_micro, acc, alpha) = outputs, inputs
+    (out,) = outputs
+    p, p_micro, v, v_micro, acc, alpha = inputs
     lines = ["{ .reg .f32 c<4>, z; mov.f32 z, 0f00000000;"]
     for n in range(len(out) // 4):
         lines.append(

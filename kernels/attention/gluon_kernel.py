@@ -14,19 +14,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..formats import LOG2E, TILE_N
+from ..versions import async_load, barrier, distributed_type, inline_asm
 from .gluon_asm import (
     add_row,
-    finish_row,
     hide_columns,
     magic_words,
-    program_after,
     scores_int4,
     scores_int8,
     values_fp8,
     values_int8,
 )
 from .gluon_fp4 import RANGE_FP4, scores_fp4, values_fp4, weigh_fp4
-from .gluon_layouts import channel_micro_layout, copy_layout, micro_layout, swizzle
+from .gluon_layouts import (
+    channel_micro_layout,
+    copy_layout,
+    micro_layout,
+    partial_layout,
+    swizzle,
+    thread_layout,
+)
 from .gluon_program import (
     add_mask,
     extent,
@@ -91,7 +97,7 @@ def _attend_range(
     """Steps of the online softmax, STEP tiles each; the copies run ``STAGES - 1`` steps ahead."""
     for j in range(first, last):
         async_copy.wait_group(STAGES - 2)
-        gl.barrier()
+        barrier()
         acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = (
             state
         )
@@ -164,7 +170,7 @@ def _attend_tile(
     SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
     acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
 
-    s_type: gl.constexpr = gl.distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
+    s_type: gl.constexpr = distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
     k_scale = gl.load(p_k_scale)
     p_k_scale += 2 * _TILE_N
@@ -184,7 +190,7 @@ def _attend_tile(
         else:
             k_micro = gl.load(p_k_micro)
         p_k_micro += _TILE_N * p_k_micro.shape[1]
-        s = gl.inline_asm(
+        s = inline_asm(
             scores_fp4,
             _constraints("=&f", 4, 1, BIAS, MASK == "bool"),
             (q, k, q_micro, k_micro, k_scale) + smoothing + bits,  # noqa: RUF005
@@ -196,7 +202,7 @@ def _attend_tile(
         WIDE: gl.constexpr = v_tile.shape[0] >= 128 and (FP8 or MASK == "none")
         offset = gl.load(p_k_scale - _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
         # Scales leave two mantissa bits free, so that the magic term cancels exactly.
-        s = gl.inline_asm(
+        s = inline_asm(
             scores_int4 if QK == "int4" else scores_int8,
             _constraints("=&f", 3, 2, BIAS, MASK == "bool"),
             (q, k, magic, k_scale, offset) + smoothing + bits,  # noqa: RUF005
@@ -212,9 +218,7 @@ def _attend_tile(
         visible = gl.full([q.shape[0]], 0, gl.int32, gl.SliceLayout(1, mma)) + k_len
         if CAUSAL:
             visible = gl.minimum(visible, o_m + 1)
-        s = gl.inline_asm(
-            hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True
-        )
+        s = inline_asm(hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True)
 
     if PV == "fp4":
         words, p_micro, total, alpha, top, reference = weigh_fp4(
@@ -227,7 +231,7 @@ def _attend_tile(
             v_micro = gl.load(p_v_micro)
         p_v_micro += D
         v = v_tile.permute((1, 0)).load(rhs)
-        acc = gl.inline_asm(
+        acc = inline_asm(
             values_fp4,
             ("=&f", "r", "r", "r", "r", "f", "f"),
             [words, p_micro, v, v_micro, acc, alpha],
@@ -254,17 +258,17 @@ def _attend_tile(
     # Of INT4 Q and K the rounded codes are added, together with P V.
     ROUNDED: gl.constexpr = QK == "int4" and PV == "int8"
     if not ROUNDED:
-        total = gl.inline_asm(
+        total = inline_asm(
             add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
         )
     v = v_tile.permute((1, 0)).load(rhs)
     if FP8:
-        acc = gl.inline_asm(
+        acc = inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
         )
     elif ROUNDED:
         types: gl.constexpr = (acc.type, total.type)
-        acc, total = gl.inline_asm(
+        acc, total = inline_asm(
             values_int8,
             ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
             [p, v, acc, alpha, magic, total],
@@ -272,7 +276,7 @@ def _attend_tile(
             is_pure=True,
         )
     else:
-        acc = gl.inline_asm(
+        acc = inline_asm(
             values_int8,
             ("=&f", "f", "r", "f", "f", "r"),
             [p, v, acc, alpha, magic],
@@ -312,12 +316,12 @@ def _copy_step(
     for i in gl.static_range(STEP):
         slot = ((step + AHEAD) % STAGES) * STEP + i
         start = (step * STEP + i) * _TILE_N
-        async_copy.async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
+        async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
         wanted = start < limit
         if v_ring.shape[1] != D:
             o_d = gl.arange(0, v_ring.shape[1], gl.SliceLayout(1, p_v.type.layout))
             wanted = (wanted & (o_d < D))[:, None]
-        async_copy.async_load(v_ring.index(slot), p_v, mask=wanted)
+        async_load(v_ring.index(slot), p_v, mask=wanted)
         p_k += _TILE_N * k_ring.shape[2]
         p_v += v_ring.shape[2]
     async_copy.commit_group()
@@ -454,7 +458,7 @@ def attention_kernel(
 
     state = (
         gl.zeros([BM, DP], gl.float32, mma),
-        gl.zeros([BM], gl.float32, row),
+        gl.zeros([BM, 4], gl.float32, partial_layout(num_warps)),
         gl.full([BM], _NOTHING, gl.float32, row),
         gl.full([BM], _NOTHING, gl.float32, row),
         p_k,
@@ -465,10 +469,10 @@ def attention_kernel(
         p_v_micro if PV == "fp4" else p_k_scale,
         p_k_scale if MASK == "none" else p_mask,
     )
-    words_type: gl.constexpr = gl.distributed_type(
-        gl.int32, [4], gl.BlockedLayout([4], [32], [num_warps], [0])
+    words_type: gl.constexpr = distributed_type(
+        gl.int32, [32 * num_warps, 4], thread_layout(num_warps)
     )
-    magic = gl.inline_asm(
+    magic = inline_asm(
         magic_words,
         ("=r", "r", "r", "r", "r"),
         [heads, q_len, k_len, padded],
@@ -506,9 +510,8 @@ def attention_kernel(
     acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
     async_copy.wait_group(0)
 
-    total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)
-    program = gl.inline_asm(program_after, ("=r", "l"), [p_k], gl.int32, is_pure=False)
-    i_bh, i_b, i_h, i_bkv, i_m = place(program, blocks, heads, group, CAUSAL)
+    total = gl.convert_layout(gl.sum(total, 1), row, assert_trivial=True)
+    i_bh, i_b, i_h, i_bkv, i_m = place(program_number(), blocks, heads, group, CAUSAL)
     o_m = (first_block + i_m) * BM + gl.arange(0, BM, row)
     seen = total > 0.0
     if MASK == "bool":

@@ -47,6 +47,20 @@ def lane_layout(warps):
 
 
 @gluon.constexpr_function
+def partial_layout(warps):
+    """``[BM, 4]``: a thread's own part of its rows' sums; four threads share a row."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, warp_bits, [], [16 * warps, 4])
+
+
+@gluon.constexpr_function
+def thread_layout(warps):
+    """``[threads, 4]``: four words of every thread's own."""
+    return gl.BlockedLayout([1, 4], [32, 1], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
 def micro_layout(words, warps, operand):
     """Where ``mma`` looks for the scales of Q's rows (operand 0) or of K's (1), a word each 64.
 
@@ -61,6 +75,14 @@ def micro_layout(words, warps, operand):
     warp_bits = [[0, 0]] * (warps.bit_length() - 1)
     tile_bits = [*word_bits, [32, 0]]
     return gl.DistributedLinearLayout(tile_bits, lanes, warp_bits, [], [TILE_N, words])
+
+
+@gluon.constexpr_function
+def p_micro_layout(warps):
+    """Of P's rows the same as Q's; threads 2 and 3 of four, which ``mma`` ignores, as a column."""
+    lanes = [[8, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
+    warp_bits = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([], lanes, warp_bits, [], [16 * warps, 2])
 
 
 @gluon.constexpr_function

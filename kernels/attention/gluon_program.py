@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..formats import TILE_N
+from ..versions import inline_asm
 from .gluon_asm import add_bf16, add_fp16, add_fp32
 from .gluon_layouts import lane_layout
 
@@ -17,7 +18,7 @@ _NAN = gl.constexpr(tl.PropagateNan.ALL)
 @gluon.jit
 def _once(x):
     """The value itself, in one register: the compiler would compute it anew after the loop."""
-    return gl.inline_asm("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -57,7 +58,7 @@ def lane_columns(num_warps: gl.constexpr):
     """
     layout: gl.constexpr = lane_layout(num_warps)
     lane = gl.arange(0, 4, gl.SliceLayout(1, layout))
-    lane = gl.inline_asm("mov.b32 $0, $1;", "=r,r", [lane], lane.type, is_pure=False)
+    lane = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [lane], gl.int32, False, 1)
     return lane[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
 
 
@@ -68,7 +69,7 @@ def program_number():
     Read from the hardware each time: what follows from it, kept from the kernel's begin to its end,
     would cost registers in the loop, which has none to spare.
     """
-    return gl.inline_asm("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, is_pure=False)
+    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -119,7 +120,7 @@ def add_mask(s, p_mask, MASK: gl.constexpr):
         words = words + (gl.load(p_mask + i * 128),)  # type: ignore[assignment]  # noqa: RUF005
     asm: gl.constexpr = add_fp32 if MASK == "fp32" else add_bf16 if MASK == "bf16" else add_fp16
     operands = (s,) + words  # noqa: RUF005
-    s = gl.inline_asm(asm, _constraints(WORDS // 128), operands, s.type, is_pure=True)
+    s = inline_asm(asm, _constraints(WORDS // 128), operands, s.type, is_pure=True)
     return s, p_mask + WORDS
 
 

@@ -42,8 +42,8 @@ MAX_REGISTERS = 255
 #: Beyond this head dim INT8 Q no longer fits into the registers.
 MAX_INT8_HEAD_DIM = 128
 
-#: Triton's first version with ``gl.inline_asm``.
-TRITON_VERSION = (3, 9)
+#: Triton's first version whose Gluon tells layouts apart as :mod:`..versions` needs for assembly.
+TRITON_VERSION = (3, 6)
 
 
 def launch(dim: int) -> GluonLaunch:

@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..formats import LOG2E, TILE_N
-from .gluon_asm import add_row, finish_row, hide_columns
-from .gluon_layouts import column_layout
+from ..versions import async_load, barrier
+from .gluon_layouts import column_layout, partial_layout
 from .gluon_program import to_output
 from .reference import MASK_FLOOR
 
@@ -41,6 +41,19 @@ def _bytes_layout(width, warps):
     """16 bytes a thread, rows of ``width`` bytes contiguous."""
     threads = width // 16
     return gl.BlockedLayout([1, 16], [32 // threads, threads], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _thread_sums(p, like):
+    """``[BM, 64]`` -> ``[BM, 4]``, each thread's columns added; no value leaves a thread."""
+    x = p.reshape([p.shape[0], 8, 4, 2])
+    return gl.convert_layout(gl.sum(gl.sum(x, 3), 1), like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _like_rows(x, like):
+    """A value per row where ``[BM, 4]`` partial sums have them."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True)
 
 
 @gluon.jit
@@ -65,12 +78,12 @@ def _copy_tile(
 ):
     """Copy the tile at the pointers into the rings, zeros where there is nothing to read."""
     slot, start = tile % STAGES, tile * _TILE_N
-    async_copy.async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
+    async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
     wanted = start < limit
     if v_ring.shape[1] != D:
         o_d = gl.arange(0, v_ring.shape[1], gl.SliceLayout(1, p_v.type.layout))
         wanted = (wanted & (o_d < D))[:, None]
-    async_copy.async_load(v_ring.index(slot), p_v, mask=wanted)
+    async_load(v_ring.index(slot), p_v, mask=wanted)
     async_copy.commit_group()
     return p_k + _TILE_N * k_ring.shape[2], p_v + _TILE_N
 
@@ -82,7 +95,7 @@ def _scores(q_tile, k_tile, layout: gl.constexpr, IS_ASYNC: gl.constexpr):
     return warpgroup_mma(
         q_tile,
         k_tile.permute((1, 0)),
-        gl.zeros([q_tile.shape[0], _TILE_N], gl.int32 if INTEGER else gl.float32, layout),
+        gl.full([q_tile.shape[0], _TILE_N], 0, gl.int32 if INTEGER else gl.float32, layout),
         use_acc=False,
         max_num_imprecise_acc=0 if INTEGER else q_tile.shape[1],
         is_async=IS_ASYNC,
@@ -116,7 +129,6 @@ def _attend_range(
     col: gl.constexpr = gl.SliceLayout(0, scores)
     for tile in range(first, last):
         s, acc, total, top, p_k, p_v, p_k_scale, p_bias = state
-        s_type: gl.constexpr = s.type
         p_k, p_v = _copy_tile(
             p_k, p_v, k_ring, v_ring, tile + (STAGES - 1), k_limit, limit, D, STAGES
         )
@@ -150,9 +162,8 @@ def _attend_range(
             visible = gl.full([o_m.shape[0]], 0, gl.int32, o_m.type.layout) + k_len
             if CAUSAL:
                 visible = gl.minimum(visible, o_m + 1)
-            s = gl.inline_asm(
-                hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True
-            )
+            o_n = gl.arange(0, _TILE_N, col)
+            s = gl.where(o_n[None, :] < (visible - start)[:, None], s, -float("inf"))
         tile_top = gl.max(s, 1)
         if not (BIAS or MASK == 2):
             tile_top = tile_top * q_scale
@@ -167,15 +178,13 @@ def _attend_range(
             p = gl.exp2(s - shift[:, None])
         else:
             p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
-        total = gl.inline_asm(
-            add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
-        )
+        total = gl.fma(total, _down(_like_rows(alpha, total), total), _thread_sums(p, total))
         lhs: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
         codes = _operand(p, lhs).to(gl.float8e4nv)
         product = warpgroup_mma(
             codes,
             v_ring.index(tile % STAGES).permute((1, 0)),
-            gl.zeros(acc.shape, gl.float32, acc.type.layout),
+            gl.full(acc.shape, 0.0, gl.float32, acc.type.layout),
             use_acc=False,
             max_num_imprecise_acc=_TILE_N,
             is_async=True,
@@ -183,9 +192,9 @@ def _attend_range(
         s_next = warpgroup_mma_wait(1, deps=[s_next])
         s = s_next.to(gl.float32) * _columns(k_scale, col)[None, :]
         product = warpgroup_mma_wait(0, deps=[product])
-        gl.barrier()
+        barrier()
         async_copy.wait_group(STAGES - 3)
-        gl.barrier()
+        barrier()
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
         # A fresh accumulator per tile: Hopper keeps 14 bits of a float32 sum of FP8 products.
         acc = gl.fma(acc, _down(alpha, acc), product)
@@ -257,7 +266,7 @@ def attention_kernel(
     at_q = p_q + (rows[:, None].to(gl.int64) * DP + columns[None, :])
     q_tile = gl.allocate_shared_memory(code, [BM, DP], _rows_shared(DP))
     inside_q = (rows < q_len)[:, None] & (columns >= 0)[None, :]
-    async_copy.async_load(q_tile, at_q, mask=inside_q)
+    async_load(q_tile, at_q, mask=inside_q)
     o_m = start_m + gl.arange(0, BM, row)
     at = gl.minimum(o_m, q_len - 1)
     q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK)
@@ -290,16 +299,16 @@ def attention_kernel(
     for i in gl.static_range(STAGES - 1):
         p_k, p_v = _copy_tile(p_k, p_v, k_ring, v_ring, i, k_limit, limit, D, STAGES)
     async_copy.wait_group(STAGES - 3)
-    gl.barrier()
+    barrier()
     fence_async_shared()
     s = _scores(q_tile, k_ring.index(0), scores, False).to(gl.float32)
     s = s * _columns(gl.load(p_k_scale), gl.SliceLayout(0, scores))[None, :]
     p_k_scale += 2 * _TILE_N
-    gl.barrier()
+    barrier()
     state = (
         s,
         gl.zeros([BM, DP], gl.float32, output),
-        gl.zeros([BM], gl.float32, row),
+        gl.zeros([BM, 4], gl.float32, partial_layout(num_warps)),
         gl.full([BM], -float("inf"), gl.float32, row),
         p_k,
         p_v,
@@ -331,7 +340,7 @@ def attention_kernel(
     s, acc, total, top, p_k, p_v, p_k_scale, p_bias = state
     async_copy.wait_group(0)
 
-    total = gl.inline_asm(finish_row, ("=&f", "f"), [total], total.type, is_pure=True)
+    total = gl.convert_layout(gl.sum(total, 1), row, assert_trivial=True)
     seen = total > 0.0
     total = gl.where(seen, total, 1.0)
     if p_lse is not None:

@@ -37,6 +37,9 @@ _LAUNCHES = {64: HopperLaunch(8, 4), 128: HopperLaunch(8, 4)}
 #: Beyond this head dim two accumulators no longer fit into the registers.
 MAX_HEAD_DIM = 128
 
+#: Triton's first version that the kernel was compiled and tested with.
+TRITON_VERSION = (3, 6)
+
 #: ``wgmma`` exists on sm_90 only.
 CAPABILITY = (9, 0)
 

@@ -27,6 +27,7 @@ from ..formats import (
 from ..rope import Rope
 from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int, to_output
+from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .operands import quantize_operands
 from .reference import MASK_FLOOR, half_value, smoothed_lse
@@ -69,10 +70,13 @@ def _attend_range(
     stop,
     k_len,
     mask_len,
-    p_k,  # [DP, 64] at the first key
+    p_k,  # at the first key
     p_k_scale,
-    p_v,  # [64, DP] at the first key
-    p_mask,  # [1 or BLOCK_M, 64] at the first key
+    p_v,  # at the first key
+    p_mask,  # at the first key
+    at_k,  # [DP, 64], where a tile's elements lie
+    at_v,  # [64, DP]
+    at_mask,  # [1 or BLOCK_M, 64]
     stride_vn,
     stride_mn,
     EDGE: tl.constexpr,  # tiles with keys that are outside, or in the future
@@ -86,12 +90,16 @@ def _attend_range(
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Tiles of the online softmax; the pointers come back at the first key after them."""
+    """Tiles of the online softmax; the pointers come back at the first key after them.
+
+    Pointers are scalars: before Triton 3.8 each of a tile's would be kept through the loop.
+    """
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
     tile = tl.full([], BLOCK_N, tl.int64)
     for n in tl.range(start, stop, BLOCK_N):
         inside = n + o_n < k_len
-        k = _load_tile(p_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
+        k = _load_tile(p_k + at_k, o_d[:, None] < DP, inside[None, :], False, EDGE)
+        fence_copies()
         s = int_to_float(tl.dot(q, k), SHIFT)
         if K_BLOCK % BLOCK_N == 0:
             s *= tl.load(p_k_scale + n // K_BLOCK)
@@ -104,10 +112,10 @@ def _attend_range(
                 visible = visible & (n + o_n[None, :] <= o_m[:, None])
             s = tl.where(visible, s, -float("inf"))
         if MASK == 1:
-            seen = _load_mask(p_mask, n + o_n < mask_len, EDGE)
+            seen = _load_mask(p_mask + at_mask, n + o_n < mask_len, EDGE)
             s = tl.where(seen != 0, s, -float("inf"))
         if MASK == 2:
-            bias = _load_mask(p_mask, n + o_n < mask_len, EDGE).to(tl.float32)
+            bias = _load_mask(p_mask + at_mask, n + o_n < mask_len, EDGE).to(tl.float32)
             clamped = tl.minimum(tl.maximum(bias * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
             s = s * q_scale[:, None] + tl.where(bias == -float("inf"), bias, clamped)
             tile_top = tl.max(s, 1)
@@ -129,12 +137,13 @@ def _attend_range(
         else:
             p = tl.exp2(s * q_scale[:, None] - shift[:, None])
         seen_total = tl.sum(p, 1)
+        fence_copies()
         if PV == "half":
-            v = _load_tile(p_v, inside[:, None], o_d[None, :] < D, EDGE, D != DP)
+            v = _load_tile(p_v + at_v, inside[:, None], o_d[None, :] < D, EDGE, D != DP)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         else:
             # Transposed V is padded to whole tiles with zeros.
-            v = _load_tile(p_v, inside[:, None], o_d[None, :] < D, False, D != DP)
+            v = _load_tile(p_v + at_v, inside[:, None], o_d[None, :] < D, False, D != DP)
             if PV == "int8":
                 # Not above 0, also where the compiler fuses the product that tile_top is.
                 back = tl.exp2(tl.minimum(tile_top - safe_top, 0.0))
@@ -145,9 +154,7 @@ def _attend_range(
                 # A fresh accumulator per tile, joined by an fma that the compiler cannot fold back
                 # into the product: Ada and Hopper keep 14 bits of a float32 sum of FP8 products.
                 FAST: tl.constexpr = PV == "fp8-fast"
-                product = tl.dot(
-                    p.to(tl.float8e4nv), v, out_dtype=tl.float16 if FAST else tl.float32
-                )
+                product = tl.dot(to_e4m3(p), v, out_dtype=tl.float16 if FAST else tl.float32)
                 acc = tl.fma(
                     acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32)
                 )
@@ -209,6 +216,7 @@ def _attention_fwd_kernel(
     MASK_ROWS: tl.constexpr,  # the mask differs from query to query
     CAUSAL: tl.constexpr,
     SHIFT: tl.constexpr,
+    FAR: tl.constexpr,  # a tile of V spans 2^31 elements
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # always TILE_N: part of the numerics
 ):
@@ -221,16 +229,18 @@ def _attention_fwd_kernel(
     q_scale = tl.load(p_q_scale + i_bh * q_groups + (i_m * BLOCK_M + o_row) // Q_BLOCK)
     o_n = tl.arange(0, BLOCK_N)
     p_k += i_bkv * k_len * DP
-    p_k += o_n[None, :] * DP + o_d[:, None]
+    at_k = o_n[None, :] * DP + o_d[:, None]
     p_k_scale += i_bkv * k_groups
     p_v += i_b * stride_vb + (i_h // group) * stride_vh
-    p_v += o_n[:, None].to(tl.int64) * stride_vn + o_d[None, :].to(tl.int64) * stride_vd
+    OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32
+    at_v = o_n[:, None].to(OFFSET) * stride_vn + o_d[None, :].to(OFFSET) * stride_vd
+    at_mask = o_n[None, :] * stride_mn
     if MASK:
         p_mask += i_b * stride_mb + i_h * stride_mh + i_m.to(tl.int64) * BLOCK_M * stride_mm
         if MASK_ROWS:
-            p_mask += o_row[:, None] * stride_mm + o_n[None, :] * stride_mn
-        else:
-            p_mask += o_n[None, :] * stride_mn
+            at_mask += o_row[:, None] * stride_mm
+    else:
+        p_mask = p_k_scale  # before Triton 3.7 a jit function can't return None
 
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -255,6 +265,9 @@ def _attention_fwd_kernel(
             p_k_scale,
             p_v,
             p_mask,
+            at_k,
+            at_v,
+            at_mask,
             stride_vn,
             stride_mn,
             EDGE,
@@ -421,6 +434,7 @@ def attend_quantized(
             MASK_ROWS=strides[2] != 0,
             CAUSAL=is_causal,
             SHIFT=config.shift,
+            FAR=TILE_N * v_strides[2] + dim * v_strides[3] >= 2**31,
             BLOCK_M=config.block_m,
             BLOCK_N=TILE_N,
             num_warps=config.num_warps,

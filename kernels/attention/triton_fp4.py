@@ -30,6 +30,7 @@ from ..quantize.triton_fp4 import fp4_token
 from ..rope import Rope
 from ..spec import AttentionSpec
 from ..tiles import to_output
+from ..versions import to_e4m3
 from . import tuning
 from .gluon_columns import as_columns, columns_length, key_bias
 from .operands import quantize_operands
@@ -70,7 +71,7 @@ def _quantize_weights(p, BLOCK_M: tl.constexpr):
     """P ``[BLOCK_M, 64]`` up to 2688 -> packed codes ``[BLOCK_M, 32]`` and E4M3 scales."""
     GROUPS: tl.constexpr = _TILE_N // _GROUP
     groups = tl.reshape(p, [BLOCK_M, GROUPS, _GROUP])
-    micro = tl.maximum(tl.max(groups, 2) * (1.0 / _FP4_MAX), _FP8_TINY).to(tl.float8e4nv)
+    micro = to_e4m3(tl.maximum(tl.max(groups, 2) * (1.0 / _FP4_MAX), _FP8_TINY))
     codes = groups * (1.0 / micro.to(tl.float32))[:, :, None]
     low, high = tl.split(tl.reshape(codes, [BLOCK_M, _TILE_N // 2, 2]))
     return _encode_fp4(low, high), micro
@@ -195,7 +196,7 @@ def _attend_range(
             else:
                 v = tl.load(at_v, mask=(o_d < D)[None, :] & (o_n >= 0)[:, None], other=0.0)
             FAST: tl.constexpr = PV == "fp8-fast"
-            product = tl.dot(p.to(tl.float8e4nv), v, out_dtype=tl.float16 if FAST else tl.float32)
+            product = tl.dot(to_e4m3(p), v, out_dtype=tl.float16 if FAST else tl.float32)
             acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32))
         total = total * alpha + seen_total
         top = new_top

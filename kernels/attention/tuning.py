@@ -81,6 +81,9 @@ _FP4_LAUNCHES = {64: Launch(128, 8, 3), 128: Launch(128, 8, 3), 256: Launch(128,
 #: warps would spill.
 _ROW_MASKS = {("sm_120", 128): Launch(64, 4, 2)}
 
+#: Triton's first version that the kernel was compiled and tested with.
+TRITON_VERSION = (3, 6)
+
 #: NVIDIA architectures with E4M3 tensor cores begin here.
 _FP8_CAPABILITY = (8, 9)
 

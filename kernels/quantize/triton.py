@@ -20,6 +20,7 @@ from ..formats import (
 )
 from ..rope import Rope
 from ..tiles import round_even, round_to_int
+from ..versions import to_e4m3
 from .reference import (
     CLIP_LIMIT,
     CLIP_RESOLUTION,
@@ -131,7 +132,7 @@ def _quantize_tile(
             p_codes + start + rows * DP + o_d[None, :], round_to_int(codes).to(tl.int8), in_rows
         )
     else:
-        tl.store(p_codes + start + rows * DP + o_d[None, :], codes.to(tl.float8e4nv), in_rows)
+        tl.store(p_codes + start + rows * DP + o_d[None, :], to_e4m3(codes), in_rows)
     scale *= multiplier
     if GROUPED:
         tl.store(p_scale + i_bh * blocks + i_l, tl.max(scale, 0))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import round_to_int
+from ..versions import to_e4m3
 from .reference import CLIP_LIMIT, CLIP_RESOLUTION, FP4_MAX, FP8_MAX, FP8_TINY
 
 _CLIP_LIMIT, _CLIP_RESOLUTION = tl.constexpr(CLIP_LIMIT), tl.constexpr(CLIP_RESOLUTION)
@@ -55,7 +56,7 @@ def fp4_groups(x, SHARES: tl.constexpr):
     for i in tl.static_range(len(SHARES)):
         step = amax * (SHARES[i] / _FP4_MAX)
         step = tl.minimum(tl.maximum(step, _FP8_TINY), _FP8_MAX)
-        step = step.to(tl.float8e4nv).to(tl.float32)
+        step = to_e4m3(step).to(tl.float32)
         if len(SHARES) == 1:
             chosen = step
         else:
@@ -66,7 +67,7 @@ def fp4_groups(x, SHARES: tl.constexpr):
             better = cost < best
             best = tl.where(better, cost, best)
             chosen = tl.where(better, step, chosen)
-    return fp4_code(x * tl.div_rn(1.0, chosen)[:, None]), chosen.to(tl.float8e4nv)
+    return fp4_code(x * tl.div_rn(1.0, chosen)[:, None]), to_e4m3(chosen)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from ..formats import (
     padded_length,
 )
 from ..tiles import round_to_int, stored_token
+from ..versions import to_e4m3
 from .reference import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
 from .rope import load_rows
 from .stats import ChannelStats, extremes
@@ -114,7 +115,7 @@ def _quantize_value_kernel(
     else:
         codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
         if FORMAT == "fp8":
-            tl.store(p_tile + at, codes.to(tl.float8e4nv), mask=in_d)
+            tl.store(p_tile + at, to_e4m3(codes), mask=in_d)
         else:
             tl.store(p_tile + at, round_to_int(codes).to(tl.int8), mask=in_d)
     if i_l == 0:

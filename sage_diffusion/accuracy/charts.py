@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sage_diffusion.accuracy.report import AccuracyReport, Row
+from sage_diffusion.accuracy.findings import Findings
+from sage_diffusion.accuracy.records import Row
 from sage_diffusion.kernels.spec import LADDER
 
 #: Classes ``e0`` .. of the style sheet: low to high error.
@@ -109,7 +110,7 @@ def error_class(value: float, edges: Sequence[float]) -> str:
     return f"e{sum(value >= edge for edge in edges)}"
 
 
-def error_map(report: AccuracyReport) -> HeatMap | None:
+def error_map(report: Findings) -> HeatMap | None:
     """Mean relative L1 of every cell; None without a quantized row."""
     cells = report.cells()
     means = {
@@ -131,7 +132,7 @@ def error_map(report: AccuracyReport) -> HeatMap | None:
     return _grid("Relative L1 of each attention call", report, classes, legend)
 
 
-def spec_map(report: AccuracyReport) -> HeatMap | None:
+def spec_map(report: Findings) -> HeatMap | None:
     """The spec that ran in every cell; None without a row."""
     if not report.rows:
         return None
@@ -145,7 +146,7 @@ def spec_map(report: AccuracyReport) -> HeatMap | None:
 
 def _grid(
     title: str,
-    report: AccuracyReport,
+    report: Findings,
     classes: dict[tuple[str, int], str],
     legend: list[Key],
 ) -> HeatMap:
@@ -215,7 +216,7 @@ def _tooltip(layer: str, step: int, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def step_error_chart(report: AccuracyReport) -> LineChart | None:
+def step_error_chart(report: Findings) -> LineChart | None:
     """Mean and worst relative L1 per step."""
     steps = [(int(step.name), step) for step in report.per_step() if step.rel_l1 is not None]
     if not steps:
@@ -229,7 +230,7 @@ def step_error_chart(report: AccuracyReport) -> LineChart | None:
     )
 
 
-def latent_chart(report: AccuracyReport) -> LineChart | None:
+def latent_chart(report: Findings) -> LineChart | None:
     """How far the latents have drifted after each step."""
     end = report.end_to_end
     if end is None or not end.latent_cosine:

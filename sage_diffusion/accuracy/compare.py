@@ -1,7 +1,7 @@
 """Run twice and compare: FP16, then with a plan, on the same seeds.
 
 Nothing here knows a host: a host gives a callable that samples with a session attached
-(:data:`Run`); ``sage_diffusion.integrations.pipelines`` makes one of a diffusers pipeline.
+(:data:`Run`); ``integrations.diffusers.pipelines`` makes one of a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.accuracy import metrics
-from sage_diffusion.accuracy.environment import environment
 from sage_diffusion.accuracy.pictures import make_picture
-from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, Picture, Row
-from sage_diffusion.adapt.measure import row_mask
-from sage_diffusion.calls import AttentionEvent
-from sage_diffusion.guard import Guard
-from sage_diffusion.kernels.attention import reference
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.accuracy.records import EndToEnd, Picture, Row
+from sage_diffusion.accuracy.report import AccuracyReport
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.rows import exact_attention
+from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
+from sage_diffusion.machine import environment
 from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
-
-FP16 = AttentionSpec.parse("fp16")
-
-#: Scores that exact attention holds at once, about 256 MiB in float32.
-_MAX_SCORES = 1 << 26
 
 #: Pictures that a report carries; their figures cover all.
 MAX_PICTURES = 12
@@ -52,43 +47,6 @@ class Generation:
 
 #: Samples with a session attached and leaves the model as it was; the same seeds every time.
 Run = Callable[[AttentionSession], Generation]
-
-
-def exact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Attention in float32, a slice of query rows at a time.
-
-    Args:
-        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``.
-        mask: boolean (True: attend) or additive, broadcastable to ``[B, H, Lq, Lk]``.
-        is_causal: query i sees keys 0 .. i, combined with ``mask``.
-        scale: softmax scale, ``1 / sqrt(D)`` if None.
-        rows: ``[R]`` int64, the query rows to compute; all if None.
-
-    Returns:
-        ``[B, H, R, D]`` float32; a fully masked row gives 0.
-    """
-    batch, heads, q_len, _ = q.shape
-    k_len = k.shape[2]
-    if rows is None:
-        rows = torch.arange(q_len, device=q.device)
-    keys, values = k.float(), v.float()
-    parts = []
-    for some in rows.split(max(1, _MAX_SCORES // (batch * heads * k_len))):
-        part_mask = row_mask(mask, is_causal, some, k_len)
-        out, _ = reference.attention(
-            q[:, :, some].float(), keys, values, FP16, mask=part_mask, scale=scale
-        )
-        parts.append(out)
-    return torch.cat(parts, 2)
 
 
 class LayerAccuracy:

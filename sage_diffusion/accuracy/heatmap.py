@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 
-from sage_diffusion.accuracy.report import AccuracyReport
+from sage_diffusion.accuracy.findings import Findings
 
 
-def heatmap_png(report: AccuracyReport) -> bytes:
+def heatmap_png(report: Findings) -> bytes:
     """PNG bytes: mean relative L1 of every (layer, step), grey where nothing was measured.
 
     Raises:

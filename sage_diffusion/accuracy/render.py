@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sage_diffusion.accuracy import charts
-from sage_diffusion.accuracy.report import AccuracyReport, Aggregate, Variant
-from sage_diffusion.plan import PrecisionPlan
+from sage_diffusion.accuracy.findings import Findings
+from sage_diffusion.accuracy.records import Aggregate, Variant
+from sage_diffusion.plan.show import table_of
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -28,18 +29,6 @@ def shares(specs: Mapping[str, int]) -> str:
     """``int8/fp8 30 %, int4/fp8-fast 70 %``."""
     total = sum(specs.values())
     return ", ".join(f"{spec} {n / total:.0%}" for spec, n in specs.items()) if total else "-"
-
-
-def rules_of(plan: PrecisionPlan) -> list[tuple[str, ...]]:
-    """Rows of a table: number, layers, steps' share, other conditions, spec; the default last."""
-    rows: list[tuple[str, ...]] = []
-    for i, rule in enumerate(plan.rules):
-        where = [f"{rule.branch} only"] if rule.branch else []
-        where += [f"from {rule.min_tokens} tokens"] if rule.min_tokens else []
-        span = f"{rule.start:.0%} to {rule.end:.0%}"
-        rows.append((str(i), rule.layers, span, ", ".join(where), str(rule.spec)))
-    rows.append(("default", "everything else" if rows else "*", "", "", str(plan.default)))
-    return rows
 
 
 def fallbacks(summary: Mapping[str, Any] | None) -> list[tuple[str, str, int]]:
@@ -62,7 +51,7 @@ def not_finite(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def headline(report: AccuracyReport) -> list[tuple[str, str]]:
+def headline(report: Findings) -> list[tuple[str, str]]:
     """The report in a few figures: (label, value)."""
     tiles = []
     end = report.end_to_end
@@ -83,8 +72,8 @@ def headline(report: AccuracyReport) -> list[tuple[str, str]]:
     return tiles
 
 
-def markdown(report: AccuracyReport) -> str:
-    """See :meth:`AccuracyReport.to_markdown`."""
+def markdown(report: Findings) -> str:
+    """See :meth:`.AccuracyReport.to_markdown`."""
     parts = [f"# Accuracy of {report.name}"]
     parts.append("\n".join(f"- {label}: **{value}**" for label, value in headline(report)))
     parts[-1] += f"\n- calls by spec: {shares(report.specs)}"
@@ -102,7 +91,7 @@ def markdown(report: AccuracyReport) -> str:
         parts.append("## Steps\n\n" + _table(("step", *AGGREGATE_HEAD), steps))
     if report.plan is not None:
         head = ("rule", "layers", "progress", "only", "spec")
-        parts.append("## Plan\n\n" + _table(head, rules_of(report.plan)))
+        parts.append("## Plan\n\n" + _table(head, table_of(report.plan)))
     if report.summary is not None:
         parts.append("## What fell back\n\n" + _fallback_text(report.summary))
     environment = "\n".join(f"- {key}: {value}" for key, value in report.environment.items())
@@ -175,8 +164,8 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines)
 
 
-def html(report: AccuracyReport) -> str:
-    """See :meth:`AccuracyReport.to_html`."""
+def html(report: Findings) -> str:
+    """See :meth:`.AccuracyReport.to_html`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -204,7 +193,7 @@ def html(report: AccuracyReport) -> str:
         ],
         aggregate_head=AGGREGATE_HEAD,
         layers=[aggregate_cells(layer) for layer in report.per_layer()],
-        rules=[] if report.plan is None else rules_of(report.plan),
+        rules=[] if report.plan is None else table_of(report.plan),
         pictures=[
             (picture, end.psnr[i] if end else None, end.ssim[i] if end else None)
             for i, picture in enumerate(report.pictures)

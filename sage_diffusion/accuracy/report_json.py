@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sage_diffusion.accuracy.findings import Findings, ReportError
 from sage_diffusion.accuracy.metrics import json_number, number_from_json
-from sage_diffusion.accuracy.report import AccuracyReport, EndToEnd, ReportError, Row, Variant
+from sage_diffusion.accuracy.records import EndToEnd, Row, Variant
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.plan_json import error_path
+from sage_diffusion.plan.plan_json import error_path
 
 VERSION = 1
 
@@ -68,7 +69,7 @@ class _Report(_Strict):
     variants: list[_Variant] = []
 
 
-def to_dict(report: AccuracyReport) -> dict[str, Any]:
+def to_dict(report: Findings) -> dict[str, Any]:
     """Plain data; infinity and NaN as strings, see :mod:`sage_diffusion.accuracy.metrics`."""
     end = report.end_to_end
     return {
@@ -103,7 +104,7 @@ def variant_to_dict(variant: Variant) -> dict[str, Any]:
     }
 
 
-def dump(report: AccuracyReport) -> str:
+def dump(report: Findings) -> str:
     """JSON text, one line per row."""
     data = to_dict(report)
     rows = data.pop("rows")
@@ -113,8 +114,8 @@ def dump(report: AccuracyReport) -> str:
     return f'{head[:-2]},\n  "rows": {listed}\n}}\n'
 
 
-def parse(text: str) -> AccuracyReport:
-    """See :meth:`AccuracyReport.from_json`."""
+def parse(text: str) -> dict[str, Any]:
+    """The fields of a report; raises as :meth:`.AccuracyReport.from_json` says."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -137,10 +138,10 @@ def parse(text: str) -> AccuracyReport:
     if tuple(parsed.columns) != COLUMNS:
         raise ReportError(f"columns: must be {', '.join(COLUMNS)}, got {parsed.columns}")
     end = parsed.end_to_end
-    return AccuracyReport(
-        parsed.name,
-        tuple(_row(row, i) for i, row in enumerate(parsed.rows)),
-        None
+    return {
+        "name": parsed.name,
+        "rows": tuple(_row(row, i) for i, row in enumerate(parsed.rows)),
+        "end_to_end": None
         if end is None
         else EndToEnd(
             tuple(end.labels),
@@ -148,10 +149,10 @@ def parse(text: str) -> AccuracyReport:
             tuple(number_from_json(x) for x in end.ssim),
             tuple(float(x) for x in end.latent_cosine),
         ),
-        parsed.environment,
-        parsed.summary,
-        _plan(parsed.plan),
-        tuple(
+        "environment": parsed.environment,
+        "summary": parsed.summary,
+        "plan": _plan(parsed.plan),
+        "variants": tuple(
             Variant(
                 x.name,
                 number_from_json(x.psnr),
@@ -163,7 +164,7 @@ def parse(text: str) -> AccuracyReport:
             )
             for x in parsed.variants
         ),
-    )
+    }
 
 
 def _row_to_list(row: Row) -> list[Any]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
-from sage_diffusion.adapt.gradient import Tracer, measure_gradient
-from sage_diffusion.adapt.measure import RowCall, measure, outliers, sample_rows
+from sage_diffusion.adapt.gradient import measure_gradient
+from sage_diffusion.adapt.sampling import Progress, Sampler, Tracer, planned
 from sage_diffusion.adapt.sensitivity import measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
-from sage_diffusion.adapt.travel import session_fingerprint
-from sage_diffusion.calls import AttentionEvent
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.rows import RowCall, measure, outliers, sample_rows
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan
-from sage_diffusion.session import AttentionSession
+from sage_diffusion.plan.fingerprint import fingerprint
 
 #: What a plan may choose from unless the caller says otherwise.
 SPECS = ("int8/fp16", "int8/int8", "int8/fp8-fast", "int4/int8", "int4/fp8-fast")
@@ -38,38 +37,6 @@ _CALLS_PER_CELL = 2
 
 class CalibrationError(ValueError):
     """Calibration can't begin or found nothing to measure."""
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """A host that samples with a session attached.
-
-    ``model`` is the class name of the network that the session's layers belong to.  A sampler may
-    also have ``settings``, plain data that decides what is sampled (steps, guidance): a table that
-    was made with others is not continued.
-    """
-
-    session: AttentionSession
-    model: str | None
-
-    def sample(self, prompt: Any, seed: int) -> Tensor:
-        """Run the whole sampling loop; returns the final latents (or pictures) ``[B, ...]``."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a calibration stands, given to the progress callback after each run.
-
-    Attributes:
-        stage: "measure", "remeasure" or "sensitivity".
-        done, total: runs of the stage.
-        seconds: since the calibration began.
-    """
-
-    stage: str
-    done: int
-    total: int
-    seconds: float
 
 
 class Calibrator:
@@ -115,7 +82,7 @@ class Calibrator:
         """Is this cell measured?"""
         if self.only is not None:
             return (layer, step, branch or BOTH) in self.only
-        period = max(1, min(round(1 / self.share), self.session.steps))
+        period = max(1, min(round(1 / self.share), self.session.where.steps))
         picks = -(-period // max(len(self.session.layers), 1))  # few layers: more of each
         stretch, inside = divmod(step, period)
         block, position = divmod(self.place(layer) * picks, period)
@@ -128,13 +95,13 @@ class Calibrator:
         return self._order.setdefault(layer, len(self._order))
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step < 0:
             return
         cell = (event.layer, event.step, event.branch or BOTH)
-        self.steps = self.session.steps
-        if self.session.sigma is not None:
-            self._sigmas[event.step] = self.session.sigma
+        self.steps = self.session.where.steps
+        if self.session.where.sigma is not None:
+            self._sigmas[event.step] = self.session.where.sigma
         batch, heads, q_len, dim = event.q.shape
         self._calls[cell] += 1
         self._work[cell] = float(batch * heads * q_len * event.k.shape[2] * dim)
@@ -171,7 +138,7 @@ class Calibrator:
             for (cell, _), row in zip(self._found, numbers, strict=True):
                 table.add(*cell, row[:-3].reshape(len(self.specs), -1), row[-3:])
         # A step cache may skip whole steps: their sigmas are known only if the host told them all.
-        sigmas = self.session.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
+        sigmas = self.session.where.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
         if len(sigmas) == self.steps and all(b < a for a, b in itertools.pairwise(sigmas)):
             table.schedule = list(sigmas)  # progress can't be looked up in any other
         self.begin()
@@ -365,18 +332,11 @@ class _Job:
         watcher.store(self.table)
 
     def _fingerprint(self) -> dict[str, Any]:
-        return session_fingerprint(self.sampler.session, self.sampler.model, self.watcher.head_dims)
-
-
-@contextlib.contextmanager
-def planned(session: AttentionSession, plan: PrecisionPlan | str) -> Iterator[None]:
-    """The session follows another plan inside the block."""
-    before = session.plan
-    session.plan = plan
-    try:
-        yield
-    finally:
-        session.plan = before
+        return fingerprint(
+            list(self.sampler.session.layers),
+            model=self.sampler.model,
+            head_dims=self.watcher.head_dims,
+        )
 
 
 def _candidates(specs: Sequence[str | AttentionSpec]) -> tuple[AttentionSpec, ...]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 
 #: (rank, ridge, smoothness) that cross-validation chooses from.
 CANDIDATES = tuple(itertools.product((1, 2, 3), (0.01, 0.03), (0.3, 1.0, 3.0)))

@@ -12,10 +12,10 @@ from itertools import groupby
 
 import numpy as np
 
-from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.table import BOTH
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import Rule
+from sage_diffusion.plan.globs import cover, step_range
 
 #: Prices of one rule that are tried, in units of the whole objective.
 _PRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -90,16 +90,14 @@ def rules_of(
     layers: Sequence[str],
     branches: Sequence[str],
 ) -> Packed:
-    """Rules that resolve to ``index`` exactly, shared by layers with equal step ranges."""
-    default, rules = min(
+    """Rules that resolve to ``index`` wherever ``exists``, shared by layers with equal step ranges.
+
+    A branch that a layer never serves costs no rule.
+    """
+    return min(
         (_rules(index, exists, specs, layers, branches, base) for base in ("column", "none")),
-        key=lambda found: len(found[1]),
+        key=lambda found: len(found.rules),
     )
-    return Packed(default, tuple(rules), _resolved(index, exists))
-
-
-def _resolved(index: np.ndarray, exists: np.ndarray) -> np.ndarray:
-    return np.where(exists, index, index)
 
 
 def _rules(
@@ -109,7 +107,7 @@ def _rules(
     layers: Sequence[str],
     branches: Sequence[str],
     base: str,
-) -> tuple[str, list[Rule]]:
+) -> Packed:
     """Default and rules; with ``base="column"`` the usual spec of a step is a rule for ``*``."""
     _, steps, _ = index.shape
     default = _mode(index[exists])
@@ -119,13 +117,19 @@ def _rules(
             [_mode(index[:, s][exists[:, s]], default) for s in range(steps)], dtype=np.int64
         )
     found: dict[tuple[int, int, int, str | None], list[str]] = {}
+    resolved = index.copy()
     for i, name in enumerate(layers):
         rows = index[i]
-        together = all((rows[:, b] == rows[:, 0]).all() for b in range(len(branches)))
-        for b, branch in enumerate(branches[:1] if together else branches):
-            which = None if together or branch == BOTH else branch
+        served = [b for b in range(len(branches)) if exists[i, :, b].any()]
+        together = all((rows[:, b] == rows[:, served[0]]).all() for b in served)
+        rest = usual  # what branches get that have no rule of their own
+        for b in served[:1] if together else served:
+            which = None if together or branches[b] == BOTH else branches[b]
+            if which is None:
+                rest = rows[:, b]
             for first, stop, option in _segments(rows[:, b], usual):
                 found.setdefault((first, stop, option, which), []).append(name)
+        resolved[i] = np.where(exists[i].any(0), rows, rest[:, None])
     rules = []
     for (first, stop, option, which), names in found.items():
         start, end = step_range(first, stop, steps)
@@ -136,7 +140,7 @@ def _rules(
         if option != default:
             start, end = step_range(run_steps[0], run_steps[-1] + 1, steps)
             rules.append(Rule(AttentionSpec.parse(specs[option]), "*", start, end))
-    return specs[default], rules
+    return Packed(specs[default], tuple(rules), resolved)
 
 
 def _segments(row: np.ndarray, usual: np.ndarray) -> list[tuple[int, int, int]]:

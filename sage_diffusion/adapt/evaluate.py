@@ -13,15 +13,15 @@ import torch
 from sage_diffusion.accuracy.compare import Generation, end_to_end
 from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
 from sage_diffusion.adapt.frechet import frechet_distance, picture_features
-from sage_diffusion.adapt.globs import step_range
 from sage_diffusion.adapt.planner import predicted_time
 from sage_diffusion.adapt.table import BOTH, ScoreTable
-from sage_diffusion.adapt.travel import check_fingerprint
-from sage_diffusion.calls import AttentionEvent
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule, step_progress
-from sage_diffusion.session import AttentionSession
+from sage_diffusion.plan.edit import check_fingerprint
+from sage_diffusion.plan.globs import step_range
 
 #: Uniform specs that a plan is compared with.
 UNIFORM = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "int4/int8")
@@ -111,7 +111,7 @@ class WorkWatch:
         self._head_dims: dict[str, int] = {}
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step >= 0:
             batch, heads, q_len, dim = event.q.shape
             work = float(batch * heads * q_len * event.k.shape[2] * dim)
@@ -161,7 +161,7 @@ def evaluate(
     watch = WorkWatch()
     session = AttentionSession("fp16", observers=(watch,))
     exact = [generate(session, prompt, seed) for prompt, seed in pairs[:1]]
-    table = watch.finish(session.steps)
+    table = watch.finish(session.where.steps)
     if not table.layers:
         raise ValueError("no attention call reached the session: there is nothing to evaluate")
     for plan in parsed.values():  # before anything else is run

@@ -14,17 +14,19 @@ another mode.  The graph of a whole run must fit into memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.table import BOTH, ScoreTable, TableError
-from sage_diffusion.calls import AttentionEvent
+from sage_diffusion.adapt.sampling import planned
+from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.table_json import TableError
+from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.attend.validation import four_dims
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.validation import four_dims
 
 #: Backward passes per run.
 PROBES = 2
@@ -37,17 +39,6 @@ class NoGradient(ValueError):
     """A host whose attention outputs carry no gradient."""
 
 
-@runtime_checkable
-class Tracer(Protocol):
-    """A :class:`~sage_diffusion.adapt.calibrate.Sampler` that can be differentiated."""
-
-    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
-        """The (prompt, seed) of every picture of a run, so that one graph holds one picture."""
-
-    def trace(self, prompt: Any, seed: int) -> Tensor:
-        """As ``sample``, with the graph that leads to the final latents."""
-
-
 class _Errors:
     """Observer that keeps every call's output, a node of the graph, and each spec's error in it."""
 
@@ -58,7 +49,7 @@ class _Errors:
         self.errors: list[list[Tensor]] = []
 
     def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.calls.Observer`."""
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step < 0:
             return
         if not event.out.requires_grad:
@@ -116,8 +107,6 @@ def measure_gradient(
         NoGradient: the host's sampling can't be differentiated.
         TableError: ``unfinished`` is broken.
     """
-    from sage_diffusion.adapt.calibrate import planned
-
     specs = [AttentionSpec.parse(name) for name in table.specs]
     job: dict[str, Any] = {"method": "gradient", "probes": probes, "seed": seed}
     job["pairs"] = [[str(prompt), number] for prompt, number in pairs]

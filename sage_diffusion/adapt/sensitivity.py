@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sage_diffusion.adapt.complete import complete
-from sage_diffusion.adapt.globs import cover, step_range
 from sage_diffusion.adapt.gradient import cell_effects
-from sage_diffusion.adapt.table import ScoreTable, TableError
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.adapt.sampling import Sampler, planned
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
+from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
-
-if TYPE_CHECKING:
-    from sage_diffusion.adapt.calibrate import Sampler
+from sage_diffusion.plan.globs import cover, step_range
 
 #: Mixed runs, each with a random half of the groups in the low spec.
 _CHECKS = 2
@@ -64,28 +64,9 @@ def measure_sensitivity(
     Raises:
         TableError: ``unfinished`` is broken.
     """
-    from sage_diffusion.adapt.calibrate import planned
-
     error = complete(table).error
-    low = int(np.argmax(np.nanmean(error, (0, 1, 2))))
-    layers = [
-        list(part) for part in np.array_split(table.layers, min(layer_groups, table.shape[0]))
-    ]
-    edges = np.linspace(0, table.steps, min(step_groups, table.steps) + 1).round().astype(int)
-    steps = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
-    grid = (len(layers), len(steps))
-    total_error = _group_sums(table, error[..., low], layers, steps)
-
-    rng = np.random.default_rng(0)
-    masks = [np.broadcast_to(np.arange(grid[0])[:, None] == i, grid) for i in range(grid[0])]
-    masks += [np.broadcast_to(np.arange(grid[1]) == i, grid) for i in range(grid[1])]
-    single = len(masks)
-    for _ in range(_CHECKS):
-        mask = np.zeros(grid[0] * grid[1], dtype=bool)
-        mask[rng.permutation(mask.size)[: mask.size // 2 or 1]] = True
-        masks.append(mask.reshape(grid))
-    plans = [group_plan(table.specs[low], mask, layers, steps, table) for mask in masks]
-    plans += [PrecisionPlan.of(name) for name in table.specs]
+    groups = _Groups.of(table, error, layer_groups, step_groups)
+    plans = groups.plans(table)
     job: dict[str, Any] = {"method": "groups", "plans": [plan.to_dict() for plan in plans]}
     job["pairs"] = [[str(prompt), seed] for prompt, seed in pairs]
     runs: list[list[float]] = []  # errors of the samples of each run, pair by pair
@@ -108,35 +89,91 @@ def measure_sensitivity(
             if progress is not None:
                 progress("sensitivity", len(runs), total)
     errors = [list(itertools.chain(*runs[i :: len(plans)])) for i in range(len(plans))]
-    # A few chaotic samples err by orders of magnitude more than the others and would decide alone
-    # in a mean of squares, yet they do decide the PSNR: what matters is judged by the squared mean
-    # of the amplitudes, the level by the mean of the squares.
-    votes = np.sqrt(errors).mean(1) ** 2
-    measured, uniform = votes[: len(masks)], np.mean(errors, 1)[len(masks) :]
+    return groups.fit(table, error, np.array(errors)) | {"peak": peak}
 
-    design = np.stack([(mask * total_error).ravel() for mask in masks])
-    # From equal weights: what the runs leave open stays as the local error says.
-    even = np.full(design.shape[1], measured[:single].mean() / design[:single].sum(1).mean())
-    blind = nonnegative_fit(design[:single], measured[:single], even)
-    weight = nonnegative_fit(design, measured, even)
-    sums = np.array(
-        [_group_sums(table, error[..., k], layers, steps) for k in range(len(table.specs))]
-    )
-    predicted = (sums.reshape(len(table.specs), -1) * weight).sum(1)
-    return {
-        "spec": table.specs[low],
-        "layers": layers,
-        "steps": [list(s) for s in steps],
-        "weight": _rounded(weight.reshape(grid)),
-        "layer_effect": [float(f"{x:.6g}") for x in measured[: grid[0]]],
-        "step_effect": [float(f"{x:.6g}") for x in measured[grid[0] : single]],
-        "factor": [float(f"{x:.6g}") for x in uniform / np.maximum(predicted, 1e-300)],
-        "peak": peak,
-        "checks": [
-            {"predicted": float(design[i] @ blind), "measured": float(measured[i])}
-            for i in range(single, len(masks))
-        ],
-    }
+
+@dataclass(frozen=True)
+class _Groups:
+    """Cells in groups of layers and steps, and the runs that show what a group does.
+
+    Attributes:
+        low: index of the least accurate spec.
+        layers: names, by group.
+        steps: ``[first, stop)``, by group.
+        masks: which groups ``[LG, SG]`` are in the low spec, run by run: each group of layers,
+            each group of steps, then the mixed runs.
+    """
+
+    low: int
+    layers: list[list[str]]
+    steps: list[tuple[int, int]]
+    masks: list[np.ndarray]
+
+    @classmethod
+    def of(
+        cls, table: ScoreTable, error: np.ndarray, layer_groups: int, step_groups: int
+    ) -> _Groups:
+        """So many groups of a table's cells, whose local squared errors are ``[L, S, B, K]``."""
+        count = min(layer_groups, table.shape[0]), min(step_groups, table.steps)
+        layers = [list(part) for part in np.array_split(table.layers, count[0])]
+        edges = np.linspace(0, table.steps, count[1] + 1).round().astype(int)
+        masks = [np.broadcast_to(np.arange(count[0])[:, None] == i, count) for i in range(count[0])]
+        masks += [np.broadcast_to(np.arange(count[1]) == i, count) for i in range(count[1])]
+        rng = np.random.default_rng(0)
+        for _ in range(_CHECKS):
+            mask = np.zeros(count[0] * count[1], dtype=bool)
+            mask[rng.permutation(mask.size)[: mask.size // 2 or 1]] = True
+            masks.append(mask.reshape(count))
+        low = int(np.argmax(np.nanmean(error, (0, 1, 2))))
+        steps = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        return cls(low, layers, steps, masks)
+
+    def plans(self, table: ScoreTable) -> list[PrecisionPlan]:
+        """One per run: the masks', then every spec used everywhere."""
+        low = table.specs[self.low]
+        plans = [group_plan(low, mask, self.layers, self.steps, table) for mask in self.masks]
+        return plans + [PrecisionPlan.of(name) for name in table.specs]
+
+    def fit(self, table: ScoreTable, error: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
+        """What the runs say of the groups, as :func:`measure_sensitivity` returns it.
+
+        Args:
+            table: calibrated.
+            error: local squared errors, ``[L, S, B, K]``.
+            errors: final squared errors of every sample, ``[runs, samples]``.
+        """
+        rows, columns = len(self.layers), len(self.steps)
+        single = rows + columns
+        # A few chaotic samples err by orders of magnitude more than the others and would decide
+        # alone in a mean of squares, yet they do decide the PSNR: what matters is judged by the
+        # squared mean of the amplitudes, the level by the mean of the squares.
+        votes = np.sqrt(errors).mean(1) ** 2
+        measured, uniform = votes[: len(self.masks)], errors.mean(1)[len(self.masks) :]
+        sums = np.array(
+            [
+                _group_sums(table, error[..., k], self.layers, self.steps)
+                for k in range(len(table.specs))
+            ]
+        )
+        design = np.stack([(mask * sums[self.low]).ravel() for mask in self.masks])
+        # From equal weights: what the runs leave open stays as the local error says.
+        even = np.full(design.shape[1], measured[:single].mean() / design[:single].sum(1).mean())
+        blind = nonnegative_fit(design[:single], measured[:single], even)
+        weight = nonnegative_fit(design, measured, even)
+        predicted = (sums.reshape(len(table.specs), -1) * weight).sum(1)
+        return {
+            "spec": table.specs[self.low],
+            "layers": self.layers,
+            "steps": [list(s) for s in self.steps],
+            "weight": _rounded(weight.reshape(rows, columns)),
+            "layer_effect": [float(f"{x:.6g}") for x in measured[:rows]],
+            "step_effect": [float(f"{x:.6g}") for x in measured[rows:single]],
+            "factor": [float(f"{x:.6g}") for x in uniform / np.maximum(predicted, 1e-300)],
+            "checks": [
+                {"predicted": float(design[i] @ blind), "measured": float(measured[i])}
+                for i in range(single, len(self.masks))
+            ],
+        }
 
 
 def _loaded(unfinished: Mapping[str, Any]) -> tuple[list[list[float]], float]:
@@ -195,7 +232,7 @@ def group_plan(
             if on:
                 start, end = step_range(first, stop, table.steps)
                 rules += [Rule(parsed, g, start, end) for g in cover(names, table.layers)]
-    return PrecisionPlan(AttentionSpec.parse("fp16"), tuple(rules))
+    return PrecisionPlan(FP16, tuple(rules))
 
 
 def nonnegative_fit(design: np.ndarray, target: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -11,18 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from sage_diffusion.adapt.measure import METRICS
-from sage_diffusion.adapt.travel import mismatch
+from sage_diffusion.adapt.table_json import VERSION, TableError, parse_table
+from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
-
-VERSION = 1
+from sage_diffusion.plan.fingerprint import mismatch
 
 #: Branch of calls that serve both or where the host doesn't say.
 BOTH = "both"
-
-
-class TableError(ValueError):
-    """A score table that can't be read, or that belongs to another model or calibration."""
 
 
 @dataclass
@@ -34,7 +29,7 @@ class ScoreTable:
     Attributes:
         specs: names of the candidates.
         steps: of the sampling runs.
-        fingerprint: of the model (:func:`sage_diffusion.adapt.travel.fingerprint`).
+        fingerprint: of the model (:func:`sage_diffusion.plan.fingerprint.fingerprint`).
         settings: how it was measured (rows, seed, share of cells ..); must agree when resuming.
         layers: names in the order of their first call.
         branches: "both", or "cond" and "uncond".
@@ -221,9 +216,11 @@ class ScoreTable:
     @classmethod
     def from_dict(cls, data: Any) -> ScoreTable:
         """The table of :meth:`to_dict`; raises as :func:`.table_json.parse_table`."""
-        from sage_diffusion.adapt.table_json import parse_table
-
-        return parse_table(data)
+        fields, arrays = parse_table(data)
+        table = cls(**fields)
+        for name, array in arrays.items():
+            setattr(table, name, array)
+        return table
 
     def check_same(self, other: ScoreTable) -> None:
         """May this table be continued by a calibration that would have made ``other``?

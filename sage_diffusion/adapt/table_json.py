@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sage_diffusion.adapt.measure import METRICS
-from sage_diffusion.adapt.table import VERSION, ScoreTable, TableError
+from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.kernels.spec import AttentionSpec
+
+VERSION = 1
+
+
+class TableError(ValueError):
+    """A score table that can't be read, or that belongs to another model or calibration."""
+
 
 #: Parts of a cell's arrays beyond ``[L, S, B]``: specs, metrics, tensors.
 _ARRAYS = {
@@ -25,8 +31,8 @@ _ARRAYS = {
 }
 
 
-def parse_table(data: Any) -> ScoreTable:
-    """The table of :meth:`ScoreTable.to_dict`.
+def parse_table(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The fields and the arrays of the table that ``ScoreTable.to_dict`` wrote.
 
     Raises:
         TableError: no table, another version, or a wrong value.
@@ -41,7 +47,7 @@ def parse_table(data: Any) -> ScoreTable:
         raise TableError(f"is not a score table: {error.args[0]} is missing") from None
 
 
-def _parse(data: Mapping[str, Any]) -> ScoreTable:
+def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     _need(data["metrics"] == list(METRICS), "metrics", ", ".join(METRICS), data["metrics"])
     specs = _names(data["specs"], "specs")
     for i, name in enumerate(specs):
@@ -65,34 +71,29 @@ def _parse(data: Mapping[str, Any]) -> ScoreTable:
     }
     for key in ("count", "calls"):
         _need(not np.isnan(arrays[key]).any(), key, "numbers", "null")
-    settings = data["settings"]
+        arrays[key] = arrays[key].astype(np.int64)
+    settings, unfinished = data["settings"], data.get("unfinished")
     _need(isinstance(settings, Mapping), "settings", "an object", settings)
-    table = ScoreTable(
-        tuple(specs),
-        steps,
-        _fingerprint(data["fingerprint"]),
-        dict(settings),
-        layers,
-        branches,
-        _schedule(data["schedule"], steps),
-        _runs(data["runs"], "runs"),
-        _cells(data["extra"], "extra"),
-        _runs(data["extra_runs"], "extra_runs"),
-    )
-    for key, array in arrays.items():
-        setattr(table, key, array.astype(getattr(table, key).dtype))
-    table.sensitivity = _sensitivity(data["sensitivity"], table)
-    table.unfinished = data.get("unfinished")
-    _need(
-        table.unfinished is None or isinstance(table.unfinished, Mapping),
-        "unfinished",
-        "an object or null",
-        table.unfinished,
-    )
-    return table
+    fields = {
+        "specs": tuple(specs),
+        "steps": steps,
+        "fingerprint": _fingerprint(data["fingerprint"]),
+        "settings": dict(settings),
+        "layers": layers,
+        "branches": branches,
+        "schedule": _schedule(data["schedule"], steps),
+        "runs": _runs(data["runs"], "runs"),
+        "extra": _cells(data["extra"], "extra"),
+        "extra_runs": _runs(data["extra_runs"], "extra_runs"),
+        "sensitivity": _sensitivity(data["sensitivity"], layers, steps, len(specs)),
+        "unfinished": unfinished,
+    }
+    fine = unfinished is None or isinstance(unfinished, Mapping)
+    _need(fine, "unfinished", "an object or null", unfinished)
+    return fields, arrays
 
 
-def _sensitivity(data: Any, table: ScoreTable) -> dict[str, Any] | None:
+def _sensitivity(data: Any, every: list[str], steps: int, kinds: int) -> dict[str, Any] | None:
     """What :mod:`.gradient` or :mod:`.sensitivity` found."""
     if data is None:
         return None
@@ -100,29 +101,28 @@ def _sensitivity(data: Any, table: ScoreTable) -> dict[str, Any] | None:
     _need(isinstance(data, Mapping), at, "an object or null", data)
     found = dict(data)
     _need(_real(found["peak"]) and found["peak"] > 0, f"{at}.peak", "positive", found["peak"])
-    kinds = len(table.specs)
     factor = _numbers(found["factor"], (kinds,), f"{at}.factor")
     _need(not np.isnan(factor).any(), f"{at}.factor", "numbers", "null")
     if found.get("method") == "gradient":
         layers = _names(found["layers"], f"{at}.layers")
         branches = _names(found["branches"], f"{at}.branches")
-        shape = (len(layers), table.steps, len(branches), kinds)
+        shape = (len(layers), steps, len(branches), kinds)
         _numbers(found["effect"], shape, f"{at}.effect")
         if found.get("correlation") is not None:
-            lags = (kinds, len(branches), len(branches), table.steps)
+            lags = (kinds, len(branches), len(branches), steps)
             _numbers(found["correlation"], lags, f"{at}.correlation", low=-1.0, high=1.0)
         return found
-    groups, steps = found["layers"], found["steps"]
+    groups, spans = found["layers"], found["steps"]
     _need(isinstance(groups, list), f"{at}.layers", "a list of groups", groups)
     for i, group in enumerate(groups):
         for name in _names(group, f"{at}.layers[{i}]"):
-            _need(name in table.layers, f"{at}.layers[{i}]", "layers of the table", name)
-    _need(isinstance(steps, list), f"{at}.steps", "a list of [first, stop]", steps)
-    for i, pair in enumerate(steps):
+            _need(name in every, f"{at}.layers[{i}]", "layers of the table", name)
+    _need(isinstance(spans, list), f"{at}.steps", "a list of [first, stop]", spans)
+    for i, pair in enumerate(spans):
         fine = isinstance(pair, list) and len(pair) == 2 and all(map(_whole, pair))
-        fine = fine and 0 <= pair[0] < pair[1] <= table.steps
-        _need(fine, f"{at}.steps[{i}]", f"[first, stop] within {table.steps} steps", pair)
-    weight = _numbers(found["weight"], (len(groups), len(steps)), f"{at}.weight")
+        fine = fine and 0 <= pair[0] < pair[1] <= steps
+        _need(fine, f"{at}.steps[{i}]", f"[first, stop] within {steps} steps", pair)
+    weight = _numbers(found["weight"], (len(groups), len(spans)), f"{at}.weight")
     _need(not np.isnan(weight).any(), f"{at}.weight", "numbers", "null")
     return found
 

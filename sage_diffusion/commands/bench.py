@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.cost_sass import GPUS
 from sage_diffusion.files import write_bytes, write_text
+from sage_diffusion.speed.cost_sass import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sage_diffusion.bench import Result, Row
+    from sage_diffusion.speed.bench import Result, Row
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -64,7 +64,7 @@ def bench(
     """
     import torch
 
-    from sage_diffusion.bench import (
+    from sage_diffusion.speed.bench import (
         DEFAULT_HEAD_DIMS,
         DEFAULT_LENGTHS,
         DEFAULT_NAMES,
@@ -74,8 +74,8 @@ def bench(
         default_specs,
         measure,
     )
-    from sage_diffusion.bench_report import NOTES, document, plot, predict
-    from sage_diffusion.timing import find_card
+    from sage_diffusion.speed.bench_report import NOTES, document, plot, predict
+    from sage_diffusion.speed.timing import find_card
 
     names = tuple(backend or DEFAULT_NAMES)
     shapes: dict[str, Any] = {
@@ -122,7 +122,7 @@ def tables(result: Result, heading: str, note: str) -> tuple[Table, ...]:
     from rich import box
     from rich.table import Table
 
-    from sage_diffusion.bench import PREDICTED
+    from sage_diffusion.speed.bench import PREDICTED
 
     rows = Table(title=heading, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("spec", "backend"):

@@ -8,11 +8,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
+from sage_diffusion.commands.options import check_names, parse_option, prompts_of
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
-
-#: Pictures per call of a class-conditional model.
-_BATCH = 4
 
 #: Pictures of the end-to-end stage of the bundled model, whose graph is small.
 _PICTURES = 16
@@ -80,7 +78,6 @@ def calibrate(
     from sage_diffusion.adapt.costs import load_costs
     from sage_diffusion.adapt.evaluate import has_cost
     from sage_diffusion.adapt.planner import make_plan, predicted_time
-    from sage_diffusion.commands.compare import check_names, parse_option
 
     if floor is not None and budget is not None:
         raise CommandError("give --floor or --budget, not both")
@@ -93,8 +90,8 @@ def calibrate(
     if sensitivity is None:
         sensitivity = _PICTURES if model == "bundled" else 0
     with quiet_stdout(), progress() as bar:
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         check_names(pipe, extra)
@@ -128,34 +125,6 @@ def calibrate(
         files += map(str, calibration_plots(found, made.plan, plots))
     data = summary_of(made, files)
     emit(as_json, data, text_of(data))
-
-
-def prompts_of(sampler: Any, given: list[str] | None, count: int = 4, first: int = 0) -> list[Any]:
-    """What calibration samples: prompts as given, or lists of classes.
-
-    Args:
-        sampler: a ``PipelineSampler``.
-        given: by the user; for class-conditional models commas part the classes of one call.
-        count: default batches.
-        first: skip this many default batches, so that evaluation sees others.
-
-    Raises:
-        CommandError: the model needs prompts and none were given.
-    """
-    if sampler.argument != "class_labels":
-        if not given:
-            raise CommandError("this model needs prompts: give --prompt at least twice")
-        return list(given)
-    if given:
-        return [
-            [int(name) if name.strip().isdigit() else name.strip() for name in text.split(",")]
-            for text in given
-        ]
-    from sage_diffusion.integrations.adaptive import class_batches
-
-    if not getattr(sampler.pipe, "classes", None):
-        raise CommandError("this model is class-conditional: name classes with --prompt")
-    return list(class_batches(sampler.pipe, count, _BATCH, first))
 
 
 def summary_of(made: Any, files: list[str]) -> dict[str, Any]:

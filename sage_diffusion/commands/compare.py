@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_stdout
+from sage_diffusion.commands.options import call_arguments, check_names, parse_option
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -58,6 +56,7 @@ def compare(
     Writes report.json, .md and .html of the last plan (specs come first), report-NAME.* of the
     others, grid.png, heatmap.png and plan.json.
     """
+    from sage_diffusion.attend.guard import Guard
     from sage_diffusion.commands.side_by_side import (
         document,
         run_side_by_side,
@@ -65,7 +64,6 @@ def compare(
         variant_table,
         write_files,
     )
-    from sage_diffusion.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
     plans = [(name, PrecisionPlan.of(name)) for name in spec or ()]
@@ -74,7 +72,7 @@ def compare(
         raise CommandError("give at least one --spec or --plan to compare with fp16")
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout():
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
         pipe = load_pipeline(model)
         arguments, labels = call_arguments(pipe, list(prompt or ()), steps)
@@ -95,49 +93,3 @@ def compare(
         notes += [f"{name}: {layer} stepped up: {'; '.join(why)}" for layer, why in layers.items()]
     data = document(result, files, notes)
     emit(as_json, data, variant_table(result.reports), *notes, f"report: {out / 'report.html'}")
-
-
-def call_arguments(pipe: Any, prompts: list[str], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of a pipeline's call, and labels of its pictures.
-
-    Raises:
-        CommandError: the pipeline takes neither prompts nor classes, but some were given, or it
-            needs some.
-    """
-    parameters = inspect.signature(pipe.__call__).parameters
-    arguments: dict[str, Any] = {}
-    if "num_inference_steps" in parameters:
-        arguments["num_inference_steps"] = steps
-    if "class_labels" in parameters:
-        known = getattr(pipe, "classes", None)
-        chosen = prompts or list(known or ())[:4]
-        if not chosen:
-            raise CommandError("this model is class-conditional: name classes with --prompt")
-        labels = [int(name) if name.isdigit() else name for name in chosen]
-        return arguments | {"class_labels": labels}, chosen
-    if "prompt" in parameters:
-        if not prompts:
-            raise CommandError("this model needs at least one --prompt")
-        return arguments | {"prompt": prompts if len(prompts) > 1 else prompts[0]}, prompts
-    if prompts:
-        raise CommandError(f"{type(pipe).__name__} takes no prompt")
-    return arguments, []
-
-
-def check_names(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse ``--set`` of arguments that the pipeline's call does not have."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    for name in arguments:
-        if name not in parameters:
-            raise CommandError(f"{type(pipe).__name__} has no argument {name!r} to --set")
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """``NAME=JSON`` of ``--set``; what is no JSON is a string."""
-    name, separator, value = text.partition("=")
-    if not separator or not name.isidentifier():
-        raise CommandError(f"--set needs NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value

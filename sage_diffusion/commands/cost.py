@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.cost_sass import GPUS
+from sage_diffusion.speed.cost_sass import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sage_diffusion.cost import KernelCost
+    from sage_diffusion.speed.cost import KernelCost
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -58,8 +58,8 @@ def cost(
     Cycles of one SM per 262,144 multiply-accumulates in the slowest pipe: lower is faster, and the
     further the second pipe stays below the first, the closer a real card comes.
     """
-    from sage_diffusion.cost import NoKernelError, gpu_named, kernel_costs, peer_costs
     from sage_diffusion.kernels.spec import LADDER
+    from sage_diffusion.speed.cost import NoKernelError, gpu_named, kernel_costs, library_costs
 
     gpus = tuple(dict.fromkeys(gpu or GPUS))
     for name in gpus:
@@ -76,7 +76,7 @@ def cost(
         task = bar.add_task("read", total=len(against or ()) + len(gpus))
         for target in against or ():
             bar.update(task, description=target[-24:])
-            theirs += peer_costs(target, gpus, dims, match, wheels=wheels, download=download)
+            theirs += library_costs(target, gpus, dims, match, wheels=wheels, download=download)
             bar.advance(task)
         for name in gpus:
             bar.update(task, description=name)
@@ -92,11 +92,11 @@ def cost(
 
 
 def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, ...]) -> list[Table]:
-    """Ours with the peers' beside them, and below what has no counterpart."""
+    """Ours with the other packages' beside them, and below what has no counterpart."""
     from rich import box
     from rich.table import Table
 
-    from sage_diffusion.cost import beside
+    from sage_diffusion.speed.cost import beside
 
     def table(title: str, *right: str) -> Table:
         new = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -120,7 +120,7 @@ def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, .
     for row in sorted(ours, key=lambda r: (gpus.index(r.gpu), r.head_dim or 0)):
         compared = []
         for package in packages:
-            other = beside(row, (peer for peer in theirs if peer.package == package))
+            other = beside(row, (other for other in theirs if other.package == package))
             if other is None:
                 compared += ["-", "-"]
                 continue

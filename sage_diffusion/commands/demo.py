@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sage_diffusion.commands.common import AsJson, emit, progress, quiet_stdout
+from sage_diffusion.commands.options import prompts_of
 
 if TYPE_CHECKING:
     from sage_diffusion.adapt.evaluate import Evaluation
@@ -76,8 +77,8 @@ def demo(
     from sage_diffusion.plan import PrecisionPlan
 
     with quiet_stdout():
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         sampler = PipelineSampler(pipe, {"num_inference_steps": steps})
@@ -119,7 +120,6 @@ def demo(
 def _calibrate(sampler: Any, path: Path, pictures: int) -> ScoreTable:
     from sage_diffusion.adapt.calibrate import SPECS as candidates
     from sage_diffusion.adapt.calibrate import calibrate
-    from sage_diffusion.commands.calibrate import prompts_of
 
     with progress() as bar:
         task = bar.add_task("calibrate", total=None)

@@ -29,6 +29,7 @@ def doctor(
         versions.add_row(key, value)
     for gpu in document["devices"]:
         versions.add_row("gpu", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
+        versions.add_row("", "\n".join(gpu["verdicts"]))
     table = Table(
         title=f"Backends on {document['device']} (head_dim {head_dim}, {tokens} tokens)",
         title_justify="left",
@@ -65,30 +66,13 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
     """The answers as plain data."""
     import torch
 
-    from sage_diffusion import backends
-    from sage_diffusion.accuracy.environment import environment, version
-    from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+    from sage_diffusion.attend import backends
+    from sage_diffusion.machine import environment, version
 
     gpu = torch.cuda.is_available()
     target = torch.device(device or ("cuda" if gpu else "cpu"))
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    capability, hip_arch = (None, None)
-    if target.type == "cuda":
-        if not gpu:
-            raise ValueError("torch sees no CUDA or ROCm device here")
-        capability, hip_arch = backends.device_arch(target)
-    shape = (1, 1, tokens, head_dim)
-    specs = {}
-    for name in LADDER:
-        spec = AttentionSpec.parse(name)
-        call = backends.AttentionCall(
-            shape, shape, dtype, target.type, capability, hip_arch, None, False, False, spec
-        )
-        try:
-            chosen: str | None = backends.select(call).name
-        except backends.BackendUnavailable:
-            chosen = None
-        specs[name] = {"auto": chosen, "refusals": backends.refusals(call)}
+    if target.type == "cuda" and not gpu:
+        raise ValueError("torch sees no CUDA or ROCm device here")
     comfy = version("comfyui") or version("comfyui-frontend-package")
     found = environment(comfyui=comfy or "not installed")
     for name in ("triton", "diffusers"):
@@ -98,14 +82,18 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
         "devices": [_gpu(i) for i in range(torch.cuda.device_count())] if gpu else [],
         "device": str(target),
         "backends": [{"name": b.name, "describes": b.describes} for b in backends.BACKENDS],
-        "specs": specs,
+        "specs": {
+            name: answer._asdict()
+            for name, answer in backends.answers(target, head_dim, tokens).items()
+        },
     }
 
 
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
-    from sage_diffusion.backends import device_arch
+    from sage_diffusion.attend import verdicts
+    from sage_diffusion.machine import device_arch
 
     properties = torch.cuda.get_device_properties(index)
     capability, hip_arch = device_arch(torch.device("cuda", index))
@@ -114,4 +102,5 @@ def _gpu(index: int) -> dict[str, Any]:
         "name": properties.name,
         "architecture": architecture,
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        "verdicts": verdicts.describe(properties.name),
     }

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
+from sage_diffusion.commands.options import check_names, parse_option, prompts_of
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -66,11 +67,9 @@ def evaluate(
     from sage_diffusion.adapt.costs import load_costs, relative_cost
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
-    from sage_diffusion.adapt.shelf import bundled_plan
     from sage_diffusion.adapt.table import ScoreTable
-    from sage_diffusion.commands.calibrate import prompts_of
-    from sage_diffusion.commands.compare import check_names, parse_option
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.library import bundled_plan
 
     if bundled and model != "bundled":
         raise CommandError(f"--bundled names the model already, got --model {model}")
@@ -91,8 +90,8 @@ def evaluate(
     scores = None if table is None else ScoreTable.load(table)
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout(), progress() as bar:
-        from sage_diffusion.integrations.adaptive import PipelineSampler
-        from sage_diffusion.integrations.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
         check_names(pipe, extra)

@@ -24,14 +24,14 @@ def show(path: PlanPath, as_json: AsJson = False) -> None:
     """Print a plan's rules in the order in which they are tried."""
     from rich.table import Table
 
-    from sage_diffusion.accuracy.render import rules_of
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.show import table_of
 
     plan = PrecisionPlan.load(path)
     table = Table(title=plan.name or str(path), title_justify="left")
     for heading in ("rule", "layers", "progress", "only", "spec"):
         table.add_column(heading)
-    for row in rules_of(plan):
+    for row in table_of(plan):
         table.add_row(*row)
     notes = [f"made for {plan.model}"] if plan.model else []
     if plan.calibration is None:
@@ -78,8 +78,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Two plans of one model as one: the first's rules on top, the second's default."""
-    from sage_diffusion.adapt.travel import merge_plans
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import merge_plans
 
     plans = PrecisionPlan.load(first), PrecisionPlan.load(second)
     _write(merge_plans(*plans), sum(len(plan.rules) for plan in plans), out, as_json)
@@ -104,8 +104,8 @@ def remap(
     Every rule covers the same sigmas as before.  Sampling does so by itself wherever a plan stores
     its schedule; this is for reading and editing the result.
     """
-    from sage_diffusion.adapt.travel import remap_plan
     from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.edit import remap_plan
 
     if (sigmas is None) == (like is None):
         raise CommandError("say which schedule: give --sigmas or --like")
@@ -131,7 +131,8 @@ def _numbers(text: str) -> list[float]:
 
 def _schedule_of(path: Path) -> list[float]:
     """The schedule that a plan or a score table stores."""
-    from sage_diffusion.adapt.table import ScoreTable, TableError
+    from sage_diffusion.adapt.table import ScoreTable
+    from sage_diffusion.adapt.table_json import TableError
     from sage_diffusion.plan import PrecisionPlan
 
     try:
@@ -145,9 +146,9 @@ def _schedule_of(path: Path) -> list[float]:
 
 def layer_names(model: str) -> tuple[list[str], str]:
     """Names of the attention layers of a pipeline, and the class of its denoiser."""
+    from sage_diffusion.attend.session import AttentionSession
     from sage_diffusion.integrations.diffusers import apply, model_name
-    from sage_diffusion.integrations.pipelines import load_pipeline
-    from sage_diffusion.session import AttentionSession
+    from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 
     session, pipe = AttentionSession("fp16"), load_pipeline(model, device="cpu")
     with apply(pipe, session):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sage_diffusion.accuracy.compare import Generation
     from sage_diffusion.accuracy.report import AccuracyReport
-    from sage_diffusion.guard import Guard
+    from sage_diffusion.attend.guard import Guard
     from sage_diffusion.plan import PrecisionPlan
 
 
@@ -43,7 +43,7 @@ def run_side_by_side(
 ) -> SideBySide:
     """Sample once in FP16 and once per (name, plan), on the same seeds."""
     from sage_diffusion.accuracy.compare import compare_with, reference_run
-    from sage_diffusion.integrations.pipelines import PipelineRun
+    from sage_diffusion.integrations.diffusers.pipelines import PipelineRun
 
     steps = arguments.get("num_inference_steps")
     total = None if steps is None else steps * len(seeds)

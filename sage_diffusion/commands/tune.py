@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.cost_sass import GPUS
+from sage_diffusion.speed.cost_sass import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sage_diffusion.tune import Choice
+    from sage_diffusion.speed.tune import Choice
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -50,13 +50,13 @@ def tune(
     Measures on the GPU that is here.  With --predict it compiles every candidate for the named
     card and compares predicted bounds, which are no timings.
     """
-    from sage_diffusion import launches
-    from sage_diffusion import tune as tuner
-    from sage_diffusion.bench import MEASURED, PREDICTED
-    from sage_diffusion.cost import gpu_named
+    from sage_diffusion.attend import launches
     from sage_diffusion.kernels.attention import tuning
     from sage_diffusion.kernels.spec import LADDER
-    from sage_diffusion.timing import find_card
+    from sage_diffusion.speed import tune as tuner
+    from sage_diffusion.speed.bench import MEASURED, PREDICTED
+    from sage_diffusion.speed.cost import gpu_named
+    from sage_diffusion.speed.timing import find_card
 
     names = tuple(backend or launches.KNOBS)
     for name in names:
@@ -119,7 +119,7 @@ def _table(choices: list[Choice], title: str, predicted: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    from sage_diffusion import launches
+    from sage_diffusion.attend import launches
 
     table = Table(
         title=title,

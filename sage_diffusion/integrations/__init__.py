@@ -1,1 +1,1 @@
-"""Hosts: each module translates one host's calls into an ``AttentionSession`` and undoes itself."""
+"""Hosts: each folder translates one host's calls into an ``AttentionSession`` and undoes itself."""

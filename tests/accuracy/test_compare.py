@@ -3,19 +3,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sage_diffusion import AttentionSession, AttentionSpec, PrecisionPlan, Rule
-from sage_diffusion.accuracy import compare as compare_module
 from sage_diffusion.accuracy.compare import (
     Generation,
     LayerAccuracy,
     compare,
     end_to_end,
-    exact_attention,
     reference_run,
 )
 from sage_diffusion.accuracy.metrics import tensor_metrics
+from sage_diffusion.attend.rows import exact_attention
 
 STEPS, LAYERS = 4, ("blocks.0", "blocks.1")
 
@@ -35,48 +33,10 @@ def sample(session: AttentionSession, skip: tuple[str, int] | None = None) -> Ge
         session.begin_step(step)
         for name in LAYERS:
             if (name, step) != skip:
-                x = x + 0.5 * session.layer(name).attend(x, x, x)
+                x = x + 0.5 * session.layer(name)(x, x, x)
         latents.append(x.clone())
     session.finish()
     return Generation(torch.sigmoid(x[:, :1]), tuple(latents), ("one", "two"))
-
-
-@pytest.mark.parametrize("mask_kind", [None, "bool", "additive", "row"])
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_exact_attention_is_sdpa(mask_kind, is_causal, sampled, monkeypatch) -> None:
-    monkeypatch.setattr(compare_module, "_MAX_SCORES", 2 * 4 * 90 * 16)  # several slices
-    q, k, v = qkv()
-    generator = torch.Generator().manual_seed(1)
-    full = torch.ones(70, 90, dtype=torch.bool)
-    mask = None
-    if mask_kind == "bool":
-        mask = torch.rand(2, 1, 70, 90, generator=generator) > 0.3
-        mask[..., 0] = True  # SDPA's answer for a row without any key is not ours to repeat
-        full = mask
-    elif mask_kind == "additive":
-        mask = torch.randn(1, 4, 70, 90, generator=generator)
-    elif mask_kind == "row":
-        mask = torch.rand(2, 1, 1, 90, generator=generator) > 0.3
-        mask[..., 0] = True
-        full = mask
-    bias = mask if mask_kind == "additive" else torch.zeros(1)
-    if is_causal:
-        full = full & torch.ones(70, 90, dtype=torch.bool).tril()
-    expected = F.scaled_dot_product_attention(
-        q.double(),
-        k.double(),
-        v.double(),
-        attn_mask=torch.where(full, bias.double(), -math.inf),
-        scale=0.2,
-        enable_gqa=True,
-    )
-    rows = torch.tensor([3, 41, 69]) if sampled else None
-    found = exact_attention(q, k, v, mask=mask, is_causal=is_causal, scale=0.2, rows=rows)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(
-        found.double(), expected if rows is None else expected[:, :, rows], atol=2e-6, rtol=1e-5
-    )
 
 
 def test_observer_measures_the_output_that_ran() -> None:

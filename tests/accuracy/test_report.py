@@ -8,15 +8,9 @@ import pytest
 
 from sage_diffusion import AttentionSpec, PrecisionPlan, Rule
 from sage_diffusion.accuracy import charts
-from sage_diffusion.accuracy.report import (
-    AccuracyReport,
-    EndToEnd,
-    Limits,
-    Picture,
-    ReportError,
-    Row,
-    Violation,
-)
+from sage_diffusion.accuracy.findings import ReportError
+from sage_diffusion.accuracy.records import EndToEnd, Limits, Picture, Row, Violation
+from sage_diffusion.accuracy.report import AccuracyReport
 
 INT4, INT8, FP16 = (AttentionSpec.parse(x) for x in ("int4/fp8-fast", "int8/fp8", "fp16"))
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1", "blocks.1.attn2")

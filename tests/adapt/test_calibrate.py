@@ -8,7 +8,8 @@ from adapt_host import TinySampler
 
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
 from sage_diffusion.adapt.sensitivity import cell_weights, nonnegative_fit
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 

@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from sage_diffusion.adapt.complete import complete, complete_log
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 
 
 def low_rank(layers=24, steps=30, specs=3, seed=0):

@@ -14,7 +14,8 @@ from sage_diffusion.adapt.coupling import (
 )
 from sage_diffusion.adapt.gradient import _Tally
 from sage_diffusion.adapt.planner import Unreachable, make_plan, plan_index, predict, problem
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 

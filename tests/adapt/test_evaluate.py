@@ -14,7 +14,7 @@ from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.adapt.plots import calibration_plots, latent_cosines, pareto
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.cli import main
-from sage_diffusion.integrations.adaptive import PipelineSampler, class_batches
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler, class_batches
 from sage_diffusion.plan import PlanError, PrecisionPlan
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
@@ -134,7 +134,7 @@ def test_class_batches_are_disjoint():
 
 def test_the_commands_from_calibration_to_proof(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    from sage_diffusion.integrations import pipelines
+    from sage_diffusion.integrations.diffusers import pipelines
 
     monkeypatch.setattr(pipelines, "load_pipeline", lambda name: tiny_emoji())
     arguments = ["calibrate", "bundled", "--steps", "4", "--share", "1", "--rows", "8"]

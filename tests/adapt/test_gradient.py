@@ -6,7 +6,7 @@ import torch
 from adapt_host import TinySampler
 from tiny_emoji import tiny_emoji
 
-from sage_diffusion.adapt.calibrate import CalibrationError, calibrate, planned
+from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
 from sage_diffusion.adapt.gradient import (
     NoGradient,
     _effects,
@@ -16,9 +16,10 @@ from sage_diffusion.adapt.gradient import (
     smooth_steps,
 )
 from sage_diffusion.adapt.planner import make_plan
+from sage_diffusion.adapt.sampling import planned
 from sage_diffusion.adapt.sensitivity import cell_damage
 from sage_diffusion.adapt.table import ScoreTable
-from sage_diffusion.integrations.adaptive import PipelineSampler
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 

@@ -1,4 +1,4 @@
-"""Planning, compression into rules, plans that travel."""
+"""Planning, compression into rules, plans that move."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 
 from sage_diffusion.adapt.compress import compress, rules_of
 from sage_diffusion.adapt.costs import CYCLES, CostTableError, load_costs, relative_cost
-from sage_diffusion.adapt.globs import cover, escape, step_range
 from sage_diffusion.adapt.planner import (
     Unreachable,
     make_plan,
@@ -18,6 +17,7 @@ from sage_diffusion.adapt.planner import (
 )
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.plan import PlanError, PrecisionPlan, step_progress
+from sage_diffusion.plan.globs import cover, escape, step_range
 
 SPECS = ("int8/fp16", "int8/fp8-fast", "int4/fp8-fast")
 
@@ -103,6 +103,23 @@ def test_equal_layers_share_a_rule():
     index[:, :2] = 1
     packed = rules_of(index, np.ones_like(index, dtype=bool), SPECS, names, ["both"])
     assert [rule.layers for rule in packed.rules] == ["blocks.[147].attn", "*"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_branches_that_a_layer_never_serves_cost_no_rule(apart):
+    rng = np.random.default_rng(0)
+    layers, branches = ["cond.0.attn", "cond.1.attn", "full.attn"], ["both", "cond", "uncond"]
+    index = rng.integers(0, 3, (3, 6, 3))  # noise where nothing is called
+    exists = np.zeros(index.shape, dtype=bool)
+    exists[:2, :, 1] = exists[2, :, 1:] = True
+    index[:2, :, 1], index[2, :, 1], index[2, :, 2] = 1, 2, 0 if apart else 2
+    packed = rules_of(index, exists, SPECS, layers, branches)
+    assert len(packed.rules) == (2 if apart else 1), packed.rules
+    plan = PrecisionPlan(packed.default, packed.rules)
+    for (i, s, b), option in np.ndenumerate(packed.index):
+        branch = None if branches[b] == "both" else branches[b]
+        assert str(plan.resolve(layers[i], step_progress(s, 6), branch=branch)) == SPECS[option]
+    assert np.array_equal(packed.index[exists], index[exists])
 
 
 def test_compression_keeps_the_limit_on_damage():

@@ -10,9 +10,9 @@ from sage_diffusion import AttentionSession, Guard, enable
 from sage_diffusion.adapt.calibrate import calibrate
 from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.cli import main
-from sage_diffusion.integrations import pipelines
-from sage_diffusion.integrations.adaptive import PipelineSampler
-from sage_diffusion.integrations.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers import pipelines
+from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
 LAYER = "transformer_blocks.3.attn1"
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")

@@ -40,4 +40,4 @@ def test_the_steps_of_a_session_go_on_after_a_skipped_one():
     sampler.session.observers.append(Watch())
     sampler.sample("a", 0)
     assert seen == [(step, step / 7) for step in (0, 3, 4, 5, 6)]
-    assert sampler.session.step == -1
+    assert sampler.session.where.step == -1

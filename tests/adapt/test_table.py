@@ -8,7 +8,8 @@ import pytest
 from adapt_host import TinySampler
 
 from sage_diffusion.adapt.calibrate import calibrate
-from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.table_json import TableError
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 

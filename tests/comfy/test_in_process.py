@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sage_diffusion.guard import Guard
-from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionRefused, AttentionSession
+from sage_diffusion.integrations.comfy import attached, patch, without
+from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused, AttentionSession
 
 LAYERS = {
     "sd3": ["double.00", "double.01"],
@@ -263,7 +264,7 @@ def test_the_guard_steps_layers_up_and_the_report_says_so(families):
     assert ran == [[(spec, "reference") for spec in ("int4/int8", "int8/int8", "int8/fp16")]] * 2
 
 
-def test_a_backend_that_cannot_is_told_and_stops_where_strict(families):
+def test_a_backend_that_cannot_is_reported_and_stops_where_strict(families):
     sd3 = families("sd3")
     patched = patch(sd3.model, "int8/fp16", backend="triton")
     assert torch.equal(sd3.sample(patched), sd3.sample())
@@ -346,7 +347,7 @@ def test_easycache_beside_it(families):
     assert 0 < summary.calls < 6 * len(LAYERS["flux"])  # skipped steps call nothing
     assert summary.quantized == summary.calls
     assert len({step for _, step, _, _ in calls.seen}) == len(calls.seen) / len(LAYERS["flux"])
-    assert len(session.schedule) == 6
+    assert len(session.where.schedule) == 6
 
 
 def test_compiled_models_run_and_are_counted(families):
@@ -426,7 +427,7 @@ def test_silent_families_are_recognized(module, name, options):
 
     import comfy.ops
 
-    from sage_diffusion.integrations.comfy_layers import reach_of
+    from sage_diffusion.integrations.comfy.layers import reach_of
 
     cls = getattr(importlib.import_module(module), name)
     host = torch.nn.Module()

@@ -21,6 +21,7 @@ NODES = (
     "SageDiffusionCalibrate",
     "SageDiffusionAccuracyCheck",
     "SageDiffusionDoctor",
+    "SageDiffusionVerify",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -238,6 +239,13 @@ def test_the_doctor_tells_who_runs_what(server):
     assert "needs a CUDA or ROCm device" in text
 
 
+def test_verify_says_that_there_is_no_card(server):
+    done = server.run({"1": prompts.node("SageDiffusionVerify", action="last verdict")})
+    assert done["outputs"]["1"]["text"] == ["No GPU here: there is no kernel to verify."]
+    told = failure(server.run({"1": prompts.node("SageDiffusionVerify", action="verify now")}))
+    assert "build for the CPU" in told or "no card can be used" in told
+
+
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
@@ -269,7 +277,7 @@ def test_a_broken_file_is_never_overwritten(server, request):
     assert "name must be made of" in failure(server.run(prompt))
 
 
-def test_a_glob_that_matches_nothing_is_told(server):
+def test_a_glob_that_matches_nothing_is_reported(server):
     layers = "double.*,nothing.here"
     done = server.run(prompts.sampling("sd3", **prompts.custom("int8/fp16", layers=layers)))
     assert done["status"]["status_str"] == "success"

@@ -106,10 +106,10 @@ def test_the_bookkeeping_of_a_call_is_microseconds():
             function()
         return (time.process_time() - start) / 2000
 
-    lane = attention._lane(q.device)
+    state = attention._state(q.device)
 
     def through():
-        lane.cursor.reset()
+        state.cursor.reset()
         return attention.override(host, q, q, q, 2, **options)
 
     through()

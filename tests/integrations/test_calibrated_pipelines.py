@@ -8,7 +8,7 @@ from tiny_pipelines import build
 from sage_diffusion.adapt.calibrate import calibrate
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.planner import make_plan
-from sage_diffusion.integrations.adaptive import PipelineSampler
+from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sage_diffusion.integrations.comfy import FULL_PRECISION, ModelAttention
-from sage_diffusion.integrations.comfy_call import UnknownCall, parse_call
+from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.integrations.comfy import ModelAttention
+from sage_diffusion.integrations.comfy.call import UnknownCall, parse_call
+from sage_diffusion.integrations.comfy.model import FULL_PRECISION
 from sage_diffusion.plan import PrecisionPlan, Rule
-from sage_diffusion.session import AttentionRefused
 
 B, H, L, D = 2, 4, 160, 16
 

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from sage_diffusion.accuracy.compare import Generation
-from sage_diffusion.accuracy.report import Limits
-from sage_diffusion.integrations.comfy import KEY, OVERRIDE, attached, patch, without
-from sage_diffusion.integrations.comfy_accuracy import (
+from sage_diffusion.accuracy.records import Limits
+from sage_diffusion.integrations.comfy import attached, patch, without
+from sage_diffusion.integrations.comfy.accuracy import (
     CallSampling,
     as_pictures,
     check,
     heat_map,
     side_by_side,
 )
+from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 APPLY, OUTER, PREPARE = "apply_model", "outer_sample", "on_prepare_state"

@@ -1,7 +1,7 @@
 """What the ComfyUI nodes say of a run."""
 
-from sage_diffusion.integrations.comfy_report import RunReport, merged
-from sage_diffusion.summary import LayerSummary, SessionSummary
+from sage_diffusion.attend.summary import LayerSummary, SessionSummary
+from sage_diffusion.integrations.comfy.report import RunReport, merged
 
 QUANTIZED = {("int4/int8", "reference"): 4}
 

@@ -101,13 +101,13 @@ def test_sampling_that_ends_leaves_the_session_outside():
     tiny = build("flux")
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     tiny(steps=2)
-    assert (patch.session.step, patch.session.progress) == (-1, 0.0)
+    assert (patch.session.where.step, patch.session.where.progress) == (-1, 0.0)
     tiny(steps=2)
-    assert patch.session.steps == 2
+    assert patch.session.where.steps == 2
 
 
 @pytest.mark.parametrize("name", ["wan", "qwenimage"])
-def test_guidance_branches_are_told_apart(name):
+def test_guidance_branches_are_reported_apart(name):
     tiny = build(name)
     watcher = Watcher()
     plan = PrecisionPlan("fp16", (Rule("int8/fp8", branch="uncond"),))

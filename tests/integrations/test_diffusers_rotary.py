@@ -12,9 +12,9 @@ from diffusers.models.transformers import transformer_wan
 from integrations.test_diffusers_models import made, outputs
 from integrations.tiny_models import MODELS
 
-from sage_diffusion import AttentionSession, PrecisionPlan, Rope, Rule, backends
-from sage_diffusion.integrations import _rotary
-from sage_diffusion.integrations.diffusers import apply
+from sage_diffusion import AttentionSession, PrecisionPlan, Rope, Rule
+from sage_diffusion.attend import backends
+from sage_diffusion.integrations.diffusers import apply, rotary
 from sage_diffusion.kernels.rope import rotated
 
 #: Models whose self-attention hands tables over: Flux's function, and the Wan family's inner one.
@@ -37,10 +37,9 @@ def handed_over(monkeypatch):
     def loads(chosen):
         run = load(chosen)
 
-        def recording(*args, rope_q=None, rope_k=None):
-            seen.append((rope_q, rope_k))
-            ropes = {"rope_q": rope_q, "rope_k": rope_k} if rope_q or rope_k else {}
-            return run(*args, **ropes)
+        def recording(call, spec, return_lse):
+            seen.append((call.rope_q, call.rope_k))
+            return run(call, spec, return_lse)
 
         return recording
 
@@ -52,7 +51,7 @@ def handed_over(monkeypatch):
 def rotating_as_before():
     """Processors rotate by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sage_diffusion.integrations._processors._folds", lambda *_: False)
+        patch.setattr("sage_diffusion.integrations.diffusers.processors._folds", lambda *_: False)
         yield
 
 
@@ -182,7 +181,7 @@ def unrotated():
         calls.append(1)
         return rotated(x.transpose(1, 2), rope).transpose(1, 2)
 
-    return x, _rotary.put_off(x, rope, 2, rotate), rotate(), calls
+    return x, rotary.with_tables(x, rope, 2, rotate), rotate(), calls
 
 
 def test_any_other_use_finds_it_rotated():
@@ -191,7 +190,7 @@ def test_any_other_use_finds_it_rotated():
     assert torch.equal(put[:, 1], want[:, 1]) and torch.equal(put.data, want)
     assert len(calls) == 2  # one of them ours: the rotation is kept
     assert type(put.transpose(1, 2)) is torch.Tensor
-    tensor, rope = _rotary.taken_apart(put, 2)
+    tensor, rope = rotary.taken_apart(put, 2)
     assert torch.equal(tensor, want) and rope is None  # it may have been changed since
 
 
@@ -200,7 +199,7 @@ def test_a_look_at_its_shape_or_dtype_rotates_nothing():
     assert put.shape == x.shape and put.size(1) == 5 and put.dtype == torch.float32
     assert put.ndim == put.dim() == 4 and put.device == x.device and put.numel() == 80
     assert torch.zeros(2, dtype=torch.float16).type_as(put).dtype == torch.float32
-    tensor, rope = _rotary.taken_apart(put, 2)
+    tensor, rope = rotary.taken_apart(put, 2)
     assert tensor is x and torch.equal(rope.cos, torch.arange(20.0).reshape(5, 4).cos())
     assert len(calls) == 1  # ours
 
@@ -209,17 +208,17 @@ def test_a_write_goes_to_the_rotated():
     x, put, want, _ = unrotated()
     before = x.clone()
     put[:, :2] = 0
-    tensor, rope = _rotary.taken_apart(put, 2)
+    tensor, rope = rotary.taken_apart(put, 2)
     want[:, :2] = 0
     assert rope is None and torch.equal(tensor, want) and torch.equal(x, before)
 
 
 def test_another_layout_or_odd_tables_rotate_at_once():
     x, put, want, _ = unrotated()
-    tensor, rope = _rotary.taken_apart(put, 1)
+    tensor, rope = rotary.taken_apart(put, 1)
     assert rope is None and torch.equal(tensor, want)
-    assert _rotary.put_off(x, Rope(torch.ones(4, 8), torch.ones(4, 8)), 2, x.clone) is None
-    assert _rotary.put_off(x, Rope(*torch.ones(2, 5, 8).double()), 2, x.clone) is None
+    assert rotary.with_tables(x, Rope(torch.ones(4, 8), torch.ones(4, 8)), 2, x.clone) is None
+    assert rotary.with_tables(x, Rope(*torch.ones(2, 5, 8).double()), 2, x.clone) is None
 
 
 def test_the_wan_familys_function_is_recognized_by_its_instructions():
@@ -227,14 +226,14 @@ def test_the_wan_familys_function_is_recognized_by_its_instructions():
     inner = [c for c in processor.__code__.co_consts if isinstance(c, types.CodeType)]
     if not inner:
         pytest.skip(f"diffusers {diffusers.__version__} rotates elsewhere")
-    code = _rotary.with_pairs_routed(processor.__code__)
+    code = rotary.with_pairs_routed(processor.__code__)
     assert [c.co_names for c in code.co_consts if isinstance(c, types.CodeType)] == [
-        (_rotary.PAIRS,)
+        (rotary.PAIRS,)
     ]
     other = compile("def apply_rotary_emb(x, cos, sin): return x", "", "exec")
-    assert _rotary.with_pairs_routed(other) is other
+    assert rotary.with_pairs_routed(other) is other
     cos, sin = torch.rand(2, 1, 5, 1, 8)
     x = torch.randn(2, 5, 3, 8, dtype=torch.bfloat16)
-    want = rotated(x.transpose(1, 2), _rotary.pair_tables(cos, sin)).transpose(1, 2)
-    assert torch.equal(_rotary.rotate_pairs(x, cos, sin), want)
-    assert _rotary.pair_tables(cos[0], sin[0]) is None
+    want = rotated(x.transpose(1, 2), rotary.pair_tables(cos, sin)).transpose(1, 2)
+    assert torch.equal(rotary.rotate_pairs(x, cos, sin), want)
+    assert rotary.pair_tables(cos[0], sin[0]) is None

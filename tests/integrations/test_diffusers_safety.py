@@ -20,9 +20,9 @@ from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, SageAttnProcessor, enable
-from sage_diffusion.integrations._processors import is_routed
+from sage_diffusion.attend.session import AttentionRefused
 from sage_diffusion.integrations.diffusers import apply
-from sage_diffusion.session import AttentionRefused
+from sage_diffusion.integrations.diffusers.processors import is_routed
 
 
 @functools.cache
@@ -200,7 +200,7 @@ def test_a_new_processor_of_a_routed_class_is_routed_too():
     assert torch.equal(tiny(steps=2), plain("sd15"))
 
 
-def test_one_routed_processor_put_into_every_module_is_told_apart():
+def test_one_routed_processor_put_into_every_module_is_reported_apart():
     tiny = build("sd15")
     patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
     tiny.denoiser.set_attn_processor(processors(tiny.denoiser)[0])
@@ -297,7 +297,7 @@ def test_a_deep_copied_pipe_has_a_session_and_a_schedule_of_its_own():
     theirs = other.pipe.sage.summary()
     assert theirs.specs == {"fp16": 8, "int8/fp8": 8}
     assert tiny.pipe.sage.summary().calls == 0
-    assert tiny.pipe.sage.session.steps == 0
+    assert tiny.pipe.sage.session.where.steps == 0
     assert torch.equal(tiny(steps=2), out)
     assert other.pipe.sage.summary().calls == theirs.calls
 
@@ -323,7 +323,7 @@ def test_a_copied_scheduler_drives_nothing():
     patch = apply(tiny.pipe, AttentionSession("fp16"))
     audio = copy.deepcopy(tiny.pipe.scheduler)  # as pipelines with sound do in mid-call
     audio.set_timesteps(7)
-    assert patch.session.steps == 0
+    assert patch.session.where.steps == 0
     assert len(audio.timesteps) == 7
 
 
@@ -567,7 +567,7 @@ def test_context_parallel_calls_stay_the_host_s(monkeypatch):
     model = Odd(parallel_config=object())
     seen = []
     monkeypatch.setattr(
-        "sage_diffusion.integrations._processors.DISPATCH",
+        "sage_diffusion.integrations.diffusers.processors.DISPATCH",
         lambda *a, **kw: seen.append(kw["parallel_config"]) or a[0],
     )
     patch = apply(model, AttentionSession("int8/fp8"))
@@ -581,7 +581,9 @@ def test_flex_block_masks_stay_the_host_s(monkeypatch):
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu")
     model = Odd(attn_mask=mask)
-    monkeypatch.setattr("sage_diffusion.integrations._processors.DISPATCH", lambda *a, **kw: a[0])
+    monkeypatch.setattr(
+        "sage_diffusion.integrations.diffusers.processors.DISPATCH", lambda *a, **kw: a[0]
+    )
     patch = apply(model, AttentionSession("int8/fp8"))
     model(torch.randn(1, 8, 2, 8))
     assert list(patch.summary().declined) == ["a mask of type BlockMask"]

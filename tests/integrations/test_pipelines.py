@@ -9,8 +9,8 @@ from tiny_emoji import tiny_emoji
 from tiny_pipelines import build
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule
-from sage_diffusion.integrations.bundled import EmojiPipeline
-from sage_diffusion.integrations.pipelines import (
+from sage_diffusion.integrations.diffusers.bundled import EmojiPipeline
+from sage_diffusion.integrations.diffusers.pipelines import (
     PipelineRun,
     compare_pipeline,
     images_of,

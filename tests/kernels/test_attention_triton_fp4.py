@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 from helpers import card, fused_view, relative_l1
 

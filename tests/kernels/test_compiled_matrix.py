@@ -16,18 +16,26 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 import targets
 
-from sage_diffusion import cost_sass
-from sage_diffusion.backends import BACKENDS, AttentionCall, BackendUnavailable, select
-from sage_diffusion.cost_compile import BATCH, HEADS, LENGTH, Kernel, compile_backend, compiling_for
+from sage_diffusion.attend.backends import BACKENDS, BackendUnavailable, select
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention import gluon_columns
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.speed import cost_sass
+from sage_diffusion.speed.cost_compile import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    Kernel,
+    compile_backend,
+    compiling_for,
+)
 
 #: Every instruction of a matrix unit: SASS and AMD's assembly.
 _MATRIX = re.compile(r"[A-Z]*MMA\b|v_(mfma|wmma|smfmac|swmmac)_")
@@ -182,21 +190,7 @@ def test_quantizers(name, target):
 
 def call_of(spec: str, target: str, dim: int = 128) -> AttentionCall:
     """A call on a card, without tensors."""
-    hip = target if target.startswith("gfx") else None
-    number = 0 if hip else int(target[3:])
-    shape = (2, 8, 1024, dim)
-    return AttentionCall(
-        q_shape=shape,
-        kv_shape=shape,
-        dtype=torch.float16,
-        device="cuda",
-        capability=None if hip else (number // 10, number % 10),
-        hip_arch=hip,
-        mask=None,
-        is_causal=False,
-        return_lse=False,
-        spec=AttentionSpec.parse(spec),
-    )
+    return AttentionCall.typical(AttentionSpec.parse(spec), target, dim, 1024)
 
 
 @pytest.mark.parametrize("target", (*targets.EVERY, *targets.REFUSED))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", minversion="3.9")
+pytest.importorskip("triton")
 
 import grid
 from helpers import card, fused_view, relative_l1, same_bits

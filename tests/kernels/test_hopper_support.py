@@ -1,9 +1,9 @@
 """What the Hopper kernel serves, as data, and who serves the rest."""
 
 import pytest
-import torch
 
-from sage_diffusion import backends
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention.hopper_support import unsupported
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -32,27 +32,14 @@ def test_unsupported(spec, capability, hip, head_dim, reason):
 @pytest.mark.parametrize(
     "spec,head_dim,version,chosen",
     [
-        ("int8/fp8", 128, (3, 9), "hopper"),
-        ("int8/fp8", 128, (3, 8), "triton"),
-        ("int8/fp8", 160, (3, 9), "triton"),
+        ("int8/fp8", 128, (3, 6), "hopper"),
+        ("int8/fp8", 160, (3, 6), "triton"),
         ("int8/int8", 128, (3, 9), "triton"),
     ],
 )
 def test_triton_serves_the_rest(monkeypatch, spec, head_dim, version, chosen):
     monkeypatch.setattr(backends, "triton_version", lambda: version)
     backends.select.cache_clear()
-    shape = (1, 8, 1024, head_dim)
-    call = backends.AttentionCall(
-        shape,
-        shape,
-        torch.float16,
-        "cuda",
-        (9, 0),
-        None,
-        None,
-        False,
-        False,
-        AttentionSpec.parse(spec),
-    )
+    call = AttentionCall.typical(AttentionSpec.parse(spec), "sm_90", head_dim)
     assert backends.select(call).name == chosen
     backends.select.cache_clear()

@@ -11,8 +11,11 @@ pytest.importorskip("triton")
 from recording import FakeCards, Launches, recorded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sage_diffusion import AttentionSpec, Rope, backends
+from sage_diffusion import AttentionSpec, Rope
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.attention import gluon_support, tuning
+from sage_diffusion.machine import triton_version
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -50,15 +53,14 @@ def launches(
     **options,
 ) -> Launches:
     """Of one call; its tensors have no values, so whoever looked at one would fail."""
-    if backend != "triton" and backends.triton_version() < gluon_support.TRITON_VERSION:
+    if backend != "triton" and triton_version() < gluon_support.TRITON_VERSION:
         pytest.skip("this Triton has no Gluon that the kernels are written in")
     record = next(b for b in backends.BACKENDS if b.name == backend)
     q, k, v = (torch.empty(1, 24, tokens, 128, dtype=dtype, device=device) for _ in range(3))
-    fields = {"mask": None, "is_causal": False, "scale": None, "return_lse": False}
-    ropes = {name: options.pop(name) for name in ("rope_q", "rope_k") if name in options}
+    return_lse = options.pop("return_lse", False)
     compute = backends.load(record)
     with mock.patch.object(tuning, "architecture", lambda device: arch), recorded() as found:
-        compute(q, k, v, AttentionSpec.parse(spec), *{**fields, **options}.values(), **ropes)
+        compute(Call(q, k, v, **options), AttentionSpec.parse(spec), return_lse)
     return found
 
 

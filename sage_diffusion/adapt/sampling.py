@@ -1,0 +1,67 @@
+"""What calibration asks of a host: to sample with a session attached, and how far it has got."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.plan import PrecisionPlan
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A host that samples with a session attached.
+
+    ``model`` is the class name of the network that the session's layers belong to.  A sampler may
+    also have ``settings``, plain data that decides what is sampled (steps, guidance): a table that
+    was made with others is not continued.
+    """
+
+    session: AttentionSession
+    model: str | None
+
+    def sample(self, prompt: Any, seed: int) -> Tensor:
+        """Run the whole sampling loop; returns the final latents (or pictures) ``[B, ...]``."""
+
+
+@runtime_checkable
+class Tracer(Protocol):
+    """A :class:`Sampler` that can be differentiated."""
+
+    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
+        """The (prompt, seed) of every picture of a run, so that one graph holds one picture."""
+
+    def trace(self, prompt: Any, seed: int) -> Tensor:
+        """As ``sample``, with the graph that leads to the final latents."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a calibration stands, given to the progress callback after each run.
+
+    Attributes:
+        stage: "measure", "remeasure" or "sensitivity".
+        done, total: runs of the stage.
+        seconds: since the calibration began.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def planned(session: AttentionSession, plan: PrecisionPlan | str) -> Iterator[None]:
+    """The session follows another plan inside the block."""
+    before = session.plan
+    session.plan = plan
+    try:
+        yield
+    finally:
+        session.plan = before

@@ -1,0 +1,1 @@
+"""One attention call: what is asked, who computes it, the session that decides, the guard."""

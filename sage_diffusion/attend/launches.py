@@ -1,0 +1,148 @@
+"""The user's table of launch configurations: which one was found best on which card.
+
+``sage-diffusion tune`` writes it, the backends read it once.  Kernels know no files: they are
+handed a function that looks a launch up.  A table that can't be read is ignored with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sage_diffusion.attend.launch import KNOBS, Entry, TableError
+from sage_diffusion.files import user_cache, write_text
+from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
+from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.machine import version
+
+log = logging.getLogger("sage_diffusion")
+
+
+def default_path() -> Path:
+    """Where the user's table lies."""
+    return user_cache() / "tuning.json"
+
+
+def read(path: Path) -> list[Entry]:
+    """Entries of a table; none if there is no file.
+
+    Raises:
+        TableError: the file is no table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path} can't be read: {error}") from None
+    # Only who has a table needs what checks it: PyTorch and Triton alone run every kernel.
+    try:
+        from sage_diffusion.attend.launches_json import parse_table
+    except ImportError as error:
+        raise TableError(f"{path} can't be read: {error}") from None
+    try:
+        return parse_table(text)
+    except TableError as error:
+        raise TableError(f"{path} is no table of launches: {error}") from None
+
+
+def write(path: Path, entries: list[Entry]) -> None:
+    """Add entries to a table, replacing those of the same card, Triton and kernel.
+
+    Raises:
+        TableError: there is a file that is no table; it stays as it is.
+    """
+    from sage_diffusion.attend.launches_json import format_table
+
+    merged = {entry.key: entry for entry in (*read(path), *entries)}
+    write_text(path, format_table(list(merged.values())))
+
+
+def formats(spec: AttentionSpec) -> str:
+    """The kernel's variant: "int8/fp8-fast".  Smoothing and rotation are not in the kernel."""
+    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
+    return f"{spec.qk.value}/{spec.pv.value}{fast}"
+
+
+def as_launch(backend: str, arch: str, head_dim: int, knobs: dict[str, int]) -> Any:
+    """A backend's launch with these knobs; the rest is the architecture's own.
+
+    Args:
+        backend: "triton", "gluon" or "hopper".
+        arch: "sm_89".
+        head_dim: padded.
+        knobs: values of :data:`KNOBS`.
+    """
+    return built_in(backend, arch, head_dim)._replace(**knobs)
+
+
+def built_in(backend: str, arch: str, head_dim: int, spec: AttentionSpec | None = None) -> Any:
+    """The launch that ships: for a spec, as some cards have one of their own for some formats."""
+    if backend == "triton":
+        if spec is not None and spec.qk is Precision.FP4:
+            return tuning.fp4_launch(head_dim)
+        pv = "half" if spec is None else formats(spec).split("/")[1].replace("fp16", "half")
+        return tuning.launch(arch, head_dim, pv=pv)
+    return (hopper_support if backend == "hopper" else gluon_support).launch(head_dim)
+
+
+def knobs_of(backend: str, launch: NamedTuple) -> dict[str, int]:
+    """The other way round."""
+    return {name: getattr(launch, name) for name in KNOBS[backend]}
+
+
+@functools.lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """PyTorch's name of a GPU, the device's type elsewhere."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def lookup(entries: list[Entry], backend: str) -> Callable[..., Any] | None:
+    """What a kernel's entry takes as ``tuned``; None where nothing is known of the backend.
+
+    A launch that was measured on a card of this very name comes first, then one that was predicted
+    for its kind: "rtx4090" stands for "NVIDIA GeForce RTX 4090" and its variants.
+    """
+    here = version("triton") or version("triton-windows")
+    known = [e for e in entries if e.backend == backend and e.triton == here]
+    if not known:
+        return None
+
+    @functools.lru_cache(maxsize=256)
+    def tuned(device: torch.device, spec: AttentionSpec, head_dim: int) -> Any:
+        arch, name = tuning.architecture(device), device_name(device)
+        kind = re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
+        predicted = None
+        for entry in known:
+            if (entry.arch, entry.formats, entry.head_dim) != (arch, formats(spec), head_dim):
+                continue
+            if entry.source == "measured" and entry.gpu == name:
+                return as_launch(backend, arch, head_dim, entry.launch)
+            if entry.source == "predicted bound" and kind.startswith(entry.gpu):
+                predicted = as_launch(backend, arch, head_dim, entry.launch)
+        return predicted
+
+    return tuned
+
+
+@functools.lru_cache(maxsize=1)
+def user_entries(path: Path | None = None) -> tuple[Entry, ...]:
+    """The user's table, read once; empty with one warning if it can't be read."""
+    try:
+        return tuple(read(path or default_path()))
+    except TableError as error:
+        log.warning("%s; the built-in launches are used", error)
+        return ()
+
+
+def bound(run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A kernel's entry that uses the user's table."""
+    tuned = lookup(list(user_entries()), backend)
+    return run if tuned is None else functools.partial(run, tuned=tuned)

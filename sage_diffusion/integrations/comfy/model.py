@@ -1,0 +1,327 @@
+"""ComfyUI: every attention call of a patched MODEL goes through an ``AttentionSession``.
+
+    model = patch(model, "int8/fp8")       # a clone; the MODEL that came in is untouched
+
+ComfyUI asks ``transformer_options["optimized_attention_override"]`` about most attention calls.
+This module puts a plain closure there (a callable object would be deep-copied with the options),
+keeps whatever override stood there before and hands it every call it declines, and learns where
+sampling stands from two wrappers: ``OUTER_SAMPLE`` is a run, ``APPLY_MODEL`` a model call.
+
+The sigma is read from the device once per step, never per attention call.  Calls in float32 are
+quantized from float32; the session's backends take it as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage_diffusion.attend.calls import Call, Observer
+from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
+from sage_diffusion.integrations.comfy.device import DeviceState
+from sage_diffusion.integrations.comfy.report import RunReport, merged
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PlanError, PrecisionPlan
+
+log = logging.getLogger("sage_diffusion")
+
+#: Key of this pack's wrappers, callbacks and attachment on a ``ModelPatcher``.
+KEY = "sage_diffusion"
+OVERRIDE = "optimized_attention_override"
+FULL_PRECISION = "the model asks for full precision in this call"
+
+#: ``override(func, *args, **kwargs)`` as ComfyUI calls it.
+Override = Callable[..., Any]
+Reporter = Callable[[RunReport], None]
+
+
+class ModelAttention:
+    """What one patched MODEL (and its clones) shares: settings, devices, and the last run's report.
+
+    Args:
+        plan: a plan, a spec, a spec's name, a path of a plan, or a session: the caller's own,
+            which keeps counting and observing from run to run, instead of a fresh one per run.
+        backend: as in :func:`sage_diffusion.attention`; of a session its own counts, as for strict.
+        strict: raise where a call that the plan quantizes can't be, or where the plan does not fit.
+        guard: drift checks; a layer that strays from exact attention is stepped up.  Of a session
+            its own counts.
+        keep_cross: leave calls alone whose keys are other tokens than the queries.
+        observers: see :class:`sage_diffusion.attend.calls.Observer`.
+        reporters: called with a :class:`RunReport` when a sampling run has ended.
+        title: what the report calls the plan.
+    """
+
+    def __init__(
+        self,
+        plan: PrecisionPlan | AttentionSpec | AttentionSession | str,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        guard: Guard | None = None,
+        keep_cross: bool = False,
+        observers: Sequence[Observer] = (),
+        reporters: Sequence[Reporter] = (),
+        title: str | None = None,
+    ):
+        self.session = plan if isinstance(plan, AttentionSession) else None
+        self.plan = plan.plan if isinstance(plan, AttentionSession) else PrecisionPlan.of(plan)
+        self.backend = backend
+        self.strict = strict if self.session is None else self.session.strict
+        self.guard = guard
+        self.keep_cross = keep_cross
+        self.observers = list(observers)
+        self.reporters = list(reporters)
+        self.title = title or self.plan.name or str(self.plan.default)
+        self.model_name = ""
+        self.percents: tuple[float, ...] = (1.0, 0.0)
+        self.first: Override | None = None  # what stood there when the MODEL was patched
+        self.previous: Override | None = None  # what a call that we decline goes to
+        self.last: RunReport | None = None
+        self.devices: dict[torch.device, DeviceState] = {}
+        self._lock = threading.Lock()
+        self._warnings: list[str] = []
+        self._checked = False
+        self._intercept: Callable[..., Any] = self._attend
+        self._state(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
+
+        def override(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self._intercept(func, args, kwargs)
+
+        self.override: Override = override
+
+    # ------------------------------------------------------------------ the call
+    def _state(self, device: torch.device) -> DeviceState:
+        state = self.devices.get(device)
+        if state is None:
+            with self._lock:
+                state = self.devices.setdefault(device, DeviceState(self._session()))
+        return state
+
+    def _session(self) -> AttentionSession:
+        if self.session is not None:
+            return self.session
+        return AttentionSession(
+            self.plan,
+            backend=self.backend,
+            strict=self.strict,
+            observers=self.observers,
+            guard=self.guard,
+        )
+
+    def _attend(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+    ) -> Any:
+        first = args[0] if args else kwargs.get("q")
+        state = self._state(first.device if isinstance(first, Tensor) else torch.device("cpu"))
+        if state.in_previous:
+            # An override below ours has put itself on top as well and handed the call back.
+            return func(*args, **kwargs)
+
+        def host() -> Any:
+            if self.previous is None or name is not None:
+                return func(*args, **kwargs)
+            state.in_previous = True
+            try:
+                return self.previous(func, *args, **kwargs)
+            finally:
+                state.in_previous = False
+
+        options = kwargs.get("transformer_options") or {}
+        session = state.session
+        try:
+            call = parse_call(args, kwargs)
+        except UnknownCall as error:
+            session.layer(name or state.cursor.name(options)).decline(str(error))
+            return host()
+        layer = session.layer(name or state.cursor.name(options, call.cross))
+        quantized = session.quantizes(layer.name, call.k.shape[2])
+        if quantized and call.full_precision:
+            layer.keep(FULL_PRECISION)
+            return host()
+        if quantized and self.keep_cross and call.cross:
+            quantized = False
+        elif quantized or session.observers:
+            ours = Call(call.q, call.k, call.v, call.mask, scale=call.scale)
+            return call.to_host(layer.attend(ours, native_of(call, host)))
+        layer.keep()
+        return host()
+
+    def _hidden(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return self._intercept(func, args, kwargs, name)
+
+    # ------------------------------------------------------------------ a run, a model call
+    def begin_run(self) -> None:
+        """A sampling run begins: forget the last one."""
+        self.previous = self.first
+        self._warnings.clear()
+        self._checked = False
+        for state in self.devices.values():
+            state.begin_run(self._session())
+        if "torch._dynamo" in sys.modules and self._intercept == self._attend:
+            # A compiled model breaks its graph here: counting and choosing are Python.  Importing
+            # the compiler only for this would cost seconds where nothing is compiled.
+            self._intercept = torch.compiler.disable(self._attend)
+
+    def end_run(self) -> RunReport:
+        """A sampling run ended: look at the last step, tell the reporters."""
+        for state in self.devices.values():
+            state.session.finish()
+        self.last = self.report()
+        for reporter in self.reporters:
+            reporter(self.last)
+        log.info("%s", self.last)
+        return self.last
+
+    def report(self) -> RunReport:
+        """What happened since the run began."""
+        closed = {path for state in self.devices.values() for path in state.closed}
+        warnings = list(self._warnings)
+        if self.previous is not None:
+            other = getattr(self.previous, "__qualname__", type(self.previous).__name__)
+            warnings.append(f"calls left alone here go to another node's override ({other})")
+        return RunReport(
+            merged([state.session.summary() for state in self.devices.values()]),
+            self.title,
+            self.model_name,
+            sum(state.forwards for state in self.devices.values()),
+            tuple(warnings),
+            tuple(sorted(closed)),
+        )
+
+    @contextlib.contextmanager
+    def forward(
+        self, model: Any, device: torch.device, options: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """One model call: modules are patched, the session knows the step, inside the block."""
+        state = self._state(device)
+        state.begin_forward(options)
+        diffusion_model = getattr(model, "diffusion_model", None)
+        patched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(diffusion_model, nn.Module):
+            patched = state.patched(diffusion_model, self._hidden)
+        with patched, state.outside_sampler(options, self.percents):
+            yield
+        if not self._checked:
+            self._checked = True
+            self._check_plan(list(state.session.layers))
+
+    def _check_plan(self, layers: list[str]) -> None:
+        """After the first model call every layer has been met: does the plan fit?"""
+        if not layers:
+            return
+        try:
+            if self.plan.fingerprint:
+                from sage_diffusion.plan.edit import check_fingerprint
+                from sage_diffusion.plan.fingerprint import fingerprint
+
+                check_fingerprint(self.plan, fingerprint(layers, model=self.model_name))
+            self._warnings += self.plan.check(layers, strict=self.strict)
+        except PlanError as error:
+            if self.strict:
+                raise
+            self._warnings.append(str(error))
+
+    def install_on_top(self, options: dict[str, Any]) -> None:
+        """Put our override into ``transformer_options``, above whatever came after us."""
+        current = options.get(OVERRIDE)
+        if current is not self.override:
+            self.previous = current
+            options[OVERRIDE] = self.override
+
+
+def patch(
+    model: Any, plan: PrecisionPlan | AttentionSpec | AttentionSession | str, **settings: Any
+) -> Any:
+    """A clone of a ComfyUI MODEL whose attention runs as the plan says.
+
+    A MODEL that was patched before gets the new plan instead of the old one.
+
+    Args:
+        model: a ``ModelPatcher``.
+        plan: a plan, a spec, a spec's name, a path of a plan, or a session.
+        settings: of :class:`ModelAttention`.
+    """
+    return attach(without(model), ModelAttention(plan, **settings))
+
+
+def attach(clone: Any, attention: ModelAttention) -> Any:
+    """Install ``attention`` on a clone that is the caller's own; returns the clone."""
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    options = clone.model_options.setdefault("transformer_options", {})
+    attention.first = attention.previous = options.get(OVERRIDE)
+    config = getattr(clone.model, "model_config", clone.model)  # tells SD15 from SDXL
+    attention.model_name = type(config).__name__
+    attention.percents = _percents(clone.get_model_object("model_sampling"))
+    options[OVERRIDE] = attention.override
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None) or {}
+        with attention.forward(executor.class_obj, args[0].device, given):
+            return executor(*args, **kwargs)
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        attention.begin_run()
+        out = executor(*args, **kwargs)
+        attention.end_run()
+        return out
+
+    def prepare_state(patcher: Any, timestep: Any, model_options: dict[str, Any], *_: Any) -> None:
+        attention.install_on_top(model_options.setdefault("transformer_options", {}))
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, prepare_state)
+    clone.set_attachments(KEY, attention)
+    return clone
+
+
+def attached(model: Any) -> ModelAttention | None:
+    """What :func:`patch` put on a MODEL, None if nothing."""
+    found = model.get_attachment(KEY)
+    return found if isinstance(found, ModelAttention) else None
+
+
+def without(model: Any) -> Any:
+    """A clone of a MODEL without what :func:`patch` put on it; other nodes' patches stay."""
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    clone = model.clone()
+    attention = attached(clone)
+    if attention is None:
+        return clone
+    options = clone.model_options.get("transformer_options", {})
+    if options.get(OVERRIDE) is attention.override:
+        del options[OVERRIDE]
+        if attention.first is not None:
+            options[OVERRIDE] = attention.first
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    clone.remove_attachments(KEY)
+    return clone
+
+
+def _percents(model_sampling: Any) -> tuple[float, ...]:
+    """Sigmas at 0 %, 1 %, .. of the model's own noise levels, strictly descending."""
+    values: list[float] = []
+    for i in range(1, 101):  # 0 % is an arbitrary huge number in ComfyUI
+        sigma = float(model_sampling.percent_to_sigma(i / 100))
+        if not values or sigma < values[-1]:
+            values.append(sigma)
+    return tuple(values) if len(values) > 1 else (1.0, 0.0)

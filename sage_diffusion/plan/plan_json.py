@@ -1,0 +1,122 @@
+"""Plans from JSON text: validation that names the JSON path of what is wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan.rules import VERSION, PlanError, Rule
+
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+SpecText = str | dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Rule(_Strict):
+    spec: SpecText
+    layers: Annotated[str, Field(min_length=1)] = "*"
+    start: Share = 0.0
+    end: Share = 1.0
+    branch: str | None = None
+    min_tokens: Annotated[int, Field(ge=0, strict=True)] = 0
+
+
+class _Fingerprint(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    layers: list[str] | None = None
+    model: str | None = None
+    head_dims: dict[str, int] | None = None
+
+
+class _Plan(_Strict):
+    version: Annotated[int, Field(strict=True)]
+    default: SpecText
+    rules: list[_Rule] = []
+    name: str | None = None
+    model: str | None = None
+    schedule: list[float] | None = None
+    fingerprint: _Fingerprint | None = None
+    calibration: dict[str, Any] | None = None
+
+
+def parse_plan(text: str) -> dict[str, Any]:
+    """The arguments of a ``PrecisionPlan``; raises as its ``from_json`` says."""
+    import json
+
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+        ) from None
+    if not isinstance(data, dict):
+        raise PlanError(f"a plan must be a JSON object, got {type(data).__name__}")
+    version = data.get("version")
+    # Checked first: what else a later version may hold is not ours to judge.
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
+        raise PlanError(
+            f"version: this plan has version {version}, "
+            f"this program reads up to {VERSION}: update sage-diffusion"
+        )
+    try:
+        parsed = _Plan.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise PlanError(f"{error_path(first['loc'])}: {_message(first)}") from None
+    if parsed.version != VERSION:
+        raise PlanError(f"version: must be {VERSION}, got {parsed.version}")
+    default = _spec(parsed.default, AttentionSpec(), "default")
+    rules = []
+    for i, rule in enumerate(parsed.rules):
+        spec = _spec(rule.spec, default, f"rules[{i}].spec")
+        try:
+            rules.append(
+                Rule(spec, rule.layers, rule.start, rule.end, rule.branch, rule.min_tokens)
+            )
+        except PlanError as error:
+            raise PlanError(f"rules[{i}]: {error}") from None
+    return {
+        "default": default,
+        "rules": tuple(rules),
+        "model": parsed.model,
+        "name": parsed.name,
+        "schedule": None if parsed.schedule is None else tuple(parsed.schedule),
+        "fingerprint": data.get("fingerprint"),
+        "calibration": parsed.calibration,
+    }
+
+
+def _spec(value: SpecText, default: AttentionSpec, path: str) -> AttentionSpec:
+    try:
+        if isinstance(value, str):
+            return AttentionSpec.parse(value)
+        return AttentionSpec.from_dict(value, default)
+    except (ValueError, TypeError) as error:
+        # Errors of a single field begin with its name: `qk must be one of ..`.
+        field = str(error).split(" ", 1)[0]
+        where = f"{path}.{field}" if isinstance(value, dict) and field in value else path
+        raise PlanError(f"{where}: {error}") from None
+
+
+def error_path(location: tuple[int | str, ...]) -> str:
+    """``rules[1].spec`` of a validation error's location."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part not in ("str", "dict[str,any]"):  # pydantic's names of a union's members
+            text += f".{part}" if text else part
+    return text or "plan"
+
+
+def _message(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    if error["type"] == "missing":
+        return "is missing"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

@@ -1,0 +1,1 @@
+"""How fast kernels are: timed on a card, or bounded from their machine code; and tuning."""

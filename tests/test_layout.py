@@ -1,0 +1,136 @@
+"""Every module is tested somewhere that can be found, and nothing grows too large to read."""
+
+import ast
+
+import pytest
+from test_imports import ROOT, modules
+
+#: Test file -> the modules that it tests besides the one of its own name.
+ALSO_TESTS = {
+    "accuracy/test_report.py": (
+        "sage_diffusion.accuracy.charts sage_diffusion.accuracy.findings "
+        "sage_diffusion.accuracy.heatmap sage_diffusion.accuracy.records "
+        "sage_diffusion.accuracy.render sage_diffusion.accuracy.report_json"
+    ),
+    "adapt/test_calibrate.py": "sage_diffusion.adapt.sampling sage_diffusion.adapt.sensitivity",
+    "adapt/test_evaluate.py": "sage_diffusion.adapt.plots",
+    "adapt/test_planner.py": (
+        "sage_diffusion.adapt.compress sage_diffusion.adapt.costs sage_diffusion.plan.globs"
+    ),
+    "adapt/test_table.py": "sage_diffusion.adapt.table_json",
+    "attend/test_dispatch.py": (
+        "sage_diffusion.attend.backends sage_diffusion.attend.calls "
+        "sage_diffusion.attend.providers sage_diffusion.attend.validation sage_diffusion.machine"
+    ),
+    "attend/test_guard.py": "sage_diffusion.attend.finite",
+    "attend/test_session.py": "sage_diffusion.attend.summary",
+    "commands/test_cli.py": (
+        "sage_diffusion.__main__ sage_diffusion.cli sage_diffusion.commands.common "
+        "sage_diffusion.commands.compare "
+        "sage_diffusion.commands.demo sage_diffusion.commands.doctor "
+        "sage_diffusion.commands.options sage_diffusion.commands.side_by_side"
+    ),
+    "commands/test_cli_plans.py": (
+        "sage_diffusion.commands.calibrate sage_diffusion.commands.evaluate "
+        "sage_diffusion.commands.plan"
+    ),
+    "comfy/test_in_process.py": (
+        "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers "
+        "sage_diffusion.integrations.comfy.sampler"
+    ),
+    "comfy/test_server.py": (
+        "nodes.accuracy nodes.attention nodes.calibrate nodes.doctor nodes.extension nodes.host "
+        "nodes.plan nodes.verify sage_diffusion.integrations.comfy.verify"
+    ),
+    "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
+    "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
+    "integrations/test_diffusers_compile.py": "sage_diffusion.attend.ops",
+    "integrations/test_diffusers_pipelines.py": (
+        "sage_diffusion.integrations.diffusers.control sage_diffusion.integrations.diffusers.patch "
+        "sage_diffusion.integrations.diffusers.schedule"
+    ),
+    "integrations/test_diffusers_safety.py": (
+        "sage_diffusion.integrations.diffusers.processors "
+        "sage_diffusion.integrations.diffusers.rebind"
+    ),
+    "kernels/test_attention.py": "kernels.attention.reference",
+    "kernels/test_attention_triton.py": "kernels.attention.triton",
+    "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
+    "kernels/test_gluon_attention.py": (
+        "kernels.attention.gluon kernels.attention.gluon_asm kernels.attention.gluon_columns "
+        "kernels.attention.gluon_fp4 kernels.attention.gluon_kernel "
+        "kernels.attention.gluon_layouts kernels.attention.gluon_masks "
+        "kernels.attention.gluon_program"
+    ),
+    "kernels/test_hopper_attention.py": (
+        "kernels.attention.hopper kernels.attention.hopper_kernel kernels.attention.operands"
+    ),
+    "kernels/test_quantize.py": "kernels.quantize.reference kernels.quantize.permute",
+    "kernels/test_quantize_triton.py": (
+        "kernels.quantize.stats kernels.quantize.triton kernels.quantize.triton_fp4 "
+        "kernels.quantize.triton_value kernels.tiles"
+    ),
+    "plan/test_edit.py": "sage_diffusion.plan.fingerprint",
+    "plan/test_plan.py": "sage_diffusion.plan.plan_json sage_diffusion.plan.rules",
+    "speed/test_bench.py": (
+        "sage_diffusion.commands.bench sage_diffusion.speed.bench_report "
+        "sage_diffusion.speed.timing"
+    ),
+    "speed/test_cost.py": (
+        "sage_diffusion.commands.cost sage_diffusion.speed.cost_compile "
+        "sage_diffusion.speed.cost_sass"
+    ),
+    "speed/test_tune.py": (
+        "sage_diffusion.attend.launch sage_diffusion.attend.launches "
+        "sage_diffusion.attend.launches_json sage_diffusion.commands.tune"
+    ),
+    "test_packaging.py": "sage_diffusion.files",
+    "verify/test_verdicts.py": "sage_diffusion.attend.verdicts",
+    "verify/test_verify_faults.py": "sage_diffusion.verify.checks sage_diffusion.verify.text",
+    "verify/test_verify_places.py": (
+        "sage_diffusion.commands.verify sage_diffusion.verify.cases sage_diffusion.verify.places "
+        "sage_diffusion.verify.procedure sage_diffusion.verify.record"
+    ),
+    "verify/test_verify_worker.py": (
+        "sage_diffusion.verify.ahead sage_diffusion.verify.kernels sage_diffusion.verify.run "
+        "sage_diffusion.verify.worker"
+    ),
+    "test_first_gpu.py": "sage_diffusion.verify.speed",
+}
+
+LISTED = {name: file for file, names in ALSO_TESTS.items() for name in names.split()}
+PACKAGES = {path.parent for path in modules().values() if path.name == "__init__.py"}
+
+
+def own_tests(module):
+    """``test_<name>.py`` in the folder that mirrors the module's; a host's name goes before."""
+    *folders, name = module.removeprefix("sage_diffusion.").split(".")
+    folder = ROOT / "tests" / (folders[0] if folders else "")
+    prefix = f"{folders[1]}_" if folders[:1] == ["integrations"] else ""
+    return [
+        p for p in (folder / f"test_{prefix}{name}.py", folder / f"test_{name}.py") if p.exists()
+    ]
+
+
+@pytest.mark.parametrize(
+    "module", sorted(name for name, path in modules().items() if path.name != "__init__.py")
+)
+def test_every_module_is_tested_where_one_looks(module):
+    if own_tests(module):
+        assert module not in LISTED, "it has a test file of its own name: take it off the list"
+    else:
+        assert module in LISTED, "give it a test file, or list it in ALSO_TESTS"
+
+
+def test_the_list_is_true():
+    assert set(LISTED) <= set(modules())
+    assert all((ROOT / "tests" / file).is_file() for file in ALSO_TESTS)
+
+
+def functions(path):
+    """Every function of a file that is no kernel."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            made = [ast.unparse(d) for d in node.decorator_list]
+            if not any("jit" in d or "constexpr_function" in d for d in made):
+                yield node
