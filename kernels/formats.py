@@ -38,9 +38,10 @@ FP4_GROUP = 16
 #: inputs can't overflow float32; rows this large are one-hot after the softmax anyway.
 MAX_SCALE = 1e12
 
-#: Smallest softmax scale times log2(e): the kernels multiply the tile's maximum by it, so a scale
-#: of 0 must stay positive.
-MIN_MULTIPLIER = 1e-30
+#: Smallest softmax scale times log2(e): the kernels multiply the tile's maximum, which may be -inf,
+#: by it and a row's scale, so their product must stay positive for a scale of 0 and for
+#: :data:`MIN_SCALE`.
+MIN_MULTIPLIER = 1e-14
 
 #: Values are clamped to this before they are smoothed or rotated, so that their sums and products
 #: stay finite.  Nothing is lost: :data:`MAX_SCALE` saturates INT8 Q and K at 1.27e14.

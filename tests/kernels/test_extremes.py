@@ -7,8 +7,11 @@ pytest.importorskip("triton")
 
 from helpers import card, relative_l1
 
-from sage_diffusion import AttentionSpec, backends
+from sage_diffusion import AttentionSpec
+from sage_diffusion.attend import backends
+from sage_diffusion.attend.calls import Call
 from sage_diffusion.kernels.attention import gluon_support, reference
+from sage_diffusion.machine import triton_version
 
 TOKENS = 70
 
@@ -67,17 +70,35 @@ def hiding_mask():
 )
 def test_finite_in_gives_finite_out(backend, cc, spec, dtype, options):
     record = next(b for b in backends.BACKENDS if b.name == backend)
-    if backend != "triton" and backends.triton_version() < gluon_support.TRITON_VERSION:
+    if backend != "triton" and triton_version() < gluon_support.TRITON_VERSION:
         pytest.skip("this Triton has no Gluon that the kernels are written in")
     assert record.finite
     q, k, v = extremes(dtype)
-    fields = {"mask": None, "is_causal": False, "scale": None, "return_lse": False, **options}
+    parsed = AttentionSpec.parse(spec)
     with card(cc):
-        out, _ = record.load()(q, k, v, AttentionSpec.parse(spec), *fields.values())
+        out, _ = record.load()(Call(q, k, v, **options), parsed, False)
     assert out.isfinite().all()
-    del fields["return_lse"]
-    want, _ = reference.attention(q, k, v, AttentionSpec.parse(spec), **fields)
+    want, _ = reference.attention(q, k, v, parsed, **options)
     assert want.isfinite().all()
     # Where scores are large, float32 has steps beyond 1 and every kernel its own rounding.
     ordinary = [0, 1, 3, 4]
     assert relative_l1(out[:, ordinary], want[:, ordinary]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("backend", "cc", "spec"),
+    [("hopper", 90, "int8/fp8"), ("gluon", 89, "int8/fp8-fast"), ("triton", 80, "int8/int8")],
+)
+def test_a_softmax_scale_of_zero_and_rows_of_every_size(backend, cc, spec):
+    """Hidden scores are -inf, and no row's scale may turn them into NaN."""
+    record = next(b for b in backends.BACKENDS if b.name == backend)
+    if backend != "triton" and triton_version() < gluon_support.TRITON_VERSION:
+        pytest.skip("this Triton has no Gluon that the kernels are written in")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, TOKENS, 64, generator=g) for _ in range(3))
+    q = q * torch.logspace(-37, 0, TOKENS)[:, None]
+    call = Call(*(x.bfloat16() for x in (q, k, v)), is_causal=True, scale=0.0)
+    with card(cc):
+        out, _ = record.load()(call, AttentionSpec.parse(spec), False)
+    means = v.bfloat16().float().cumsum(2) / torch.arange(1, TOKENS + 1)[:, None]
+    assert relative_l1(out, means) < 0.03
