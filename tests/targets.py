@@ -79,6 +79,16 @@ PRODUCTS = {
     },
 }
 
+#: What a product becomes under Triton before a version, where that differs.
+OLDER_PRODUCTS = {("sm_100", "int8"): ((3, 8), r"IMMA\.16832\.S8\.S8")}
+
+
+def product(target: str, name: str, triton: tuple[int, ...]) -> str:
+    """Of :data:`PRODUCTS`, under this version of Triton."""
+    before, older = OLDER_PRODUCTS.get((target, name), ((0,), ""))
+    return older if triton < before else PRODUCTS[target][name]
+
+
 EVERY = tuple(SHARED_MEMORY)
 WITH_FP8 = tuple(target for target in EVERY if "fp8" in PRODUCTS[target])
 WITH_INT4 = ("sm_80", "sm_86", "sm_89")
@@ -102,6 +112,15 @@ ATTENTION = {
     ("hopper", "fp8/fp8"): ("sm_90",),
 }
 
+#: Triton's first version for what not all of them compile.
+NEEDS = {("triton", "fp4/fp8-fast"): (3, 9), ("triton", "fp4/fp4"): (3, 9)}
+
+
+def attention(triton: tuple[int, ...]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """:data:`ATTENTION` under this version of Triton."""
+    return {key: native for key, native in ATTENTION.items() if triton >= NEEDS.get(key, (0,))}
+
+
 #: What a call may look like, first the one without mask.
 VARIANTS = ("plain", "causal", "keys", "bool", "additive", "unaligned")
 
@@ -113,7 +132,7 @@ LARGEST_HEAD_DIM = {("gluon", "int8"): 128, ("hopper", "int8"): 128, ("hopper", 
 FREE_OF_SPILLS = 128
 
 #: Spills that are known at smaller head dims: by backend, spec, head dim and variant of the test.
-MAY_SPILL = {
+MAY_SPILL_39 = {
     # fp4/int8 is not on the ladder.
     **{
         ("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS if v not in ("plain", "causal")
@@ -137,6 +156,11 @@ MAY_SPILL = {
     ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
     ("triton", "fp4/fp4", 128, "unaligned"): ("sm_100",),
 }
+
+
+def may_spill(triton):
+    return MAY_SPILL_39
+
 
 #: Cards that none of our kernels runs on.
 REFUSED = ("sm_75", "gfx1030")

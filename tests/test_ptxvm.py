@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from ptxvm import Machine, PTXError, compile_for, gpu
 
+from sage_diffusion.kernels.versions import fence_copies
+
 FLOATS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -57,6 +59,7 @@ def _matmul(A, B, C, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
         in_a, in_b = (m[:, None] < M) & (k[None, :] < K), (n[None, :] < N) & (k[:, None] < K)
         a = tl.load(A + m[:, None] * K + k[None, :], mask=in_a, other=0.0)
         b = tl.load(B + n[None, :] * K + k[:, None], mask=in_b, other=0.0)
+        fence_copies()
         acc = tl.dot(a, b, acc, out_dtype=C.dtype.element_ty)
     tl.store(C + m[:, None] * N + n[None, :], acc, mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -217,7 +220,8 @@ def test_atomics():
 def test_asynchronous_products(missing, message):
     """Hopper's products run on by themselves: without the fence, or the wait, it is a race."""
     names = {"A": "*i8", "B": "*i8", "C": "*i32", "M": "i32", "N": "i32", "K": "i32"}
-    kernel = compile_for(_matmul, names, {"BM": 64, "BN": 64, "BK": 64}, 90)
+    with gpu(90):
+        kernel = compile_for(_matmul, names, {"BM": 64, "BN": 64, "BK": 64}, 90)
     ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
     a, b = (torch.randint(-9, 9, (64, 64), dtype=torch.int8) for _ in range(2))
     c = torch.zeros(64, 64, dtype=torch.int32)

@@ -81,8 +81,9 @@ _FP4_LAUNCHES = {64: Launch(128, 8, 3), 128: Launch(128, 8, 3), 256: Launch(128,
 #: warps would spill.
 _ROW_MASKS = {("sm_120", 128): Launch(64, 4, 2)}
 
-#: Triton's first version that the kernel was compiled and tested with.
-TRITON_VERSION = (3, 6)
+#: Triton's first version that the kernel was compiled and tested with, and the first whose passes
+#: don't fail on a block-scaled product of sm_100 within a loop.
+TRITON_VERSION, TRITON_VERSION_FP4 = (3, 6), (3, 9)
 
 #: NVIDIA architectures with E4M3 tensor cores begin here.
 _FP8_CAPABILITY = (8, 9)
@@ -139,6 +140,11 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def triton_version(spec: AttentionSpec) -> tuple[int, int]:
+    """Triton's first version on which the kernel computes a spec."""
+    return TRITON_VERSION_FP4 if spec.qk is Precision.FP4 else TRITON_VERSION
 
 
 def unsupported_spec(spec: AttentionSpec) -> str | None:

@@ -61,7 +61,7 @@ def _refuse_triton(call: AttentionCall) -> str | None:
         return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
     from sage_diffusion.kernels.attention import tuning
 
-    return _refuse_triton_version(tuning.TRITON_VERSION) or tuning.unsupported(
+    return _refuse_triton_version(tuning.triton_version(call.spec)) or tuning.unsupported(
         call.spec, call.capability, call.hip_arch
     )
 

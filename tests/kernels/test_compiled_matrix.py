@@ -27,6 +27,7 @@ from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
+from sage_diffusion.kernels.versions import TRITON
 from sage_diffusion.speed import cost_sass
 from sage_diffusion.speed.cost_compile import (
     BATCH,
@@ -70,12 +71,18 @@ def read(kernel: Kernel, target: str) -> Code:
     return Code(set(map(cost_sass.opcode, function.code)), function.spills, kernel.shared)
 
 
+def skip_where_triton_aborts(formats: str, target: str) -> None:
+    """Alone, these kernels compile under Triton 3.6 too."""
+    if TRITON < (3, 7) and target == "gfx1201" and "fp8" in formats:
+        pytest.skip("Triton 3.6 aborts on FP8 for gfx1201 in a process that compiled for gfx950")
+
+
 def attention_cases() -> Iterator[Any]:
     """Backend, spec, target, head dim and variant; those that ``make test`` leaves out are marked.
 
     It takes each kernel without mask on each target, at head dim 64 or 128 in turn.
     """
-    for i, ((backend, spec), native) in enumerate(targets.ATTENTION.items()):
+    for i, ((backend, spec), native) in enumerate(targets.attention(TRITON).items()):
         largest = targets.LARGEST_HEAD_DIM.get((backend, spec.split("/")[0]), 256)
         for target in native:
             turn = (i + targets.EVERY.index(target)) % 2
@@ -107,6 +114,7 @@ def mask_of(variant: str) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("backend,spec,target,dim,variant", list(attention_cases()))
 def test_attention(backend, spec, target, dim, variant):
+    skip_where_triton_aborts(spec, target)
     kernel = compile_backend(
         backend,
         AttentionSpec.parse(spec),
@@ -116,14 +124,14 @@ def test_attention(backend, spec, target, dim, variant):
         is_causal=variant == "causal",
     )
     code = read(kernel, target)
-    expected = [targets.PRODUCTS[target][name] for name in spec.split("/")]
+    expected = [targets.product(target, name, TRITON) for name in spec.split("/")]
     for pattern in expected:
         assert any(re.match(pattern, op) for op in code.matrix), (pattern, code.matrix)
     for op in code.matrix:
         assert any(re.match(pattern, op) for pattern in expected), f"{op} too"
     assert code.shared <= targets.SHARED_MEMORY[target]
     if dim <= targets.FREE_OF_SPILLS:
-        may = targets.MAY_SPILL.get((backend, spec, dim, variant), ())
+        may = targets.may_spill(TRITON).get((backend, spec, dim, variant), ())
         assert (code.spills > 0) == (target in may), code.spills
 
 
@@ -180,6 +188,7 @@ def prepare(name: str, interleaved: bool = True) -> None:
     "name,target", [(n, t) for n, native in targets.QUANTIZERS.items() for t in native]
 )
 def test_quantizers(name, target):
+    skip_where_triton_aborts(name, target)
     for interleaved in (True, False) if name.startswith("rope") else (True,):
         with compiling_for(target) as driver:
             prepare(name, interleaved)
@@ -200,7 +209,7 @@ def test_what_is_not_native_is_refused_with_a_reason(backend, target):
     refuse = next(b.refuse for b in BACKENDS if b.name == backend)
     known = {spec for _, spec in targets.ATTENTION}
     for spec in sorted(known.union(LADDER)):
-        native = target in targets.ATTENTION.get((backend, spec), ())
+        native = target in targets.attention(TRITON).get((backend, spec), ())
         largest = targets.LARGEST_HEAD_DIM.get((backend, spec.split("/")[0]), 256)
         for dim in (1, *targets.HEAD_DIMS):
             reason = refuse(call_of(spec, target, dim))
