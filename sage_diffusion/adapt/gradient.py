@@ -24,8 +24,7 @@ from sage_diffusion.adapt.sampling import planned
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 from sage_diffusion.attend.calls import AttentionEvent
-from sage_diffusion.attend.validation import four_dims
-from sage_diffusion.kernels.attention import reference
+from sage_diffusion.attend.rows import RowCall
 from sage_diffusion.kernels.spec import AttentionSpec
 
 #: Backward passes per run.
@@ -46,7 +45,7 @@ class _Errors:
         self.specs = specs
         self.cells: list[tuple[str, int, str]] = []
         self.outs: list[Tensor] = []
-        self.errors: list[list[Tensor]] = []
+        self.errors: list[Tensor] = []  # [K, B, H, L, D] each
 
     def observe(self, event: AttentionEvent) -> None:
         """See :class:`sage_diffusion.attend.calls.Observer`."""
@@ -57,19 +56,20 @@ class _Errors:
                 f"the attention output of {event.layer} must carry a gradient, it has none: the "
                 "host samples without autograd, or the model is compiled"
             )
-        options: dict[str, Any] = {
-            "mask": four_dims(event.mask),
-            "is_causal": event.is_causal,
-            "scale": event.scale,
-        }
+        rows = torch.arange(event.q.shape[2], device=event.q.device)
+        call = RowCall(  # all rows; specs share the codes that they have in common
+            event.q,
+            event.k,
+            event.v,
+            rows,
+            mask=event.mask,
+            is_causal=event.is_causal,
+            scale=event.scale,
+        )
         self.cells.append((event.layer, event.step, event.branch or BOTH))
         self.outs.append(event.out)
-        self.errors.append(
-            [
-                reference.attention(event.q, event.k, event.v, spec, **options)[0] - event.out
-                for spec in self.specs
-            ]
-        )
+        found = [call.run(spec).to(event.out.dtype) - event.out for spec in self.specs]
+        self.errors.append(torch.stack(found))
 
 
 def measure_gradient(
@@ -93,7 +93,7 @@ def measure_gradient(
         seed: of the probes.
         progress: called as ``progress("sensitivity", done, total)``.
         unfinished: what ``keep`` was given last when the stage was broken off; it goes on there.
-        keep: called with plain data after each picture.
+        keep: called with plain data after each graph.
 
     Returns:
         Plain data for ``ScoreTable.sensitivity``: ``method`` "gradient"; ``layers``, ``branches``;
@@ -117,20 +117,24 @@ def measure_gradient(
     for shape in tally.shapes:  # the pictures that are done drew theirs
         for _ in range(probes):
             _signs(shape, generator)
-    for done, (prompt, number) in enumerate(pairs):
-        if done >= len(tally.shapes):
-            watcher = _Errors(specs)
-            sampler.session.observers.append(watcher)
-            try:
-                with planned(sampler.session, "fp16"):
-                    final = sampler.trace(prompt, number)
-            finally:
-                sampler.session.observers.remove(watcher)
-            tally.add(final.detach(), _effects(final, watcher, table, probes, generator))
-            if keep is not None:
-                keep(job | tally.to_dict())
-        if progress is not None:
-            progress("sensitivity", done + 1, len(pairs))
+    while True:
+        if progress is not None and tally.shapes:
+            progress("sensitivity", len(tally.shapes), len(pairs))
+        some = pairs[len(tally.shapes) :][: sampler.batch]
+        if not some:
+            break
+        watcher = _Errors(specs)
+        sampler.session.observers.append(watcher)
+        try:
+            with planned(sampler.session, "fp16"):
+                final = sampler.trace(some)
+        finally:
+            sampler.session.observers.remove(watcher)
+        effects = _effects(final, watcher, table, len(some), probes, generator)
+        for latents, found in zip(final.detach().chunk(len(some)), effects, strict=True):
+            tally.add(latents, found)
+        if keep is not None:
+            keep(job | tally.to_dict())
     effect = tally.votes / np.where(tally.seen, tally.seen, np.nan)
     effect *= np.mean(tally.levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
     factor = tally.together / np.maximum(tally.apart, 1e-300)
@@ -255,16 +259,25 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _effects(
-    final: Tensor, watcher: _Errors, table: ScoreTable, probes: int, generator: torch.Generator
+    final: Tensor,
+    watcher: _Errors,
+    table: ScoreTable,
+    pictures: int,
+    probes: int,
+    generator: torch.Generator,
 ) -> np.ndarray:
-    """``v^T J e`` of every probe, cell and spec; NaN where no call was seen."""
-    found = np.full((probes, *table.shape, len(watcher.specs)), np.nan)
+    """``v^T J e`` of every picture, probe, cell and spec; NaN where no call was seen.
+
+    Pictures of one batch don't meet in the network, so that one backward pass serves them all.
+    """
+    shape = (len(final) // pictures, *final.shape[1:])
+    signs = [[_signs(shape, generator) for _ in range(probes)] for _ in range(pictures)]
+    found = np.full((pictures, probes, *table.shape, len(watcher.specs)), np.nan)
     for p in range(probes):
-        signs = _signs(final.shape, generator)
         grads = torch.autograd.grad(
             final,
             watcher.outs,
-            signs.to(final),
+            torch.cat([picture[p] for picture in signs]).to(final),
             retain_graph=p + 1 < probes,
             allow_unused=True,  # the last layers of a model may not reach the latents
         )
@@ -273,8 +286,12 @@ def _effects(
         ):
             if layer not in table.layers or branch not in table.branches:
                 continue
-            at = p, table.layers.index(layer), step, table.branches.index(branch)
-            products = [0.0 if grad is None else float((grad * e).sum()) for e in errors]
+            at = slice(None), p, table.layers.index(layer), step, table.branches.index(branch)
+            products = np.zeros((pictures, len(watcher.specs)))
+            if grad is not None:
+                # Where both branches are one batch, each has all pictures.
+                each = (errors * grad).unflatten(1, (-1, pictures)).flatten(3).sum((1, 3))
+                products = each.T.double().cpu().numpy()
             found[at] = np.nan_to_num(found[at]) + products  # calls of one cell add up
     return found
 

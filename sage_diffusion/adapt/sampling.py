@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,11 +33,14 @@ class Sampler(Protocol):
 class Tracer(Protocol):
     """A :class:`Sampler` that can be differentiated."""
 
-    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
-        """The (prompt, seed) of every picture of a run, so that one graph holds one picture."""
+    batch: int  #: pictures that one graph may hold
 
-    def trace(self, prompt: Any, seed: int) -> Tensor:
-        """As ``sample``, with the graph that leads to the final latents."""
+    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
+        """The (prompt, seed) of every picture of a run."""
+
+    def trace(self, pictures: Sequence[tuple[Any, int]]) -> Tensor:
+        """Sample at most ``batch`` pictures at once: their final latents ``[B, ...]`` in that
+        order, with the graph that leads there.  More than one make one row each."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend import providers, verdicts
+from sage_diffusion.attend import installation, providers, verdicts
 from sage_diffusion.attend.calls import AttentionCall, Call, Run, torch_native
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import triton_version
+
+#: Where our kernels are.
+_KERNELS = "sage_diffusion.kernels.attention"
 
 
 @dataclass(frozen=True)
@@ -61,35 +64,31 @@ def _refuse_triton(call: AttentionCall) -> str | None:
         return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
     from sage_diffusion.kernels.attention import tuning
 
-    return _refuse_triton_version(tuning.triton_version(call.spec)) or tuning.unsupported(
+    needed = tuning.triton_version(call.spec)
+    return _refuse_triton_version(needed, "triton") or tuning.unsupported(
         call.spec, call.capability, call.hip_arch
     )
 
 
-def _refuse_triton_version(needed: tuple[int, int]) -> str | None:
+def _refuse_triton_version(needed: tuple[int, int], kernels: str) -> str | None:
     """Of a kernel that needs this version of Triton or a newer one."""
-    version = triton_version()
-    if version is None:
-        return "triton is not installed (Windows: pip install triton-windows)"
-    if version < needed:
-        found = f"found {version[0]}.{version[1]}"
-        return f"needs triton {needed[0]}.{needed[1]} or newer, {found}"
-    return None
+    return installation.refuse_triton(triton_version(), needed, f"{_KERNELS}.{kernels}")
 
 
-def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int]) -> str | None:
+def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int], kernels: str) -> str | None:
     """What both kernels in Gluon need."""
     if not call.spec.quantized:
         return "fp16 is not quantized: PyTorch's own attention runs it"
     if call.device != "cuda":
         return f"needs a CUDA device, the tensors are on {call.device}"
-    return _refuse_triton_version(needed)
+    return _refuse_triton_version(needed, kernels)
 
 
 def _refuse_gluon(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import gluon_support
 
-    return _refuse_without_gluon(call, gluon_support.TRITON_VERSION) or gluon_support.unsupported(
+    needed = gluon_support.TRITON_VERSION
+    return _refuse_without_gluon(call, needed, "gluon") or gluon_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -97,7 +96,8 @@ def _refuse_gluon(call: AttentionCall) -> str | None:
 def _refuse_hopper(call: AttentionCall) -> str | None:
     from sage_diffusion.kernels.attention import hopper_support
 
-    return _refuse_without_gluon(call, hopper_support.TRITON_VERSION) or hopper_support.unsupported(
+    needed = hopper_support.TRITON_VERSION
+    return _refuse_without_gluon(call, needed, "hopper") or hopper_support.unsupported(
         call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
     )
 
@@ -231,6 +231,13 @@ def _backends() -> tuple[Backend, ...]:
 BACKENDS: tuple[Backend, ...] = _backends()
 
 BACKEND_NAMES = ("auto", *(b.name for b in BACKENDS))
+
+
+def problems() -> list[str]:
+    """What is to be done before our kernels run on this machine, a line each."""
+    from sage_diffusion.kernels.attention import tuning
+
+    return installation.problems(triton_version(), tuning.TRITON_VERSION, f"{_KERNELS}.triton")
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:

@@ -40,7 +40,7 @@ _MAX_SCORES = 1 << 26
 
 
 class RowCall:
-    """One attention call cut down to some of its query rows; K and V codes are made once per form.
+    """One attention call cut down to some of its query rows; codes are made once per form.
 
     Args:
         q: ``[B, H, Lq, D]`` float; k, v: ``[B, Hkv, Lk, D]``.
@@ -117,6 +117,12 @@ class RowCall:
         )[0]
 
     def _q_codes(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
+        key = ("q", spec.qk, spec.smooth_q, spec.rotate, spec.clip, spec.granularity)
+        if key not in self._made:
+            self._made[key] = self._quantize_q(spec, mean)
+        return self._made[key]
+
+    def _quantize_q(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
         options: dict[str, Any] = {
             "rotation": spec.rotate,
             "clip": spec.clip,

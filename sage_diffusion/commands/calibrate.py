@@ -8,7 +8,12 @@ from typing import Annotated, Any, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.commands.options import check_names, parse_option, prompts_of
+from sage_diffusion.commands.options import (
+    PICTURES_PER_GRAPH,
+    check_names,
+    parse_option,
+    prompts_of,
+)
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -95,7 +100,8 @@ def calibrate(
 
         pipe = load_pipeline(model)
         check_names(pipe, extra)
-        sampler = PipelineSampler(pipe, {"num_inference_steps": steps} | extra)
+        batch = PICTURES_PER_GRAPH if model == "bundled" else 1
+        sampler = PipelineSampler(pipe, {"num_inference_steps": steps} | extra, batch=batch)
         task = bar.add_task("measure", total=None)
         found = run(
             sampler,

@@ -72,17 +72,14 @@ def compare(
         raise CommandError("give at least one --spec or --plan to compare with fp16")
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout():
-        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import PipelineRun, load_pipeline
 
         pipe = load_pipeline(model)
         arguments, labels = call_arguments(pipe, list(prompt or ()), steps)
         check_names(pipe, extra)
         result = run_side_by_side(
-            pipe,
+            PipelineRun(pipe, tuple(seed or (0,)), arguments | extra, labels),
             plans,
-            seeds=tuple(seed or (0,)),
-            arguments=arguments | extra,
-            labels=labels,
             backend=backend,
             strict=strict,
             guard=Guard(every=guard),

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sage_diffusion.commands.common import AsJson, emit, progress, quiet_stdout
-from sage_diffusion.commands.options import prompts_of
+from sage_diffusion.commands.options import PICTURES_PER_GRAPH, prompts_of
 
 if TYPE_CHECKING:
+    from sage_diffusion.accuracy.compare import Generation
     from sage_diffusion.adapt.evaluate import Evaluation
     from sage_diffusion.adapt.planner import Planned
     from sage_diffusion.adapt.table import ScoreTable
@@ -60,12 +61,13 @@ def demo(
     ] = "bundled",
     as_json: AsJson = False,
 ) -> None:
-    """Calibrate, plan, and draw the same seeds in FP16, INT8, INT4 and with the adaptive plan.
+    """Draw the same seeds in FP16, INT8 and INT4; calibrate, plan, and draw with the adaptive plan.
 
-    Open OUT/report.html in a browser; OUT/grid.png shows the pictures and their differences,
-    OUT/pareto.png quality against predicted speed, OUT/why.png why the plan differs by layer and
-    step, OUT/layers.png the layers' scores and OUT/latents.png how the latents drift apart.
-    OUT/scores.json holds the calibration: a second run begins with it.
+    OUT/grid.png comes first and gains two rows with every run: the pictures and their differences.
+    In the end open OUT/report.html in a browser; OUT/pareto.png shows quality against predicted
+    speed, OUT/why.png why the plan differs by layer and step, OUT/layers.png the layers' scores and
+    OUT/latents.png how the latents drift apart.  OUT/scores.json holds the calibration: a second
+    run begins with it.
     """
     from sage_diffusion.adapt.plots import latent_cosines, layer_bars, pareto, why
     from sage_diffusion.commands.side_by_side import (
@@ -73,29 +75,32 @@ def demo(
         run_side_by_side,
         variant_table,
         write_files,
+        write_grid,
     )
     from sage_diffusion.plan import PrecisionPlan
 
     with quiet_stdout():
-        from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
+        from sage_diffusion.integrations.diffusers.pipelines import PipelineRun, load_pipeline
         from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
         pipe = load_pipeline(model)
-        sampler = PipelineSampler(pipe, {"num_inference_steps": steps})
-        table = _calibrate(sampler, out / "scores.json", pictures)
-        plans = _plans(table)
-        adaptive = next(iter(plans.values())).plan
         known = CLASSES if model == "bundled" else tuple(pipe.classes)
         labels = list(islice(cycle(known), images))
-        result = run_side_by_side(
-            pipe,
-            [*((name, PrecisionPlan.of(name)) for name in SPECS), ("adaptive", adaptive)],
-            seeds=(seed,),
-            arguments={"class_labels": labels, "num_inference_steps": steps},
-            labels=labels,
-        )
+        arguments = {"num_inference_steps": steps}
+        sampler = PipelineSampler(pipe, arguments, batch=PICTURES_PER_GRAPH)
+        run = PipelineRun(pipe, (seed,), arguments | {"class_labels": labels}, labels)
+        begun = run_side_by_side(run, ())
+        write_grid(begun, out)
+        for name in SPECS:
+            begun = run_side_by_side(run, [(name, PrecisionPlan.of(name))], begun=begun)
+            write_grid(begun, out)
+        table = _calibrate(sampler, out / "scores.json", pictures)
+        plans = _plans(table)
+        name, adaptive = next((name, planned.plan) for name, planned in plans.items())
+        result = run_side_by_side(run, [(name, adaptive)], begun=begun)
         files, notes = write_files(result, out)
-        found = _evaluate(sampler, labels, seed, plans)
+        made = {r.name: [images] for r, images in zip(result.reports, result.made, strict=True)}
+        found = _evaluate(sampler, labels, seed, plans, made)
     drawn = {"pareto.png": lambda path: pareto(found, path)}
     drawn["why.png"] = lambda path: why(table, adaptive, path)
     drawn["layers.png"] = lambda path: layer_bars(table, path)
@@ -148,7 +153,11 @@ def _plans(table: ScoreTable) -> dict[str, Planned]:
 
 
 def _evaluate(
-    sampler: Any, labels: Sequence[str], seed: int, plans: dict[str, Planned]
+    sampler: Any,
+    labels: Sequence[str],
+    seed: int,
+    plans: dict[str, Planned],
+    made: dict[str, list[Generation]],
 ) -> Evaluation:
     from sage_diffusion.adapt.evaluate import evaluate
 
@@ -160,5 +169,6 @@ def _evaluate(
             {name: planned.plan for name, planned in plans.items()},
             uniform=PLOTTED,
             costs=CARD,
+            made=made,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total),
         )

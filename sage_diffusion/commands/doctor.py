@@ -59,7 +59,8 @@ def doctor(
         for reason, specs in grouped.items():
             listed = "all" if len(specs) == len(LADDER) else ", ".join(specs)
             reasons.add_row(name, listed, reason)
-    emit(as_json, document, versions, table, reasons)
+    todo = [f"to do: {line}" for line in document["problems"]]
+    emit(as_json, document, *todo, versions, table, reasons)
 
 
 def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
         found.setdefault(name, "not installed")
     return {
         "environment": found,
+        "problems": backends.problems(),
         "devices": [_gpu(i) for i in range(torch.cuda.device_count())] if gpu else [],
         "device": str(target),
         "backends": [{"name": b.name, "describes": b.describes} for b in backends.BACKENDS],

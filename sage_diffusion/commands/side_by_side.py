@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sage_diffusion.accuracy.compare import Generation
     from sage_diffusion.accuracy.report import AccuracyReport
     from sage_diffusion.attend.guard import Guard
+    from sage_diffusion.integrations.diffusers.pipelines import PipelineRun
     from sage_diffusion.plan import PrecisionPlan
 
 
@@ -30,38 +31,41 @@ class SideBySide:
 
 
 def run_side_by_side(
-    pipe: Any,
+    run: PipelineRun,
     plans: Sequence[tuple[str, PrecisionPlan]],
     *,
-    seeds: Sequence[int],
-    arguments: Mapping[str, Any],
-    labels: Sequence[str] = (),
+    begun: SideBySide | None = None,
     backend: str = "auto",
     strict: bool = False,
     guard: Guard | None = None,
     rows: int | None = None,
 ) -> SideBySide:
-    """Sample once in FP16 and once per (name, plan), on the same seeds."""
-    from sage_diffusion.accuracy.compare import compare_with, reference_run
-    from sage_diffusion.integrations.diffusers.pipelines import PipelineRun
+    """Sample once in FP16 and once per (name, plan), on the same seeds.
 
-    steps = arguments.get("num_inference_steps")
-    total = None if steps is None else steps * len(seeds)
-    reports, made = [], []
+    ``begun``: what an earlier call with the same run made; its FP16 run and plans come first.
+    """
+    from sage_diffusion.accuracy.compare import compare_with, reference_run
+
+    steps = run.arguments.get("num_inference_steps")
+    total = None if steps is None else steps * len(run.seeds)
+    reports = list(begun.reports) if begun else []
+    made = list(begun.made) if begun else []
     with progress() as bar:
 
         @contextlib.contextmanager
-        def task(name: str) -> Iterator[Callable[[], None]]:
+        def task(name: str) -> Iterator[PipelineRun]:
             number = bar.add_task(name, total=total)
-            yield lambda: bar.advance(number)
+            yield replace(run, on_step=lambda: bar.advance(number))
 
-        with task("fp16") as advance:
-            exact = reference_run(PipelineRun(pipe, seeds, arguments, labels, advance))
+        if begun:
+            exact = begun.exact
+        else:
+            with task("fp16") as advancing:
+                exact = reference_run(advancing)
         for name, plan in plans:
-            with task(name) as advance:
-                run = PipelineRun(pipe, seeds, arguments, labels, advance)
+            with task(name) as advancing:
                 report, images = compare_with(
-                    run,
+                    advancing,
                     plan,
                     exact,
                     name=name,
@@ -78,15 +82,28 @@ def run_side_by_side(
     )
 
 
+def write_grid(result: SideBySide, out: Path) -> list[Path]:
+    """``grid.png`` of all runs so far; no file where the host makes no such pictures."""
+    from sage_diffusion.accuracy.pictures import grid_png
+    from sage_diffusion.files import write_bytes
+
+    if result.exact.images is None or result.exact.images.shape[1] not in (1, 3):
+        return []
+    runs = [("fp16", result.exact.images)]
+    for report, made in zip(result.reports, result.made, strict=True):
+        if made.images is not None:
+            runs.append((report.name, made.images))
+    shown = [(name, images[:8]) for name, images in runs]
+    write_bytes(out / "grid.png", grid_png(shown, result.exact.labels[:8]))
+    return [out / "grid.png"]
+
+
 def write_files(result: SideBySide, out: Path) -> tuple[list[Path], list[str]]:
     """Write reports, plan, grid and heat map; ``report.*`` and ``plan.json`` are the last plan's.
 
     Returns:
         The files, and a note for each that could not be written.
     """
-    from sage_diffusion.accuracy.pictures import grid_png
-    from sage_diffusion.files import write_bytes
-
     files: list[Path] = []
     notes: list[str] = []
     *others, main = result.reports
@@ -96,14 +113,7 @@ def write_files(result: SideBySide, out: Path) -> tuple[list[Path], list[str]]:
     if main.plan is not None:
         main.plan.save(out / "plan.json")
         files.append(out / "plan.json")
-    if result.exact.images is not None and result.exact.images.shape[1] in (1, 3):
-        runs = [("fp16", result.exact.images)]
-        for report, made in zip(result.reports, result.made, strict=True):
-            if made.images is not None:
-                runs.append((report.name, made.images))
-        shown = [(name, images[:8]) for name, images in runs]
-        write_bytes(out / "grid.png", grid_png(shown, result.exact.labels[:8]))
-        files.append(out / "grid.png")
+    files += write_grid(result, out)
     if main.quantized:
         try:
             main.heatmap_png(out / "heatmap.png")

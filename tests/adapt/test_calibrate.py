@@ -36,8 +36,12 @@ def test_every_row_and_column_has_a_measured_cell():
 def test_scores_have_mean_and_spread_and_outliers():
     table = run(TinySampler(), share=1, seeds=(0, 1))
     assert (table.count == 4).all()
-    scores = table.metric("score")
-    assert (scores[..., 0] > scores[..., 1]).all()  # INT8 is better than INT4 everywhere
+    # Both have the same FP8 P V: where its error is all there is, the two are even, and rounding
+    # that differs between processors decides.
+    score, error = table.metric("score"), table.metric("error")
+    assert (score[..., 0] > score[..., 1] - 1e-4).all()
+    assert (score[..., 0] > score[..., 1] + 1e-4).mean() > 0.9
+    assert error[..., 1].mean() > 5 * error[..., 0].mean()
     assert (table.spread("error") > 0).all()
     assert (table.outliers > 2).all()
     assert (table.filled_work() == 2 * 2 * 40 * 40 * 32).all()

@@ -13,6 +13,7 @@ from sage_diffusion.adapt.evaluate import evaluate, first_last_rules
 from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.adapt.plots import calibration_plots, latent_cosines, pareto
 from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.cli import main
 from sage_diffusion.integrations.diffusers.sampler import PipelineSampler, class_batches
 from sage_diffusion.plan import PlanError, PrecisionPlan
@@ -73,6 +74,20 @@ def test_fp16_is_exact_and_takes_the_whole_time(calibrated):
     assert found.to_dict()["adaptive"]["psnr"] is None
     assert found.scored[0].predicted_time == 1
     assert not found.of_kind("first_last")
+
+
+def test_runs_that_exist_are_not_repeated(calibrated):
+    host, _ = calibrated
+    pairs, plans = [("x", 1), ("y", 2)], {"mine": "int4/fp8-fast"}
+    straight = evaluate(host.generate, pairs, plans, uniform=SPECS)
+    made = {
+        name: [host.generate(AttentionSession(name), *pair) for pair in pairs] for name in SPECS
+    }
+    before = host.runs
+    found = evaluate(host.generate, pairs, plans, uniform=SPECS, made=made)
+    assert found == straight
+    again = len(found.scored) - len(SPECS) + 1  # and FP16
+    assert host.runs - before == again * len(pairs)
 
 
 def test_first_last_rules_stay_within_the_time(calibrated):

@@ -29,10 +29,13 @@ SPECS = ("int8/int8", "int4/fp8-fast")
 class TracingSampler(TinySampler):
     """A host with autograd."""
 
+    batch = 1
+
     def pictures(self, prompt, seed):
         return [(prompt, seed)]
 
-    def trace(self, prompt, seed):
+    def trace(self, pictures):
+        ((prompt, seed),) = pictures
         self.weights = [w.requires_grad_() for w in self.weights]
         return self.sample(prompt, seed)
 
@@ -47,9 +50,9 @@ def test_a_cells_effect_is_what_running_it_in_that_spec_does():
     table = calibrated(sampler, sensitivity=0)
     watcher = _Errors([AttentionSpec.parse(name) for name in SPECS])
     sampler.session.observers.append(watcher)
-    final = sampler.trace("a", 0)
+    final = sampler.trace([("a", 0)])
     sampler.session.observers.clear()
-    effects = _effects(final, watcher, table, 48, torch.Generator().manual_seed(0))
+    (effects,) = _effects(final, watcher, table, 1, 48, torch.Generator().manual_seed(0))
     predicted = np.square(effects).mean(0)[:, :, 0]
     for i, layer in enumerate(sampler.names):
         for step in range(3):
@@ -121,7 +124,7 @@ def test_smoothing_keeps_gaps_and_the_mean():
 def test_a_host_without_a_graph_is_refused():
     sampler = TracingSampler()
     table = calibrated(sampler, sensitivity=0)
-    sampler.trace = sampler.sample
+    sampler.trace = lambda pictures: sampler.sample(*pictures[0])
     with pytest.raises(NoGradient, match=r"blocks.0.attn must carry a gradient"):
         measure_gradient(sampler, table, [("a", 0)])
     assert not sampler.session.observers
@@ -132,10 +135,25 @@ def test_a_pipeline_is_differentiated_as_it_samples():
     sampler = PipelineSampler(pipe, {"num_inference_steps": 3})
     assert sampler.pictures([0, 2], 5) == [(0, 5), (2, 6)]
     asked = [p.requires_grad for p in pipe.transformer.parameters()]
-    traced = sampler.trace(2, 6)
+    traced = sampler.trace([(2, 6)])
     assert traced.requires_grad
     assert [p.requires_grad for p in pipe.transformer.parameters()] == asked
     torch.testing.assert_close(traced.detach(), sampler.sample(2, 6), atol=1e-5, rtol=1e-5)
     table = calibrate(sampler, [[0], [1]], specs=SPECS, rows=8, sensitivity=2)
     assert table.branches == ["cond", "uncond"]
     assert np.shape(table.sensitivity["effect"]) == (2, 3, 2, 2)
+
+
+def test_pictures_of_one_graph_are_rated_as_apart():
+    """Three pictures, two to a graph: the last one is alone."""
+    samplers = [PipelineSampler(tiny_emoji(), {"num_inference_steps": 3}, batch=b) for b in (1, 2)]
+    table = calibrate(samplers[0], [[0, 2], [1, 0]], specs=SPECS, rows=8)
+    pairs, told = [(0, 5), (2, 6), (1, 9)], []
+    apart, together = (
+        measure_gradient(sampler, table, pairs, progress=lambda *p: told.append(p[1:]))
+        for sampler in samplers
+    )
+    assert told == [(1, 3), (2, 3), (3, 3), (2, 3), (3, 3)]
+    assert np.allclose(together["effect"], apart["effect"], rtol=0.01)
+    assert np.allclose(together["factor"], apart["factor"], rtol=0.01)
+    assert together["peak"] == pytest.approx(apart["peak"], rel=1e-4)

@@ -193,7 +193,7 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     ("backend", "spec", "changes", "version", "reason"),
     [
         ("triton", "int8/fp8", {"capability": (7, 5)}, (3, 9), "needs sm_80 or newer, found sm_75"),
-        ("triton", "int8/fp8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
+        ("triton", "int8/fp8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5: pip install"),
         ("triton", "fp4/fp4", {"capability": (10, 0)}, (3, 8), "needs triton 3.9 or newer"),
         ("gluon", "int4/int8", {}, (3, 5), "needs triton 3.6 or newer, found 3.5"),
         ("hopper", "int8/fp8", {"capability": (9, 0)}, (3, 5), "needs triton 3.6 or newer"),

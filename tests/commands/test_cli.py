@@ -69,6 +69,19 @@ def test_demo_writes_every_file_and_prints_a_table(run, model, tmp_path) -> None
         assert grid.size[1] == 30 + 7 * (96 + 6) + 6
 
 
+def test_demo_draws_before_it_calibrates(run, model, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def interrupted(*_: object) -> None:
+        with Image.open(tmp_path / "grid.png") as grid:
+            seen.append(grid.size[1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sage_diffusion.commands.demo._calibrate", interrupted)
+    run("demo", "--model", model, "--out", tmp_path, "--images", 2, *QUICK)
+    assert seen == [30 + 5 * (96 + 6) + 6]  # fp16, two specs and their differences
+
+
 def test_demo_json_is_one_deterministic_document(run, model, tmp_path) -> None:
     documents = []
     for name in ("a", "b"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sage_diffusion.attend import verdicts
-from sage_diffusion.attend.backends import answers
+from sage_diffusion.attend.backends import answers, problems
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.machine import card_name, device_arch, environment
 
@@ -18,7 +18,8 @@ def diagnosis(device: str, head_dim: int = 128, mask: str | None = None) -> str:
         head_dim, mask: of those calls, as in :class:`.AttentionCall`.
     """
     found = answers(device, head_dim, mask=mask)
-    lines = [f"{name}: {value}" for name, value in environment().items()]
+    lines = [f"to do: {line}" for line in problems()]
+    lines += [f"{name}: {value}" for name, value in environment().items()]
     where = torch.device(device)
     capability, hip_arch = device_arch(where)
     if capability is not None:

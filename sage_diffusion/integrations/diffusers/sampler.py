@@ -27,6 +27,7 @@ class PipelineSampler:
         pipe: any pipeline with a scheduler; left as it was after every run.
         arguments: of every call, without prompt and generator.
         argument: the call's argument that takes a prompt; ``prompt`` or ``class_labels`` if None.
+        batch: pictures that one call of :meth:`trace` may hold; its memory grows with them.
 
     Raises:
         ValueError: the pipeline's call takes neither, or the pipeline has no attention that can be
@@ -34,11 +35,16 @@ class PipelineSampler:
     """
 
     def __init__(
-        self, pipe: Any, arguments: Mapping[str, Any] | None = None, argument: str | None = None
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any] | None = None,
+        argument: str | None = None,
+        batch: int = 1,
     ):
         self.pipe = pipe
         self.arguments = dict(arguments or {})
         self.argument = argument or prompt_argument(pipe)
+        self.batch = batch
         self.session = AttentionSession("fp16")
         self.model: str | None = model_name(pipe)
         with apply(pipe, self.session):
@@ -66,15 +72,18 @@ class PipelineSampler:
         each = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         return [(one, seed + i) for i, one in enumerate(each)]
 
-    def trace(self, prompt: Any, seed: int) -> Tensor:
-        """The final latents with the graph that leads to them.
+    def trace(self, pictures: Sequence[tuple[Any, int]]) -> Tensor:
+        """The final latents of these pictures with the graph that leads to them.
 
         The pipeline's call is run without the ``torch.no_grad`` around it.
         """
+        prompts: Any = [prompt for prompt, _ in pictures]
+        noise: Any = [torch.Generator().manual_seed(seed) for _, seed in pictures]
+        prompt, generator = (prompts, noise) if len(pictures) > 1 else (prompts[0], noise[0])
         arguments = self.arguments | {self.argument: prompt}
         parameters = inspect.signature(self.pipe.__call__).parameters
         arguments |= {"output_type": "latent"} if "output_type" in parameters else {}
-        arguments |= {"generator": torch.Generator().manual_seed(seed)}
+        arguments |= {"generator": generator}
         call = inspect.unwrap(type(self.pipe).__call__)
         models = denoisers(self.pipe).values()
         with apply(self.pipe, self.session), _differentiable(models), torch.enable_grad():
