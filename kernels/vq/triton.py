@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.tuning import architecture
+from ..attention import tuning as cards
 from .terms import Terms
-from .tuning import BLOCK_D, Launch, launch, padded_dim, processors, splits
+from .tuning import Launch, launch, padded_dim, processors, splits
 
 __all__ = ["nearest_code"]
 
@@ -172,8 +172,8 @@ def nearest_code(
     z, table = (x if x.stride(1) == 1 else x.contiguous() for x in (z, table))
     left, right = (z.bfloat16(), table.bfloat16()) if rounded else (z, table)
     (latents, dim), codes = z.shape, len(table)
-    width = min(padded_dim(dim), BLOCK_D)
-    config = config or launch(architecture(z.device), padded_dim(dim), left.dtype)
+    config = config or launch(cards.architecture(z.device), left.dtype)
+    width = min(padded_dim(dim), config.block_d)
     split = split or splits(latents, codes, processors(z.device), config)
     span = triton.cdiv(triton.cdiv(codes, split), config.block_k) * config.block_k
     split = triton.cdiv(codes, span)

@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-#: Dims of a latent that one product of the main loop takes.
-BLOCK_D = 128
-
 #: Programs that a multiprocessor shall have, so that loads of one hide behind products of others.
 PROGRAMS = 4
 
@@ -22,11 +19,13 @@ class Launch(NamedTuple):
     Attributes:
         block_n: latents of a program.
         block_k: codes of a tile.
+        block_d: dims that one product of the main loop takes, at most.
         num_warps, num_stages: as Triton knows them.
     """
 
     block_n: int
     block_k: int
+    block_d: int
     num_warps: int
     num_stages: int
 
@@ -36,11 +35,14 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def launch(arch: str, dim: int, dtype: torch.dtype) -> Launch:
-    """The configuration for an architecture ("sm_89", "gfx942"), padded dim and operands' type."""
-    if dtype == torch.float32:  # no tensor cores: smaller tiles leave registers for the product
-        return Launch(32, 64, 4, 1 if arch.startswith("gfx") else 2)
-    return Launch(64, 128, 4, 1 if arch.startswith("gfx") else 2)
+def launch(arch: str, dtype: torch.dtype) -> Launch:
+    """The configuration for an architecture ("sm_89", "gfx942") and type of operands."""
+    amd, rdna = arch.startswith("gfx"), arch.startswith("gfx1")
+    stages = 1 if amd else 2
+    if dtype == torch.float32:  # no tensor cores: operands and products share the registers
+        return Launch(32, 64, 32 if rdna else 64, 8 if rdna else 4, stages)
+    # RDNA's matrix operands take twice the registers.
+    return Launch(64, 64 if rdna else 128, 64 if rdna else 128, 4, stages)
 
 
 def splits(latents: int, codes: int, processors: int, config: Launch) -> int:

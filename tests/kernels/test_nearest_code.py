@@ -112,7 +112,7 @@ def test_rounded_operands_are_scored_again_exactly():
 )
 def test_one_picture_fills_a_card(latents, codes, programs):
     """Four programs per multiprocessor of an RTX 4090 (128 of them), as far as the codes go."""
-    config = tuning.launch("sm_89", 32, torch.bfloat16)
+    config = tuning.launch("sm_89", torch.bfloat16)
     split = tuning.splits(latents, codes, 128, config)
     assert -(-latents // config.block_n) * split >= programs
     assert tuning.splits(65536, codes, 128, config) == 1
