@@ -16,8 +16,11 @@ from torch import Tensor
 
 from .terms import Terms
 
-#: Latents and codes of a tile: 4 MiB of scores, which stay in the second-level cache.
-LATENTS, CODES, BLOCK = 512, 2048, 64
+#: Latents and codes of a tile: 4 MiB of scores.
+LATENTS, CODES, BLOCK = 1024, 1024, 64
+
+#: Block maxima that are held at a time: 16 MiB.
+_MAXIMA = 1 << 22
 
 #: Elements of codes that are gathered at a time: 4 MiB.
 _GATHERED = 1 << 20
@@ -35,15 +38,30 @@ def nearest_code(z: Tensor, table: Tensor, terms: Terms) -> Tensor:
         ValueError: scores overflow float32.
     """
     ids = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    for start in range(0, len(z), LATENTS):
-        some = z[start : start + LATENTS].float()
-        ids[start : start + LATENTS] = _search(some, table, terms)
+    sizes = _largest(table, terms)
+    step = max(64, min(LATENTS, _MAXIMA * BLOCK // len(table)))
+    for start in range(0, len(z), step):
+        some = z[start : start + step].float()
+        ids[start : start + step] = _search(some, table, terms, *sizes)
     return ids
 
 
-def _search(z: Tensor, table: Tensor, terms: Terms) -> Tensor:
-    """One tile of latents, float32."""
-    maxima, code_norm, bias = _block_maxima(z, table, terms)
+def _largest(table: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Largest norm of a scaled code, and largest absolute bias."""
+    zero = torch.zeros((), device=table.device)
+    bias = zero if terms.bias is None else terms.bias.abs().amax()
+    norms = zero
+    for start in range(0, len(table), CODES):
+        some = table[start : start + CODES].float().norm(dim=1)
+        if terms.scale is not None:
+            some = some * terms.scale[start : start + CODES]
+        norms = torch.maximum(norms, some.amax())
+    return norms, bias
+
+
+def _search(z: Tensor, table: Tensor, terms: Terms, code_norm: Tensor, bias: Tensor) -> Tensor:
+    """One tile of latents, float32, given the largest norm of a code and the largest bias."""
+    maxima = _block_maxima(z, table, terms)
     # A sum of n products is off by at most 8 sqrt(n) u |z| |c| but with probability 1e-13 (Higham
     # and Mary, 2019, A New Approach to Probabilistic Rounding Error Analysis).  Here that counts
     # twice, for the best and for the other, and u is eps / 2.
@@ -74,8 +92,8 @@ def _search(z: Tensor, table: Tensor, terms: Terms) -> Tensor:
     return _exact(z, table, terms, torch.cat(latents), torch.cat(codes))
 
 
-def _block_maxima(z: Tensor, table: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest score of every block of codes, ``[blocks, N]``, largest norm of a code, and bias."""
+def _block_maxima(z: Tensor, table: Tensor, terms: Terms) -> Tensor:
+    """Largest score of every block of codes, ``[blocks, N]``."""
     count, dim = table.shape
     with_bias = int(terms.bias is not None)
     width = dim + with_bias
@@ -84,7 +102,6 @@ def _block_maxima(z: Tensor, table: Tensor, terms: Terms) -> tuple[Tensor, Tenso
     rows = z.new_empty(CODES, width)
     scores = z.new_empty(CODES, len(z))
     maxima = z.new_empty(-(-count // BLOCK), len(z))
-    largest = z.new_zeros(())
     for start in range(0, count, CODES):
         codes = table[start : start + CODES]
         tile = rows[: len(codes)]
@@ -93,7 +110,6 @@ def _block_maxima(z: Tensor, table: Tensor, terms: Terms) -> tuple[Tensor, Tenso
             tile[:, :dim] *= terms.scale[start : start + CODES, None]
         if terms.bias is not None:
             tile[:, dim] = terms.bias[start : start + CODES]
-        largest = torch.maximum(largest, tile[:, :dim].norm(dim=1).amax())
         found = torch.mm(tile, operand, out=scores[: len(codes)])
         whole, first = len(codes) // BLOCK, start // BLOCK
         if whole:
@@ -101,8 +117,7 @@ def _block_maxima(z: Tensor, table: Tensor, terms: Terms) -> tuple[Tensor, Tenso
             torch.amax(blocks, 1, out=maxima[first : first + whole])
         if len(codes) % BLOCK:
             maxima[-1] = found[whole * BLOCK :].amax(0)
-    bias = largest * 0 if terms.bias is None else terms.bias.abs().amax()
-    return maxima, largest, bias
+    return maxima
 
 
 def _exact(z: Tensor, table: Tensor, terms: Terms, latent: Tensor, code: Tensor) -> Tensor:

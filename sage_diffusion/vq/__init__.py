@@ -16,6 +16,7 @@ _HOMES = {
     ),
     "VectorQuantizer": "sage_diffusion.vq.quantizers",
     "nearest_code": "sage_diffusion.vq.codes",
+    "search": "sage_diffusion.vq.search",
 }
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "VQOutput",
     "VectorQuantizer",
     "nearest_code",
+    "search",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         VectorQuantizer,
         VQOutput,
     )
+    from sage_diffusion.vq.search import search
 
 
 def __getattr__(name: str) -> Any:
