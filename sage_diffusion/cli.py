@@ -18,7 +18,18 @@ from sage_diffusion.commands.common import CommandError
 
 #: Each is a module of ``sage_diffusion.commands`` with a function of its name, or with a Typer
 #: ``app`` of sub-commands.  The one line that a new command adds.
-COMMANDS = ("demo", "compare", "calibrate", "evaluate", "plan", "doctor", "cost", "bench", "tune")
+COMMANDS = (
+    "demo",
+    "compare",
+    "calibrate",
+    "evaluate",
+    "plan",
+    "doctor",
+    "cost",
+    "bench",
+    "tune",
+    "vq",
+)
 
 
 def build(names: Sequence[str] = COMMANDS) -> typer.Typer:

@@ -15,6 +15,7 @@ _HOMES = {
         "sage_diffusion.vq.quantizers",
     ),
     "VectorQuantizer": "sage_diffusion.vq.quantizers",
+    "load_tokenizer": "sage_diffusion.vq.checkpoints",
     "nearest_code": "sage_diffusion.vq.codes",
     "search": "sage_diffusion.vq.search",
 }
@@ -30,11 +31,13 @@ __all__ = [
     "SimVQ",
     "VQOutput",
     "VectorQuantizer",
+    "load_tokenizer",
     "nearest_code",
     "search",
 ]
 
 if TYPE_CHECKING:
+    from sage_diffusion.vq.checkpoints import load_tokenizer
     from sage_diffusion.vq.codes import nearest_code
     from sage_diffusion.vq.quantizers import (
         BSQ,
