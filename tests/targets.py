@@ -165,6 +165,13 @@ def may_spill(triton):
 #: Cards that none of our kernels runs on.
 REFUSED = ("sm_75", "gfx1030")
 
+#: Types of latents and codes that nearest-code search is compiled for, and the product that each
+#: must become (:data:`PRODUCTS`): float32 is multiplied without tensor cores.
+NEAREST_CODE = {"fp16": ("fp16", EVERY), "fp32": ("", EVERY)}
+
+#: Dims of a latent that are compiled.
+LATENT_DIMS = (32, 128, 256)
+
 #: Kernels that prepare operands, and the targets whose attention reads what they write.
 QUANTIZERS = {
     "statistics": EVERY,

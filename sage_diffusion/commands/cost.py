@@ -51,6 +51,15 @@ def cost(
         Optional[str], typer.Option(help="Our kernels with a mask: bool or additive.")
     ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Our kernels, causal.")] = False,
+    latent_dim: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            help="The nearest-code search of VQ tokenizers for latents of this dim, instead of "
+            "attention. Repeatable.",
+            min=1,
+            max=2048,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predicted bounds of the kernels on cards that need not be there (no GPU is used).
@@ -60,6 +69,7 @@ def cost(
     """
     from sage_diffusion.kernels.spec import LADDER
     from sage_diffusion.speed.cost import NoKernelError, gpu_named, kernel_costs, library_costs
+    from sage_diffusion.vq.cost import search_costs
 
     gpus = tuple(dict.fromkeys(gpu or GPUS))
     for name in gpus:
@@ -81,7 +91,11 @@ def cost(
         for name in gpus:
             bar.update(task, description=name)
             try:
-                ours += kernel_costs((name,), spec or LADDER, dims, mask=mask, is_causal=causal)
+                ours += (
+                    search_costs((name,), latent_dim)
+                    if latent_dim
+                    else kernel_costs((name,), spec or LADDER, dims, mask=mask, is_causal=causal)
+                )
             except NoKernelError as error:
                 without.append(str(error))
             bar.advance(task)

@@ -28,6 +28,8 @@ from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.kernels.versions import TRITON
+from sage_diffusion.kernels.vq import triton as search
+from sage_diffusion.kernels.vq.terms import terms
 from sage_diffusion.speed import cost_sass
 from sage_diffusion.speed.cost_compile import (
     BATCH,
@@ -195,6 +197,34 @@ def test_quantizers(name, target):
         code = read(driver.kernels[-1], target)
         assert code.spills == 0
         assert code.shared <= targets.SHARED_MEMORY[target]
+
+
+def search_cases() -> Iterator[Any]:
+    """Type, product, target and dim; ``make test`` takes one dim of each."""
+    for name, (product, native) in targets.NEAREST_CODE.items():
+        for i, target in enumerate(native):
+            for dim in targets.LATENT_DIMS:
+                always = dim == targets.LATENT_DIMS[i % 2]
+                marks = () if always else pytest.mark.exhaustive
+                yield pytest.param(name, product, target, dim, marks=marks)
+
+
+@pytest.mark.parametrize("dtype,product,target,dim", list(search_cases()))
+def test_nearest_code(dtype, product, target, dim):
+    kind = torch.float16 if dtype == "fp16" else torch.float32
+    table = torch.zeros(4096, dim, dtype=kind)
+    with compiling_for(target) as driver:
+        search.nearest_code(torch.zeros(1024, dim, dtype=kind), table, terms(table, "l2"), split=8)
+    for kernel in driver.kernels:
+        code = read(kernel, target)
+        assert code.spills == 0, kernel.name
+        assert code.shared <= targets.SHARED_MEMORY[target]
+    matrix = read(driver.kernels[0], target).matrix
+    if product:
+        pattern = targets.PRODUCTS[target][product]
+        assert matrix and all(re.match(pattern, op) for op in matrix), matrix
+    elif target.startswith("sm_"):
+        assert not matrix  # TF32 would change ids
 
 
 def call_of(spec: str, target: str, dim: int = 128) -> AttentionCall:

@@ -1,0 +1,191 @@
+"""Tokenizer files: this package's own (safetensors with a JSON header), and other people's."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.files import write_bytes
+from sage_diffusion.vq.families import Checkpoint, families
+from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
+
+#: Key of the header in a file's metadata, and its version.
+_KEY, _VERSION = "sage_vq", 1
+
+#: State of a codebook's training.
+_TRAINING = ("counts", "sums", "started")
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """A tokenizer, in evaluation mode on the CPU.
+
+    Args:
+        source: a file of this package, another project's ``.safetensors``, or a folder with
+            ``config.json`` as diffusers writes it.  Families are told by their keys.
+
+    Raises:
+        TokenizerError: there is no such file, or no family that reads it, with each one's reason.
+    """
+    path = Path(source)
+    checkpoint = _read(path)
+    reasons = []
+    for family in families():
+        reason = family.refuse(checkpoint)
+        if reason is None:
+            tokenizer = family.load(checkpoint).eval()
+            _check_fingerprint(path, checkpoint.header, tokenizer)
+            return tokenizer
+        reasons.append(f"{family.name}: {reason}")
+    raise TokenizerError(f"{path} is of no tokenizer family that is known; {'; '.join(reasons)}")
+
+
+def save_tokenizer(path: Path, tokenizer: Tokenizer, *, half: bool = False) -> None:
+    """Write a tokenizer of this package's own family, whole or not at all.
+
+    Args:
+        path: of the file.
+        tokenizer: as :func:`~sage_diffusion.vq.families.compact.make` makes it.
+        half: convolutions in FP16, half the size; codes stay in float32, so that ids do.
+
+    Raises:
+        TokenizerError: it is of another family.
+    """
+    from safetensors.torch import save
+
+    if tokenizer.traits.family != "compact":
+        raise TokenizerError(
+            f"only the family compact is written, got {tokenizer.traits.family}; "
+            "convert its checkpoint instead"
+        )
+    state = {}
+    for name, tensor in tokenizer.state_dict().items():
+        if name.rpartition(".")[2] in _TRAINING:
+            continue
+        network = not name.startswith("quantizer.")
+        state[name] = tensor.detach().cpu().to(torch.float16 if half and network else torch.float32)
+    header = {
+        "version": _VERSION,
+        "family": tokenizer.traits.family,
+        "settings": tokenizer.settings,
+        "quantizer": tokenizer.quantizer.settings,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_bytes(path, save(contiguous, {_KEY: json.dumps(header)}))
+
+
+def convert(source: Path, out: Path) -> Tokenizer:
+    """Rewrite a pickled checkpoint (``.ckpt``, ``.pt``, ``.pth``, ``.bin``) as safetensors.
+
+    The pickle is read with ``weights_only=True``: one that wants to run code is refused.  The
+    result is checked by loading it.
+
+    Args:
+        source: the checkpoint; weights may lie below ``state_dict`` or ``model``.
+        out: the new file; it must not exist.
+
+    Returns:
+        The tokenizer that the new file holds.
+
+    Raises:
+        TokenizerError: the source is no checkpoint, wants code, or is of no known family; or
+            ``out`` exists.
+    """
+    from safetensors.torch import save
+
+    if out.exists():
+        raise TokenizerError(f"{out} exists; nothing is overwritten")
+    state = _unpickle(source)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    checkpoint = Checkpoint(tensors, None, None)
+    known = families()
+    family = next((f for f in known if f.refuse(checkpoint) is None), None)
+    if family is None:
+        reasons = "; ".join(f"{f.name}: {f.refuse(checkpoint)}" for f in known)
+        raise TokenizerError(f"{source} is of no tokenizer family that is known; {reasons}")
+    tokenizer = family.load(checkpoint).eval()
+    header = {"version": _VERSION, "family": family.name, "fingerprint": tokenizer.fingerprint}
+    write_bytes(out, save(tensors, {_KEY: json.dumps(header)}))
+    return tokenizer
+
+
+def _read(path: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    config = None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TokenizerError(f"{path} must hold a config.json, found none")
+        config = _json(path / "config.json")
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise TokenizerError(f"{path} must hold one .safetensors file, found {len(files)}")
+        path = files[0]
+    if not path.is_file():
+        raise TokenizerError(f"{path} must be a file or folder, there is none")
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise TokenizerError(f"{path} is a pickle; convert it first (sage-diffusion vq convert)")
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TokenizerError(f"{path} is no safetensors file: {error}") from None
+    return Checkpoint(state, config, None if header is None else _header(path, header))
+
+
+def _header(path: Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path} has a damaged header: {error}") from None
+    if not isinstance(header, dict) or header.get("version") != _VERSION:
+        raise TokenizerError(f"{path} must have a header of version {_VERSION}, got {text[:80]}")
+    return header
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{path} must hold an object, got {type(found).__name__}")
+    return found
+
+
+def _check_fingerprint(path: Path, header: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    said = (header or {}).get("fingerprint", tokenizer.fingerprint)
+    if said != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"{path} must hold the codes that its header names ({said}), "
+            f"found others ({tokenizer.fingerprint})"
+        )
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TokenizerError(f"{path} can't be read: {error.strerror}") from None
+    except pickle.UnpicklingError as error:
+        said = " ".join(str(error).split())[:200]
+        raise TokenizerError(f"{path} wants to run code, or is no checkpoint: {said}") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise TokenizerError(f"{path} is no checkpoint: {error}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    state = (
+        {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+        if isinstance(loaded, dict)
+        else {}
+    )
+    if not state:
+        raise TokenizerError(f"{path} must hold a dictionary of tensors, found none")
+    return state

@@ -1,0 +1,177 @@
+"""A tokenizer: pictures to grids of ids and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage_diffusion.vq.quantizers import Quantizer
+
+
+class TokenizerError(ValueError):
+    """A checkpoint, a picture or ids do not fit a tokenizer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a family of tokenizers expects, besides its network.
+
+    Attributes:
+        family: its name.
+        factor: pixels along each side of a token.
+        low, high: range of the network's pictures; another one changes ids without an error.
+        no_decoder: why ids can't be turned into pixels, "" where they can.
+    """
+
+    family: str
+    factor: int
+    low: float = -1.0
+    high: float = 1.0
+    no_decoder: str = ""
+
+
+class Tokenizer(nn.Module):
+    """An encoder, a quantizer and a decoder.
+
+    Args:
+        encoder: ``[B, 3, H, W]`` in the family's range to latents ``[B, D, h, w]``.
+        quantizer: of the latents.
+        decoder: ``[B, D, h, w]`` to pictures; None where there is none.
+        traits: of its family.
+        settings: what the family rebuilds encoder and decoder from, as JSON.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: Quantizer,
+        decoder: nn.Module | None,
+        traits: Traits,
+        settings: dict[str, Any],
+    ):
+        super().__init__()
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.traits, self.settings = traits, settings
+
+    @property
+    def codebook_size(self) -> int:
+        """Values of one id."""
+        return self.quantizer.codebook_size
+
+    @property
+    def bits(self) -> float:
+        """Bits of one token."""
+        return self.quantizer.bits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the quantizer and its codes: ids of another one do not fit."""
+        digest = hashlib.sha256(json.dumps(self.quantizer.settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.quantizer.state_dict().items()):
+            if name.rpartition(".")[2] not in ("counts", "sums", "started"):
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def latents(self, image: Tensor) -> Tensor:
+        """Unquantized latents ``[B, h, w, D]`` float32 of pictures as :meth:`encode` takes them."""
+        self.check_image(image)
+        low, high = self.traits.low, self.traits.high
+        dtype = next(self.parameters()).dtype
+        pixels = image.to(self.device, dtype) * (high - low) + low
+        return self.encoder(pixels).permute(0, 2, 3, 1).float()
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Ids ``[B, h, w]``, or ``[B, h, w, Q]`` with Q levels, int64.
+
+        Args:
+            image: ``[B, 3, H, W]`` in 0 .. 1, sides multiples of the factor.
+
+        Raises:
+            TokenizerError: the picture does not fit.
+        """
+        z = self.latents(image)
+        ids = self.quantizer.encode(z.flatten(1, 2))
+        return ids.view(*z.shape[:3], *ids.shape[2:])
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in 0 .. 1, float32.
+
+        Raises:
+            TokenizerError: ids are out of range or of another shape, or this family has no decoder.
+        """
+        if self.decoder is None:
+            raise TokenizerError(f"{self.traits.family} can't decode: {self.traits.no_decoder}")
+        if ids.ndim != (3 if self.quantizer.levels == 1 else 4):
+            shape = "[B, h, w]" if self.quantizer.levels == 1 else "[B, h, w, Q]"
+            raise TokenizerError(f"ids must be {shape}, got {tuple(ids.shape)}")
+        try:
+            codes = self.quantizer.decode(ids.flatten(1, 2).to(self.device))
+        except ValueError as error:
+            raise TokenizerError(str(error)) from None
+        return self.pixels(codes.view(*ids.shape[:3], -1)).clamp(0, 1)
+
+    def pixels(self, codes: Tensor) -> Tensor:
+        """The decoder's picture of quantized latents ``[B, h, w, D]``, about 0 .. 1, float32."""
+        low, high = self.traits.low, self.traits.high
+        dtype = next(self.parameters()).dtype
+        assert self.decoder is not None
+        out = self.decoder(codes.permute(0, 3, 1, 2).to(dtype)).float()
+        return (out - low) / (high - low)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: the picture again, unclamped, ids ``[B, N, ..]`` and the loss."""
+        z = self.latents(image)
+        out = self.quantizer(z.flatten(1, 2))
+        return self.pixels(out.quantized.view(z.shape)), out.indices, out.loss
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise TokenizerError unless this is a picture that the tokenizer takes."""
+        factor = self.traits.factor
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise TokenizerError(
+                f"image must be floating [B, 3, H, W], got {image.dtype} {tuple(image.shape)}"
+            )
+        if min(image.shape[2:]) < factor or image.shape[2] % factor or image.shape[3] % factor:
+            height, width = image.shape[2:]
+            raise TokenizerError(
+                f"image sides must be multiples of {factor}, got {width} x {height}; "
+                f"crop or pad it to {max(width // factor, 1) * factor} x "
+                f"{max(height // factor, 1) * factor}"
+            )
+        if not bool(torch.isfinite(image).all()):
+            raise TokenizerError("image must be finite, got NaN or infinity")
+        if image.numel() and (image.min() < -0.01 or image.max() > 1.01):
+            raise TokenizerError(
+                f"image must be in 0 .. 1, got {image.min():.3g} .. {image.max():.3g}"
+            )
+
+    def picture_bits(self, height: int, width: int) -> float:
+        """Bits that the ids of a picture take."""
+        return height // self.traits.factor * (width // self.traits.factor) * self.bits
+
+
+def token_bits(ids: Tensor) -> float:
+    """Entropy in bits of ids as they are used: a lower bound of coding them one by one."""
+    counts = torch.unique(ids, return_counts=True)[1].double()
+    shares = counts / counts.sum()
+    return float(-(shares * shares.log2()).sum()) if len(counts) > 1 else 0.0
+
+
+def psnr(got: Tensor, want: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in 0 .. 1; infinite where they are equal."""
+    error = torch.mean((got.double() - want.double()) ** 2).item()
+    return math.inf if error == 0 else -10 * math.log10(error)
