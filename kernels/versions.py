@@ -208,3 +208,6 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
 
 
 inline_asm = getattr(gl, "inline_asm", None) or _inline_asm
+
+#: Whether assembly takes operands of any width and gives scalars.
+NATIVE_ASSEMBLY = tl.constexpr(inline_asm is not _inline_asm)
