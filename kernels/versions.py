@@ -178,17 +178,18 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
     several = isinstance(_plain(result_types), list)
     kinds = _plain(result_types) if several else [_plain(result_types)]
     types = [x.type if isinstance(x.type, distributed_type) else None for x in args]
-    bits = [None if kind is None else _bits(kind, _semantic) for kind in (*kinds, *types)]
-    for kind, of in zip(kinds, bits, strict=False):
+    results = [_bits(kind, _semantic) for kind in kinds]
+    for kind, of in zip(kinds, results, strict=True):
         if None in (*of.warp, *of.lane, *of.register):
             raise TypeError(f"a result must not repeat values, got {kind}")
-    frame = _Frame(len(bits[0].warp), max(len(of.register) for of in bits if of is not None))
+    operands = [*results, *(None if kind is None else _bits(kind, _semantic) for kind in types)]
+    registers = [0 if of is None else len(of.register) for of in operands]
+    frame = _Frame(len(results[0].warp), max(registers))
     size = 1 << frame.register
 
-    names = []
-    for i, of in enumerate(bits):
-        used = 1 if of is None else 1 << len(of.register)
-        names.append(tuple(f"${i * size + j}" for j in range(used)))
+    names = [
+        tuple(f"${i * size + j}" for j in range(1 << count)) for i, count in enumerate(registers)
+    ]
     text = _plain(asm(tuple(names[: len(kinds)]), tuple(names[len(kinds) :])))
     builder = _semantic.builder
     framed = [distributed_type(kind.element_ty, frame.shape, frame.layout) for kind in kinds]
