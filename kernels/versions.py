@@ -182,16 +182,14 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
     for kind, of in zip(kinds, results, strict=True):
         if None in (*of.warp, *of.lane, *of.register):
             raise TypeError(f"a result must not repeat values, got {kind}")
-    operands = [None if kind is None else _bits(kind, _semantic) for kind in types]
-    bits = [*results, *operands]
-    widest = max(len(of.register) for of in bits if of is not None)
-    frame = _Frame(len(results[0].warp), widest)
+    operands = [*results, *(None if kind is None else _bits(kind, _semantic) for kind in types)]
+    registers = [0 if of is None else len(of.register) for of in operands]
+    frame = _Frame(len(results[0].warp), max(registers))
     size = 1 << frame.register
 
-    names = []
-    for i, own in enumerate(bits):
-        used = 1 if own is None else 1 << len(own.register)
-        names.append(tuple(f"${i * size + j}" for j in range(used)))
+    names = [
+        tuple(f"${i * size + j}" for j in range(1 << count)) for i, count in enumerate(registers)
+    ]
     text = _plain(asm(tuple(names[: len(kinds)]), tuple(names[len(kinds) :])))
     builder = _semantic.builder
     framed = [distributed_type(kind.element_ty, frame.shape, frame.layout) for kind in kinds]
@@ -211,3 +209,6 @@ def _inline_asm(asm, constraints, args, result_types, is_pure=False, _semantic=N
 
 
 inline_asm = getattr(gl, "inline_asm", None) or _inline_asm
+
+#: Whether assembly takes operands of any width and gives scalars.
+NATIVE_ASSEMBLY = tl.constexpr(inline_asm is not _inline_asm)

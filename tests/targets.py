@@ -131,35 +131,76 @@ LARGEST_HEAD_DIM = {("gluon", "int8"): 128, ("hopper", "int8"): 128, ("hopper", 
 #: Spills are allowed above this head dim.
 FREE_OF_SPILLS = 128
 
-#: Spills that are known at smaller head dims: by backend, spec, head dim and variant of the test.
-MAY_SPILL_39 = {
-    # fp4/int8 is not on the ladder.
-    **{
-        ("gluon", "fp4/int8", 128, v): ("sm_120",) for v in VARIANTS if v not in ("plain", "causal")
+_MASKS = ("keys", "bool", "additive")
+_ADA = ("sm_86", "sm_89")
+_GLUON_MASKS = {("gluon", "int8/int8", 128, v): _ADA for v in _MASKS}
+_GLUON_FP4 = {("gluon", "fp4/int8", 128, v): ("sm_120",) for v in _MASKS}  # not on the ladder
+
+#: Spills that are known at smaller head dims, by Triton, then by backend, spec, head dim and
+#: variant of the test.  Masks of rows that are not aligned are padded and spill as "bool" does.
+_SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]] = {
+    (3, 6): {
+        **_GLUON_MASKS,
+        ("triton", "int8/fp16", 128, "plain"): ("gfx1100",),
+        ("triton", "int8/fp16", 128, "keys"): ("sm_120",),
+        ("triton", "int8/int8", 64, "plain"): ("sm_100",),
+        ("triton", "int8/int8", 64, "causal"): _ADA,
+        ("triton", "int8/int8", 64, "keys"): _ADA,
+        ("triton", "int8/int8", 128, "plain"): ("sm_120",),
+        ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
+        ("triton", "int8/int8", 128, "keys"): ("sm_100", "sm_120"),
+        ("triton", "int8/int8", 128, "bool"): ("sm_80",),
+        ("triton", "int8/int8", 128, "additive"): ("sm_80", *_ADA),
+        ("triton", "int8/fp8", 64, "causal"): ("sm_89",),
+        ("triton", "int8/fp8", 128, "causal"): ("sm_120",),
+        ("triton", "int8/fp8-fast", 64, "keys"): ("sm_89", "sm_120"),
     },
-    **{("gluon", "int8/int8", 128, v): ("sm_86", "sm_89") for v in ("keys", "bool", "unaligned")},
-    ("gluon", "int8/int8", 128, "additive"): ("sm_80", "sm_86", "sm_89"),
-    ("triton", "int8/fp16", 64, "additive"): ("sm_100",),
-    ("triton", "int8/int8", 64, "keys"): ("sm_100",),
-    ("triton", "int8/int8", 64, "bool"): ("sm_100",),
-    ("triton", "int8/int8", 64, "unaligned"): ("sm_100",),
-    ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
-    ("triton", "int8/int8", 128, "keys"): ("sm_120",),
-    ("triton", "int8/int8", 128, "bool"): ("sm_120",),
-    ("triton", "int8/int8", 128, "unaligned"): ("sm_120",),
-    ("triton", "int8/fp8", 128, "causal"): ("sm_120",),
-    ("triton", "int8/fp8", 128, "keys"): ("sm_120",),
-    ("triton", "int8/fp8", 128, "bool"): ("sm_120",),
-    ("triton", "int8/fp8", 128, "unaligned"): ("sm_120",),
-    ("triton", "int8/fp8-fast", 64, "additive"): ("sm_100",),
-    ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
-    ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
-    ("triton", "fp4/fp4", 128, "unaligned"): ("sm_100",),
+    (3, 7): {
+        **_GLUON_MASKS,
+        ("gluon", "int8/int8", 128, "plain"): _ADA,
+        ("triton", "int8/int8", 64, "plain"): ("sm_100",),
+        ("triton", "int8/int8", 64, "causal"): ("sm_100",),
+        ("triton", "int8/int8", 128, "plain"): ("sm_100", "sm_120"),
+        ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_100", "sm_120"),
+        ("triton", "int8/int8", 128, "keys"): ("sm_100",),
+        ("triton", "int8/int8", 128, "bool"): ("sm_80",),
+        ("triton", "int8/int8", 128, "additive"): ("sm_80", *_ADA, "sm_100", "sm_120"),
+        ("triton", "int8/fp8", 64, "causal"): ("sm_100",),
+        ("triton", "int8/fp8", 128, "plain"): ("sm_120",),
+    },
+    (3, 8): {
+        **_GLUON_MASKS,
+        ("gluon", "int8/int8", 128, "plain"): _ADA,
+        ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
+        **{("triton", "int8/fp8", 128, v): ("sm_120",) for v in ("causal", "keys", "bool")},
+    },
+    (3, 9): {
+        **_GLUON_MASKS,
+        **_GLUON_FP4,
+        ("gluon", "int8/int8", 128, "additive"): ("sm_80", *_ADA),
+        ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
+        **{("triton", "int8/fp8", 128, v): ("sm_120",) for v in ("causal", "keys", "bool")},
+        ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
+        ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
+    },
 }
 
+#: The same of quantizers, by their names.
+_QUANTIZER_SPILLS = {(3, 6): {"rope mean": ("sm_80",)}}
 
-def may_spill(triton):
-    return MAY_SPILL_39
+
+def spills(
+    backend: str, spec: str, dim: int, variant: str, triton: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Targets for which an attention kernel is known to spill under this version of Triton."""
+    variant = "bool" if variant == "unaligned" else variant
+    known = _SPILLS[max(version for version in _SPILLS if version <= triton)]
+    return known.get((backend, spec, dim, variant), ())
+
+
+def spills_of_quantizer(name: str, triton: tuple[int, ...]) -> tuple[str, ...]:
+    """As :func:`spills`."""
+    return _QUANTIZER_SPILLS.get(triton[:2], {}).get(name, ())
 
 
 #: Cards that none of our kernels runs on.

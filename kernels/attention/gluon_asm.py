@@ -102,6 +102,18 @@ def magic_words(outputs, inputs):
 
 
 @gluon.constexpr_function
+def program_after(outputs, inputs):
+    """The program's number, which can't be known before a pointer is: its highest bit is 0."""
+    (results,) = outputs
+    (out,) = results
+    (pointers,) = inputs
+    return (
+        f"{{ .reg .b64 high; .reg .b32 none; shr.u64 high, {pointers[0]}, 63; "
+        f"cvt.u32.u64 none, high; mov.u32 {out}, %ctaid.x; add.u32 {out}, {out}, none; }}"
+    )
+
+
+@gluon.constexpr_function
 def _p_words(p):
     """P's registers as words of the product's operand: 4 bytes each, lowest first.
 

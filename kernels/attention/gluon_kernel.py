@@ -40,6 +40,7 @@ from .gluon_program import (
     mask_span,
     mask_words,
     place,
+    program_at_end,
     program_number,
     to_output,
 )
@@ -511,7 +512,7 @@ def attention_kernel(
     async_copy.wait_group(0)
 
     total = gl.convert_layout(gl.sum(total, 1), row, assert_trivial=True)
-    i_bh, i_b, i_h, i_bkv, i_m = place(program_number(), blocks, heads, group, CAUSAL)
+    i_bh, i_b, i_h, i_bkv, i_m = place(program_at_end(p_k), blocks, heads, group, CAUSAL)
     o_m = (first_block + i_m) * BM + gl.arange(0, BM, row)
     seen = total > 0.0
     if MASK == "bool":

@@ -7,8 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..formats import TILE_N
-from ..versions import inline_asm
-from .gluon_asm import add_bf16, add_fp16, add_fp32
+from ..versions import NATIVE_ASSEMBLY, inline_asm
+from .gluon_asm import add_bf16, add_fp16, add_fp32, program_after
 from .gluon_layouts import lane_layout
 
 _TILE_N, _HALF_MAX = gl.constexpr(TILE_N), gl.constexpr(65504.0)
@@ -70,6 +70,18 @@ def program_number():
     would cost registers in the loop, which has none to spare.
     """
     return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def program_at_end(pointers):
+    """The same after a loop that advanced these pointers, before which nobody can know it.
+
+    Before Triton 3.9 assembly takes no pointers: there ptxas may read it early, for an instruction
+    or two in the loop.
+    """
+    if NATIVE_ASSEMBLY:
+        return inline_asm(program_after, ("=r", "l"), [pointers], gl.int32, is_pure=False)
+    return program_number()
 
 
 @gluon.jit

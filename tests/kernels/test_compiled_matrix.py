@@ -133,8 +133,8 @@ def test_attention(backend, spec, target, dim, variant):
         assert any(re.match(pattern, op) for pattern in expected), f"{op} too"
     assert code.shared <= targets.SHARED_MEMORY[target]
     if dim <= targets.FREE_OF_SPILLS:
-        may = targets.may_spill(TRITON).get((backend, spec, dim, variant), ())
-        assert (code.spills > 0) == (target in may), code.spills
+        known = targets.spills(backend, spec, dim, variant, TRITON)
+        assert (code.spills > 0) == (target in known), code.spills
 
 
 @functools.cache
@@ -191,12 +191,14 @@ def prepare(name: str, interleaved: bool = True) -> None:
 )
 def test_quantizers(name, target):
     skip_where_triton_aborts(name, target)
+    spills = 0
     for interleaved in (True, False) if name.startswith("rope") else (True,):
         with compiling_for(target) as driver:
             prepare(name, interleaved)
         code = read(driver.kernels[-1], target)
-        assert code.spills == 0
+        spills += code.spills
         assert code.shared <= targets.SHARED_MEMORY[target]
+    assert (spills > 0) == (target in targets.spills_of_quantizer(name, TRITON)), spills
 
 
 def search_cases() -> Iterator[Any]:
