@@ -96,6 +96,21 @@ ALSO_TESTS = {
         "sage_diffusion.verify.worker"
     ),
     "test_first_gpu.py": "sage_diffusion.verify.speed",
+    "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
+    "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
+    "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
+    "vq/test_quantizers.py": (
+        "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "
+        "sage_diffusion.vq.quantizers.ibq sage_diffusion.vq.quantizers.scalar "
+        "sage_diffusion.vq.quantizers.simvq sage_diffusion.vq.quantizers.vector "
+        "sage_diffusion.vq.usage"
+    ),
+    "vq/test_search.py": "sage_diffusion.vq.memory",
+    "vq/test_tokenizers.py": (
+        "sage_diffusion.commands.vq sage_diffusion.vq.checkpoints sage_diffusion.vq.families.base "
+        "sage_diffusion.vq.families.compact sage_diffusion.vq.idfile sage_diffusion.vq.scores "
+        "sage_diffusion.vq.tokenizer sage_diffusion.vq.training"
+    ),
 }
 
 LISTED = {name: file for file, names in ALSO_TESTS.items() for name in names.split()}
