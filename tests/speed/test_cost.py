@@ -105,7 +105,8 @@ GOALS = [
     ("rtx5090", "fp4/fp4", 128, 128, 0.97),
     ("rtx5090", "fp4/fp4", 64, 248, 0.77),
     ("a100", "int8/int8", 128, 147, 0.88),
-    ("a100", "int4/int8", 128, 125, 1.0),
+    # 125 before outputs and multipliers were kept finite at the edges of half.
+    ("a100", "int4/int8", 128, 127, 1.0),
     ("h100", "int8/fp8", 128, 100, 0.92),
     ("h100", "fp8/fp8", 128, 100, 0.84),
 ]
