@@ -58,7 +58,7 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int8/fp16@64": 200,
         "int8/int8": 147,
         "int8/int8@64": 204,
-        "int4/int8": 125,
+        "int4/int8": 127,
         "int4/int8@64": 217,
     },
     "h100": {
