@@ -40,8 +40,9 @@ $(READY): pyproject.toml tools/environment.py $(LIMITS)
 		$(LIMITS:%=--constraint %)
 	@touch $@
 
+# One thread: calls this small gain little from two, which wait for each other where a core is busy.
 demo: $(READY)  ## Draw with the bundled model, calibrate, plan, compare and plot into out/
-	$(BIN)/sage-diffusion demo --out out
+	OMP_NUM_THREADS=1 $(BIN)/sage-diffusion demo --out out
 
 test: $(READY)  ## Lint, types and the whole suite (no GPU needed); VERSIONS=oldest or newest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(SUITE)
