@@ -17,7 +17,7 @@ _HOMES = {
     "VectorQuantizer": "sage_diffusion.vq.quantizers",
     "load_tokenizer": "sage_diffusion.vq.checkpoints",
     "nearest_code": "sage_diffusion.vq.codes",
-    "search": "sage_diffusion.vq.search",
+    "search": "sage_diffusion.vq.hosts",
 }
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sage_diffusion.vq.checkpoints import load_tokenizer
     from sage_diffusion.vq.codes import nearest_code
+    from sage_diffusion.vq.hosts import search
     from sage_diffusion.vq.quantizers import (
         BSQ,
         FSQ,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
         VectorQuantizer,
         VQOutput,
     )
-    from sage_diffusion.vq.search import search
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from sage_diffusion.vq.hosts import HOSTS, search
 from sage_diffusion.vq.memory import peak_memory
 from sage_diffusion.vq.scores import LazyScores, Scores
-from sage_diffusion.vq.search import HOSTS, search
 
 CODES, DIM = 2048, 8
 
