@@ -66,9 +66,9 @@ class Patch:
     """
 
     def __init__(self, target: Any, session: AttentionSession, only: frozenset[str] | None = None):
+        denoisers(target)  # is it a target at all?
         self._target = WeakLink(target)
         self.session = session
-        denoisers(target)  # is it a target at all?
         self.skipped: dict[str, str] = {}
         self._only = only
         self._known: set[str] = set()  # stay denoisers whatever processors the host gives them
