@@ -7,9 +7,8 @@ from sage_diffusion.attend.where import Where
 
 
 def test_a_run_from_its_start_to_its_end():
-    plan = PrecisionPlan("int8/fp8")
     start = Where().started(5, (4.0, 3.0, 2.0, 1.0, 0.5))
-    third = start.at_step(2, 2.0, plan)
+    third = start.at_step(2, 2.0)
     assert (third.step, third.sigma, third.progress) == (2, 2.0, 0.5)
     assert third.finished() == Where(steps=5, sigma=2.0, schedule=start.schedule)
     assert start.step == -1  # a value: nobody's view of the run changes under him
@@ -17,9 +16,13 @@ def test_a_run_from_its_start_to_its_end():
 
 def test_progress_is_by_sigma_in_a_plan_with_a_schedule():
     plan = PrecisionPlan("int8/fp8", schedule=(10.0, 5.0, 0.0))
-    where = Where().started(4, ())
-    assert where.at_step(1, 7.5, plan).progress == pytest.approx(0.25)
-    assert where.at_step(1, None, plan).progress == pytest.approx(1 / 3)
+    session = AttentionSession(plan)
+    session.start(4, (10.0, 7.5, 5.0, 0.0))
+    session.begin_step(1, 7.5)
+    assert session.where.progress == pytest.approx(0.25)
+    session.begin_step(1)
+    assert session.where.progress == pytest.approx(1 / 3)
+    assert Where().started(4, ()).at_step(1, 7.5, progress=0.25).progress == 0.25
 
 
 @pytest.mark.parametrize(

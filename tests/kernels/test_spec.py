@@ -46,7 +46,7 @@ def test_strings_are_accepted_and_resolved_at_the_edge():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "int8", "int5/fp8", "fp4/int4", "int8/fp16-fast", "int8/fp8+sharp", "int8/fp8-block"],
+    ["", "int5", "int5/fp8", "fp4/int4", "int8/fp16-fast", "int8/fp8+sharp", "int8/fp8-block"],
 )
 def test_unknown_names_list_the_ladder(text):
     with pytest.raises(ValueError, match="the ladder is fp16, int8/fp16"):
