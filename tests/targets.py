@@ -171,6 +171,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
     (3, 8): {
         **_GLUON_MASKS,
         ("gluon", "int8/int8", 128, "plain"): _ADA,
+        ("triton", "int8/int8", 128, "plain"): ("gfx1201",),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
         **{("triton", "int8/fp8", 128, v): ("sm_120",) for v in ("causal", "keys", "bool")},
     },
