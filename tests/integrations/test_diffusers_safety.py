@@ -408,15 +408,22 @@ def test_a_removed_patch_keeps_nothing_alive():
 
 
 # ---------------------------------------------------------------------- offloading and caches
+def offload_groups(model):
+    cpu = torch.device("cpu")
+    diffusers.hooks.apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+    )
+
+
 def test_group_offloading_on_the_cpu():
     tiny = build("flux")
     patch = apply(tiny.pipe, AttentionSession("fp16"))
-    diffusers.hooks.apply_group_offloading(
-        tiny.denoiser,
-        onload_device=torch.device("cpu"),
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-    )
+    if torch.accelerator.current_accelerator() is None:
+        try:  # without us
+            offload_groups(build("flux").denoiser)
+        except AttributeError:
+            pytest.skip("this diffusers asks even a PyTorch for the CPU alone for its accelerator")
+    offload_groups(tiny.denoiser)
     assert torch.equal(tiny(steps=2), plain("flux"))
     assert patch.summary().calls == 2 * calls_per_step("flux")
 
