@@ -160,7 +160,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         ("gluon", "int8/int8", 128, "plain"): _ADA,
         ("triton", "int8/int8", 64, "plain"): ("sm_100",),
         ("triton", "int8/int8", 64, "causal"): ("sm_100",),
-        ("triton", "int8/int8", 128, "plain"): ("sm_100", "sm_120"),
+        ("triton", "int8/int8", 128, "plain"): ("sm_100", "sm_120", "gfx1201"),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_100", "sm_120"),
         ("triton", "int8/int8", 128, "keys"): ("sm_100",),
         ("triton", "int8/int8", 128, "bool"): ("sm_80",),
@@ -187,7 +187,10 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
 }
 
 #: The same of quantizers, by their names.
-_QUANTIZER_SPILLS = {(3, 6): {"rope mean": ("sm_80",)}}
+_QUANTIZER_SPILLS = {
+    (3, 6): {"rope mean": ("sm_100",)},
+    (3, 7): {"smoothed rows fp4": ("sm_100",)},
+}
 
 
 def spills(
@@ -213,6 +216,15 @@ NEAREST_CODE = {"fp16": ("fp16", EVERY), "fp32": ("", EVERY)}
 
 #: Dims of a latent that are compiled.
 LATENT_DIMS = (32, 128, 256)
+
+#: Spills of the search that are known, by Triton, then by type and dim.
+_SEARCH_SPILLS = {(3, 6): {("fp16", 128): ("sm_120", "gfx1100")}}
+
+
+def spills_of_search(dtype: str, dim: int, triton: tuple[int, ...]) -> tuple[str, ...]:
+    """As :func:`spills`."""
+    return _SEARCH_SPILLS.get(triton[:2], {}).get((dtype, dim), ())
+
 
 #: Kernels that prepare operands, and the targets whose attention reads what they write.
 QUANTIZERS = {

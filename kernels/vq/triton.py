@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import tuning as cards
+from ..versions import fence_copies
 from .terms import Terms
 from .tuning import Launch, launch, padded_dim, processors, splits
 
@@ -54,6 +55,7 @@ def _tile_maxima_kernel(
         rows = p_c + o_k.to(tl.int64)[None, :] * stride_c + o_d[:, None]
         if D <= BLOCK_D:
             b_c = tl.load(rows, mask=m_k[None, :] & (o_d < D)[:, None], other=0.0)
+            fence_copies()
             score = tl.dot(b_z, b_c, input_precision="ieee")  # [BLOCK_N, BLOCK_K]
         else:
             score = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -61,6 +63,7 @@ def _tile_maxima_kernel(
                 m_d = d + o_d < D
                 b_z = tl.load(p_z + d, mask=m_n[:, None] & m_d[None, :], other=0.0)
                 b_c = tl.load(rows + d, mask=m_k[None, :] & m_d[:, None], other=0.0)
+                fence_copies()
                 score = tl.dot(b_z, b_c, score, input_precision="ieee")
         if p_scale is not None:
             score *= tl.load(p_scale + o_k, mask=m_k, other=0.0)[None, :]

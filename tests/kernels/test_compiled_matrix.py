@@ -217,10 +217,11 @@ def test_nearest_code(dtype, product, target, dim):
     table = torch.zeros(4096, dim, dtype=kind)
     with compiling_for(target) as driver:
         search.nearest_code(torch.zeros(1024, dim, dtype=kind), table, terms(table, "l2"), split=8)
-    for kernel in driver.kernels:
-        code = read(kernel, target)
-        assert code.spills == 0, kernel.name
-        assert code.shared <= targets.SHARED_MEMORY[target]
+    codes = [read(kernel, target) for kernel in driver.kernels]
+    spills = {kernel.name: code.spills for kernel, code in zip(driver.kernels, codes, strict=True)}
+    known = targets.spills_of_search(dtype, dim, TRITON)
+    assert any(spills.values()) == (target in known), spills
+    assert all(code.shared <= targets.SHARED_MEMORY[target] for code in codes)
     matrix = read(driver.kernels[0], target).matrix
     if product:
         pattern = targets.PRODUCTS[target][product]

@@ -121,7 +121,7 @@ def test_goals(gpu, spec, head_dim, cycles, second):
     if spec != "fp8/fp8":  # not on the ladder, plans don't choose it
         prices = card_costs(gpu)
         planned = relative_cost(spec, prices, head_dim) * prices["fp16"]
-        assert planned == pytest.approx(got.cycles, rel=0.02 if OLDER else 0.01)  # of plans
+        assert planned == pytest.approx(got.cycles, rel=0.025 if OLDER else 0.01)  # of plans
 
 
 @pytest.mark.parametrize(
