@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import first_gpu_codes as codes
 from benchmarks import first_gpu_model as model
 from benchmarks.first_gpu_text import report
 from sage_diffusion.files import write_text
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
         model: width, heads, tokens and blocks of the transformer.
         short: tokens of the calls whose host time and graph replays are measured.
         rounds: of such a measurement.
+        codes: latents, codes and dims of the searches for the nearest code.
     """
 
     lengths: tuple[int, ...]
@@ -59,6 +61,7 @@ class Sizes(NamedTuple):
     model: tuple[int, int, int, int]
     short: tuple[int, ...]
     rounds: int
+    codes: tuple[tuple[int, int, int], ...]
 
 
 #: 1K to 32K tokens; a transformer of Flux's width, heads and tokens at 1024 x 1024.
@@ -70,8 +73,9 @@ CARD = Sizes(
     (3072, 24, 4608, 4),
     (1024, 4096),
     20,
+    ((16384, 65536, 32), (16384, 65536, 128), (4096, 262144, 256)),
 )
-TINY = Sizes((64, 96), (64,), 2, ((64,), 64), (128, 2, 70, 2), (64,), 2)
+TINY = Sizes((64, 96), (64,), 2, ((64,), 64), (128, 2, 70, 2), (64,), 2, ((70, 300, 8),))
 
 
 class WallTimer:
@@ -216,6 +220,7 @@ def sections(state: Run, jobs: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "model", lambda: model.forward(state)
     yield "overhead", lambda: model.overhead(state)
     yield "graphs", lambda: model.graphs(state)
+    yield "codes", lambda: codes.search(state)
     for dim, causal in others:
         name = f"bench {dim}" + (" causal" if causal else "")
         yield name, lambda dim=dim, causal=causal: benched(state, dim, causal)

@@ -19,7 +19,7 @@ def report(found: dict[str, Any]) -> list[str]:
     for name, rows in found.items():
         if name.startswith("bench "):
             lines += _lengths(name, rows)
-    for name in ("model", "overhead", "graphs", "compile"):
+    for name in ("model", "overhead", "graphs", "codes", "compile"):
         lines += _named(name, found.get(name, {}))
     lines += ["", f"{len(found['problems'])} problems"]
     lines += [f"  {entry['section']}: {entry['reason'][-240:]}" for entry in found["problems"]]
