@@ -1,4 +1,4 @@
-"""Section of :mod:`.first_gpu` about nearest codes: right ids, then milliseconds beside PyTorch's."""
+"""Section of :mod:`.first_gpu` about nearest codes: right ids, then times beside PyTorch's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def search(state: Run) -> dict[str, Any]:
         torch.manual_seed(0)
         z32 = torch.randn(latents, dim, device=state.place.device)
         table32 = torch.randn(codes, dim, device=state.place.device) * dim**-0.5
-        for dtype, rounded in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        for dtype, rounded in (
+            (torch.float32, False),
+            (torch.float32, True),
+            (torch.bfloat16, False),
+        ):
             z, table = z32.to(dtype), table32.to(dtype)
             name = f"{latents} x {codes} x {dim}, {str(dtype).removeprefix('torch.')}"
             name += " rounded" * rounded

@@ -34,7 +34,7 @@ SPECS = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "fp4/fp8-fas
 HALF, FLOAT = 2, 4
 
 #: Tokens of a program, as in ``kernels/quantize``.
-ROWS, CLIPPED_ROWS, STATS_CHUNK = 32, 16, 512
+ROWS, CLIPPED_ROWS, STATS_CHUNK = 32, 16, 128
 
 
 @dataclass(frozen=True)

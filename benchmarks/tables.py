@@ -28,8 +28,11 @@ CARDS = {
     "rtx3090": ("RTX 3090", ("int4/int8", "int8/int8")),
     "rtx5090": ("RTX 5090", ("fp4/fp8-fast", "fp4/fp4")),
     "a100": ("A100", ("int8/int8", "int4/int8")),
-    "h100": ("H100", ("int8/fp8",)),
+    "h100": ("H100, H200", ("int8/fp8", "int8/fp8-fast", "int8/fp16", "int8/int8")),
 }
+
+#: Cards with the multiprocessors of another.
+SAME = {"h200": "h100"}
 HEAD_DIM = 128
 
 #: Tokens at which a measurement is shown.
@@ -41,6 +44,7 @@ _PIPES = {
     "shared": "shared memory",
     "mufu": "special functions",
     "fma": "FP32 lanes",
+    "issue": "issue slots",
 }
 
 
@@ -94,7 +98,8 @@ def latest(folder: Path) -> list[dict[str, Any]]:
 def gpu_of(card: str) -> str | None:
     """A name of :data:`CARDS` for PyTorch's, "NVIDIA H100 80GB HBM3" -> "h100"; else None."""
     kind = re.sub(r"nvidia|geforce|[^a-z0-9]", "", card.lower())
-    return next((gpu for gpu in CARDS if kind.startswith(gpu)), None)
+    found = next((gpu for gpu in (*CARDS, *SAME) if kind.startswith(gpu)), None)
+    return SAME.get(found, found) if found else None
 
 
 def measurements(document: dict[str, Any]) -> dict[str, Measured]:

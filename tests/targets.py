@@ -26,16 +26,19 @@ SHARED_MEMORY = {
 #: assembly on AMD.  "fp8-fast" accumulates in FP16 where the card has it.
 PRODUCTS = {
     "sm_80": {
+        "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
         "fp16": r"HMMA\.16816\.F32",
     },
     "sm_86": {
+        "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
         "fp16": r"HMMA\.16816\.F32",
     },
     "sm_89": {
+        "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
         "fp16": r"HMMA\.16816\.F32",
@@ -43,12 +46,14 @@ PRODUCTS = {
         "fp8-fast": r"QMMA\.16832\.F16\.E4M3\.E4M3",
     },
     "sm_90": {
+        "tf32": r"HGMMA\.64x\d+x8\.F32\.TF32",
         "int8": r"IGMMA\.64x\d+x32\.S8\.S8",
         "fp16": r"HGMMA\.64x\d+x16\.F32",
         "fp8": r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3",
         "fp8-fast": r"QGMMA\.64x\d+x32\.F16\.E4M3\.E4M3",
     },
     "sm_100": {
+        "tf32": r"UTCHMMA",
         "int8": r"UTCIMMA",
         "fp4": r"UTCOMMA\.4X",
         "fp16": r"UTCHMMA",
@@ -56,6 +61,7 @@ PRODUCTS = {
         "fp8-fast": r"UTCQMMA",
     },
     "sm_120": {
+        "tf32": r"HMMA\.1688\.F32\.TF32",
         "int8": r"IMMA\.16832\.S8\.S8",
         "fp4": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3",
         "fp16": r"HMMA\.16816\.F32",
@@ -130,6 +136,10 @@ LARGEST_HEAD_DIM = {("gluon", "int8"): 128, ("hopper", "int8"): 128, ("hopper", 
 
 #: Spills are allowed above this head dim.
 FREE_OF_SPILLS = 128
+
+#: Backends whose registers are capped so that more programs share a multiprocessor: what they spill
+#: around the main loop is the price, within it they must not.
+CAPPED = ("hopper",)
 
 _MASKS = ("keys", "bool", "additive")
 _ADA = ("sm_86", "sm_89")
@@ -211,8 +221,12 @@ def spills_of_quantizer(name: str, triton: tuple[int, ...]) -> tuple[str, ...]:
 REFUSED = ("sm_75", "gfx1030")
 
 #: Types of latents and codes that nearest-code search is compiled for, and the product that each
-#: must become (:data:`PRODUCTS`): float32 is multiplied without tensor cores.
-NEAREST_CODE = {"fp16": ("fp16", EVERY), "fp32": ("", EVERY)}
+#: must become (:data:`PRODUCTS`): float32 is three products of TF32 on NVIDIA, itself on AMD.
+NEAREST_CODE = {
+    "fp16": ("fp16", EVERY),
+    "fp32": ("tf32", tuple(t for t in EVERY if t.startswith("sm_"))),
+    "fp32 ": ("", tuple(t for t in EVERY if t.startswith("gfx"))),
+}
 
 #: Dims of a latent that are compiled.
 LATENT_DIMS = (32, 128, 256)

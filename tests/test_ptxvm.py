@@ -254,3 +254,76 @@ ret;
         Machine(ptx).launch((1,), [np.zeros(1, np.int32)], shared=256)
     fenced = ptx.replace("xor.b32 %r3", "bar.sync 0;\nxor.b32 %r3")
     Machine(fenced).launch((1,), [np.zeros(1, np.int32)], shared=256)
+
+
+#: One tile of [2, 64] bytes, swizzled, from a matrix to shared memory and out again.
+_TILE = """
+.visible .entry k(.param .align 64 .b8 k_param_0[128], .param .u64 k_param_1)
+.reqntid 64
+{
+    ld.param.b64 %rd1, [k_param_1];
+    mov.b64 %rd2, k_param_0;
+    mov.u32 %r1, %tid.x;
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [1024], 1;
+    bar.sync 0;
+    @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [1024], 128;
+    mov.b32 %r2, 64;
+    mov.b32 %r3, 3;
+    @%p1 COPY [0], [%rd2, {%r2, %r3}], [1024];
+    {
+        .reg .pred complete;
+        waitLoop:
+        mbarrier.try_wait.parity.shared.b64 complete, [1024], 0;
+        @!complete bra.uni waitLoop;
+    }
+    shl.b32 %r4, %r1, 1;
+    ld.shared.u16 %rs1, [%r4];
+    cvt.u64.u32 %rd3, %r4;
+    add.s64 %rd4, %rd1, %rd3;
+    st.global.u16 [%rd4], %rs1;
+    ret;
+}
+""".replace("COPY", "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes")
+_AGAIN = next(line for line in _TILE.splitlines() if "cp.async" in line)
+
+
+def _copied_tile(text):
+    from ptxvm.bulk import TensorMap
+
+    x = np.arange(4 * 100, dtype=np.uint8).reshape(4, 100)
+    out = torch.zeros(128, dtype=torch.uint8)
+    Machine(text).launch((1,), [TensorMap(x, (2, 64), 64), out], shared=1032)
+    return x, out.numpy().reshape(2, 64)
+
+
+def test_a_copied_tile_is_swizzled_and_zero_outside():
+    x, out = _copied_tile(_TILE)
+    want = np.zeros((2, 64), np.uint8)
+    want[:1, :36] = x[3:, 64:]
+    assert np.array_equal(out[0], want[0])  # the first 128 bytes are not flipped
+    far = _TILE.replace("%r3, 3;", "%r3, 1;").replace("[0], [%rd2", "[128], [%rd2")
+    far = far.replace("ld.shared.u16 %rs1, [%r4];", "ld.shared.u16 %rs1, [%r4+128];")
+    x, out = _copied_tile(far)
+    pieces = np.zeros((2, 64), np.uint8)
+    pieces[:, :36] = x[1:3, 64:]
+    assert np.array_equal(out, pieces.reshape(2, 4, 16)[:, [1, 0, 3, 2]].reshape(2, 64))
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("[1024], 128;", "[1024], 256;", "deadlock: 0 arrivals and 128 bytes are missing"),
+        ("complete, [1024], 0;", "complete, [1024], 1;", "before its copy was waited for"),
+        ("@%p1 mbarrier.init.shared::cta.b64 [1024], 1;", "", "no mbarrier was initialized at"),
+        ("@%p1 cp.async", "cp.async", "64 threads start the same copy"),
+        ("[0], [%rd2", "[960], [%rd2", "which is no multiple of 128"),
+        ("    ret;", f"{_AGAIN}\n ret;", "overwritten before a barrier"),
+        ("    ret;", f"bar.sync 0;\n{_AGAIN}\n ret;", "still under way at the end"),
+    ],
+)
+def test_copies_that_nobody_waits_for(old, new, message):
+    assert old in _TILE
+    text = _TILE.replace(old, new)
+    with pytest.raises(PTXError, match=message):
+        _copied_tile(text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formats import (
     Precision,
@@ -16,7 +18,7 @@ from ..rope import Rope
 from ..spec import AttentionSpec
 from .gluon_columns import key_bias, key_scales
 from .hopper_kernel import attention_kernel
-from .hopper_support import HopperLaunch, Tuned, unsupported_spec
+from .hopper_support import TILE_KEYS, HopperLaunch, Tuned, unsupported_spec
 from .hopper_support import launch as launch_for
 from .operands import quantize_operands
 from .reference import smoothed_lse
@@ -67,7 +69,7 @@ def attend_quantized(
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
     head_dim, device = v.data.shape[2], q.data.device
-    config = launch or launch_for(dim)
+    config = launch_for(dim, mask is not None or bias is not None, launch)
     kind, mask_strides = 0, [0, 0, 0]
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
@@ -84,9 +86,9 @@ def attend_quantized(
     scales = key_scales(k)
     with torch.cuda.device_of(q.data):
         attention_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
-            q.data.contiguous(),
-            k.data.contiguous(),
-            v.data.contiguous(),
+            rows(q.data, config.block_m),
+            rows(k.data, TILE_KEYS),
+            rows(v.data, dim, TILE_KEYS),
             q.scale.contiguous(),
             scales,
             v.scale.contiguous(),
@@ -112,9 +114,24 @@ def attend_quantized(
             BM=config.block_m,
             STAGES=config.stages,
             num_warps=config.num_warps,
+            maxnreg=config.registers,
             enable_fp_fusion=True,
         )
     return out, lse
+
+
+def rows(x: Tensor, block: int, width: int | None = None) -> TensorDescriptor:
+    """What the copy engine needs to know of codes ``[.., rows, bytes]``.
+
+    Args:
+        x: on the device.
+        block, width: rows and bytes of a copy; all bytes of a row by default.
+    """
+    flat = x.contiguous().flatten(0, -2)
+    width = width or x.shape[-1]
+    # Swizzled as ``wgmma`` reads without conflicts.
+    layout = gl.NVMMASharedLayout(min(width, 128), 8, 2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [block, width], layout)
 
 
 def attention(

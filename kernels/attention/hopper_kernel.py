@@ -11,43 +11,54 @@ import math
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..formats import LOG2E, TILE_N
-from ..versions import async_load, barrier
-from .gluon_layouts import column_layout, partial_layout
+from ..versions import barrier, tma_load
+from .gluon_layouts import partial_layout
 from .gluon_program import to_output
+from .hopper_support import TILE_KEYS
 from .reference import MASK_FLOOR
 
-_TILE_N, _LOG2E, _MASK_FLOOR = gl.constexpr(TILE_N), gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
+_LOG2E, _MASK_FLOOR = gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
+
+#: Keys of a tile, and of a tile in the lists of scales and masks.
+_KEYS, _LISTED = gl.constexpr(TILE_KEYS), gl.constexpr(TILE_N)
 
 #: log2 of P's largest code.
 _RANGE = gl.constexpr(math.log2(448.0))
 
 
 @gluon.constexpr_function
-def _rows_shared(width):
-    """Shared memory of rows of bytes that ``wgmma`` reads without conflicts."""
-    return gl.NVMMASharedLayout(min(width, 128), 8, 2)
-
-
-@gluon.constexpr_function
-def _bytes_layout(width, warps):
-    """16 bytes a thread, rows of ``width`` bytes contiguous."""
-    threads = width // 16
-    return gl.BlockedLayout([1, 16], [32 // threads, threads], [warps, 1], [1, 0])
+def _column_layout(warps):
+    """The columns of a tile that belong to a thread, 16 side by side of every 64."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [8], [64]],
+        lane_bases=[[16], [32], [0], [0], [0]],
+        warp_bases=[[0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[TILE_KEYS],
+    )
 
 
 @gluon.jit
 def _thread_sums(p, like):
-    """``[BM, 64]`` -> ``[BM, 4]``, each thread's columns added; no value leaves a thread."""
-    x = p.reshape([p.shape[0], 8, 4, 2])
+    """``[BM, 128]`` -> ``[BM, 4]``, each thread's columns added; no value leaves a thread."""
+    x = p.reshape([p.shape[0], _KEYS // 8, 4, 2])
     return gl.convert_layout(gl.sum(gl.sum(x, 3), 1), like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _row_max(s):
+    """``[BM, 128]`` -> ``[BM]``; pairs first, so that maxima don't wait for each other."""
+    x = s.reshape([s.shape[0], _KEYS // 8, 4, 2])
+    x = gl.max(gl.max(gl.max(x, 3), 1), 1)
+    return gl.convert_layout(x, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
 
 
 @gluon.jit
@@ -61,31 +72,27 @@ def _operand(p, layout: gl.constexpr):
     """P as the second product's operand.  No byte moves: the keys are renamed."""
     bm: gl.constexpr = p.shape[0]
     #: key = 16 a + 8 h + 2 t + e stands at 16 a + 4 t + 2 h + e (quantize.permute.token_order)
-    x = p.reshape([bm, 4, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([bm, _TILE_N])
+    x = p.reshape([bm, _KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([bm, _KEYS])
     return gl.convert_layout(x, layout, assert_trivial=True)
 
 
 @gluon.jit
 def _columns(x, layout: gl.constexpr):
     """A list in column order as a row vector of the scores."""
-    y = x.reshape([4, 8, 2]).permute((1, 0, 2)).reshape([_TILE_N])
+    y = x.reshape([_KEYS // 64, 4, 8, 2]).permute((0, 2, 1, 3)).reshape([_KEYS])
     return gl.convert_layout(y, layout, assert_trivial=True)
 
 
 @gluon.jit
-def _copy_tile(
-    p_k, p_v, k_ring, v_ring, tile, k_limit, limit, D: gl.constexpr, STAGES: gl.constexpr
-):
-    """Copy the tile at the pointers into the rings, zeros where there is nothing to read."""
-    slot, start = tile % STAGES, tile * _TILE_N
-    async_load(k_ring.index(slot), p_k, mask=(start < k_limit)[:, None])
-    wanted = start < limit
-    if v_ring.shape[1] != D:
-        o_d = gl.arange(0, v_ring.shape[1], gl.SliceLayout(1, p_v.type.layout))
-        wanted = (wanted & (o_d < D))[:, None]
-    async_load(v_ring.index(slot), p_v, mask=wanted)
-    async_copy.commit_group()
-    return p_k + _TILE_N * k_ring.shape[2], p_v + _TILE_N
+def _copy_tile(tiles_of_k, tiles_of_v, rings, tile, tiles, k_row, v_row, MORE: gl.constexpr = 0):
+    """Start copying a tile, where there is one, into its slot of the rings."""
+    k_ring, v_ring, ready = rings
+    slot, wanted = tile % k_ring.shape[0], tile < tiles
+    bytes_of_tile: gl.constexpr = _KEYS * (k_ring.shape[2] + v_ring.shape[1]) + MORE
+    mbarrier.expect(ready.index(slot), bytes_of_tile, pred=wanted)
+    start = tile * _KEYS
+    tma_load(tiles_of_k, [k_row + start, 0], ready.index(slot), k_ring.index(slot), pred=wanted)
+    tma_load(tiles_of_v, [v_row, start], ready.index(slot), v_ring.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -95,7 +102,7 @@ def _scores(q_tile, k_tile, layout: gl.constexpr, IS_ASYNC: gl.constexpr):
     return warpgroup_mma(
         q_tile,
         k_tile.permute((1, 0)),
-        gl.full([q_tile.shape[0], _TILE_N], 0, gl.int32 if INTEGER else gl.float32, layout),
+        gl.full([q_tile.shape[0], _KEYS], 0, gl.int32 if INTEGER else gl.float32, layout),
         use_acc=False,
         max_num_imprecise_acc=0 if INTEGER else q_tile.shape[1],
         is_async=IS_ASYNC,
@@ -107,45 +114,47 @@ def _attend_range(
     state,
     first,  # tile
     last,
-    k_limit,  # [64] keys to copy, counted from each row of a tile
-    limit,  # keys to copy
+    tiles,
+    tiles_of_k,  # descriptors, and the first row of this head
+    tiles_of_v,
+    k_row,
+    v_row,
     k_len,
     q_tile,  # [BM, DP] in shared memory
     q_scale,  # [BM] float32, positive
     o_m,  # [BM] query indices
-    p_mask,  # [BM, 64] pointers of tile 0
-    k_ring,
-    v_ring,
+    p_mask,  # [BM, 128] pointers of tile 0
+    rings,  # of K, of V, and of the barriers that say when a slot is full
     EDGE: gl.constexpr,  # tiles with keys that are outside, or in the future
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
     HIDES: gl.constexpr,
     CAUSAL: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """Tiles of the online softmax; the scores of the next tile are computed meanwhile."""
     scores: gl.constexpr = o_m.type.layout.parent
     col: gl.constexpr = gl.SliceLayout(0, scores)
+    k_ring, v_ring, ready = rings
+    STAGES: gl.constexpr = k_ring.shape[0]
     for tile in range(first, last):
-        s, acc, total, top, p_k, p_v, p_k_scale, p_bias = state
-        p_k, p_v = _copy_tile(
-            p_k, p_v, k_ring, v_ring, tile + (STAGES - 1), k_limit, limit, D, STAGES
-        )
-        fence_async_shared()
-        s_next = _scores(q_tile, k_ring.index((tile + 1) % STAGES), scores, True)
+        acc, total, top, p_k_scale, p_bias = state
+        slot = tile % STAGES
+        mbarrier.wait(ready.index(slot), (tile // STAGES) & 1)
+        s = _scores(q_tile, k_ring.index(slot), scores, True)
         k_scale = gl.load(p_k_scale)
-        p_k_scale += 2 * _TILE_N
-        start = tile * _TILE_N
+        p_k_scale += 2 * _KEYS
+        start = tile * _KEYS
+        s = warpgroup_mma_wait(0, deps=[s])
+        s = s.to(gl.float32) * _columns(k_scale, col)[None, :]
         if BIAS or MASK == 2:
             s = s * q_scale[:, None]
         if BIAS:
             s += _columns(gl.load(p_bias), col)[None, :]
-            p_bias += _TILE_N
+            p_bias += _KEYS
         if MASK:
             at = p_mask + start
             if EDGE:
-                o_n = start + gl.arange(0, _TILE_N, col)
+                o_n = start + gl.arange(0, _KEYS, col)
                 inside = (o_n < k_len)[None, :] & (o_m >= 0)[:, None]
                 added = gl.load(at, mask=inside, other=0)
             else:
@@ -162,9 +171,9 @@ def _attend_range(
             visible = gl.full([o_m.shape[0]], 0, gl.int32, o_m.type.layout) + k_len
             if CAUSAL:
                 visible = gl.minimum(visible, o_m + 1)
-            o_n = gl.arange(0, _TILE_N, col)
+            o_n = gl.arange(0, _KEYS, col)
             s = gl.where(o_n[None, :] < (visible - start)[:, None], s, -float("inf"))
-        tile_top = gl.max(s, 1)
+        tile_top = _row_max(s)
         if not (BIAS or MASK == 2):
             tile_top = tile_top * q_scale
         before = top
@@ -186,19 +195,16 @@ def _attend_range(
             v_ring.index(tile % STAGES).permute((1, 0)),
             gl.full(acc.shape, 0.0, gl.float32, acc.type.layout),
             use_acc=False,
-            max_num_imprecise_acc=_TILE_N,
+            max_num_imprecise_acc=_KEYS,
             is_async=True,
         )
-        s_next = warpgroup_mma_wait(1, deps=[s_next])
-        s = s_next.to(gl.float32) * _columns(k_scale, col)[None, :]
         product = warpgroup_mma_wait(0, deps=[product])
-        barrier()
-        async_copy.wait_group(STAGES - 3)
-        barrier()
+        barrier()  # nobody reads this slot any more
+        _copy_tile(tiles_of_k, tiles_of_v, rings, tile + STAGES, tiles, k_row, v_row)
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
         # A fresh accumulator per tile: Hopper keeps 14 bits of a float32 sum of FP8 products.
         acc = gl.fma(acc, _down(alpha, acc), product)
-        state = s, acc, total, top, p_k, p_v, p_k_scale, p_bias
+        state = acc, total, top, p_k_scale, p_bias
     return state
 
 
@@ -210,9 +216,9 @@ def _down(x, like):
 
 @gluon.jit
 def attention_kernel(
-    p_q,  # [B, H, Lq, DP] int8 or E4M3
-    p_k,  # [B, Hkv, Lk, DP] int8 or E4M3
-    p_v,  # [B, Hkv, D, Lp] E4M3, tokens permuted
+    blocks_of_q,  # descriptor of [B * H * Lq, DP] int8 or E4M3
+    tiles_of_k,  # descriptor of [B * Hkv * Lk, DP] int8 or E4M3
+    tiles_of_v,  # descriptor of [B * Hkv * D, Lp] E4M3, tokens permuted
     p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)] float32
     p_k_scale,  # [B, Hkv, Lp / 64 + 2, 2, 64] float32 of ``key_scales``
     p_v_scale,  # [B, Hkv, D] float32
@@ -244,12 +250,9 @@ def attention_kernel(
 ):
     """One block of query rows of one head."""
     BIAS: gl.constexpr = p_bias is not None
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, _TILE_N, 32])
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, _KEYS, 32])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DP, 32])
     row: gl.constexpr = gl.SliceLayout(1, scores)
-    code: gl.constexpr = p_q.dtype.element_ty
-    k_copy: gl.constexpr = _bytes_layout(DP, num_warps)
-    v_copy: gl.constexpr = _bytes_layout(_TILE_N, num_warps)
 
     blocks = gl.cdiv(q_len, BM)
     i_m = gl.program_id(0) % blocks
@@ -260,58 +263,45 @@ def attention_kernel(
     i_bkv = i_b * (heads // group) + i_h // group
     start_m = i_m * BM
 
-    rows = start_m + gl.arange(0, BM, gl.SliceLayout(1, k_copy))
-    columns = gl.arange(0, DP, gl.SliceLayout(0, k_copy))
-    p_q += i_bh * q_len * DP
-    at_q = p_q + (rows[:, None].to(gl.int64) * DP + columns[None, :])
-    q_tile = gl.allocate_shared_memory(code, [BM, DP], _rows_shared(DP))
-    inside_q = (rows < q_len)[:, None] & (columns >= 0)[None, :]
-    async_load(q_tile, at_q, mask=inside_q)
     o_m = start_m + gl.arange(0, BM, row)
     at = gl.minimum(o_m, q_len - 1)
     q_scale = gl.load(p_q_scale + i_bh * q_scales + at // Q_BLOCK)
 
-    o_c = gl.arange(0, _TILE_N, column_layout(num_warps))
-    p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _TILE_N) * 2) + o_c
+    o_c = gl.arange(0, _KEYS, _column_layout(num_warps))
+    p_k_scale = p_k_scale + i_bkv * ((padded + 2 * _LISTED) * 2)
+    p_k_scale = p_k_scale + ((o_c // _LISTED) * (2 * _LISTED) + o_c % _LISTED)
     if BIAS:
         p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + o_c
     if MASK:
         p_mask = p_mask + i_b * stride_mb + i_h * stride_mh
         p_mask = p_mask + at[:, None].to(gl.int64) * stride_mm
-        p_mask = p_mask + gl.arange(0, _TILE_N, gl.SliceLayout(0, scores))[None, :]
+        p_mask = p_mask + gl.arange(0, _KEYS, gl.SliceLayout(0, scores))[None, :]
     end = k_len
-    whole = k_len // _TILE_N  # tiles without a check
+    whole = k_len // _KEYS  # tiles without a check
     if CAUSAL:
-        whole = gl.minimum(whole, (start_m + 1) // _TILE_N)
+        whole = gl.minimum(whole, (start_m + 1) // _KEYS)
         end = gl.minimum(end, start_m + BM)
-    tiles = gl.cdiv(end, _TILE_N)
+    tiles = gl.cdiv(end, _KEYS)
 
-    k_ring = gl.allocate_shared_memory(code, [STAGES, _TILE_N, DP], _rows_shared(DP))
-    v_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, DP, _TILE_N], _rows_shared(_TILE_N))
-    k_rows = gl.arange(0, _TILE_N, gl.SliceLayout(1, k_copy))
-    v_columns = gl.arange(0, _TILE_N, gl.SliceLayout(0, v_copy))
-    v_rows = gl.arange(0, DP, gl.SliceLayout(1, v_copy))
-    p_k = p_k + i_bkv * k_len * DP + (k_rows[:, None] * DP + columns[None, :])
-    p_v = p_v + i_bkv * D * padded
-    p_v = p_v + v_rows[:, None].to(gl.int64) * padded + v_columns[None, :]
-    limit = gl.minimum(k_len, tiles * _TILE_N)
-    k_limit = limit - k_rows
-    for i in gl.static_range(STAGES - 1):
-        p_k, p_v = _copy_tile(p_k, p_v, k_ring, v_ring, i, k_limit, limit, D, STAGES)
-    async_copy.wait_group(STAGES - 3)
-    barrier()
+    q_tile = gl.allocate_shared_memory(blocks_of_q.dtype, [BM, DP], blocks_of_q.layout)
+    k_ring = gl.allocate_shared_memory(tiles_of_k.dtype, [STAGES, _KEYS, DP], tiles_of_k.layout)
+    v_ring = gl.allocate_shared_memory(tiles_of_v.dtype, [STAGES, DP, _KEYS], tiles_of_v.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    s = _scores(q_tile, k_ring.index(0), scores, False).to(gl.float32)
-    s = s * _columns(gl.load(p_k_scale), gl.SliceLayout(0, scores))[None, :]
-    p_k_scale += 2 * _TILE_N
     barrier()
+    rings = k_ring, v_ring, ready
+    k_row, v_row = (i_bkv * k_len).to(gl.int32), (i_bkv * D).to(gl.int32)
+    q_row = (i_bh * q_len).to(gl.int32) + start_m
+    _copy_tile(tiles_of_k, tiles_of_v, rings, 0, tiles, k_row, v_row, BM * DP)
+    tma_load(blocks_of_q, [q_row, 0], ready.index(0), q_tile)
+    for i in gl.static_range(1, STAGES):
+        _copy_tile(tiles_of_k, tiles_of_v, rings, i, tiles, k_row, v_row)
     state = (
-        s,
         gl.zeros([BM, DP], gl.float32, output),
         gl.zeros([BM, 4], gl.float32, partial_layout(num_warps)),
         gl.full([BM], -float("inf"), gl.float32, row),
-        p_k,
-        p_v,
         p_k_scale,
         p_bias if BIAS else p_k_scale,
     )
@@ -320,25 +310,24 @@ def attention_kernel(
             state,
             whole * EDGE,
             tiles if EDGE else whole,
-            k_limit,
-            limit,
+            tiles,
+            tiles_of_k,
+            tiles_of_v,
+            k_row,
+            v_row,
             k_len,
             q_tile,
             q_scale,
             o_m,
             p_mask,
-            k_ring,
-            v_ring,
+            rings,
             EDGE,
             BIAS,
             MASK,
             HIDES,
             CAUSAL,
-            D,
-            STAGES,
         )
-    s, acc, total, top, p_k, p_v, p_k_scale, p_bias = state
-    async_copy.wait_group(0)
+    acc, total, top, p_k_scale, p_bias = state
 
     total = gl.convert_layout(gl.sum(total, 1), row, assert_trivial=True)
     seen = total > 0.0

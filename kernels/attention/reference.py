@@ -138,8 +138,9 @@ def attend_quantized(
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
+    tile: int = TILE_N,
 ) -> tuple[Tensor, Tensor]:
-    """Online softmax over tiles of 64 keys on quantized operands.
+    """Online softmax over tiles of keys on quantized operands.
 
     Args:
         q: codes ``[B, H, Lq, Dp]``; its scale carries ``sm_scale * log2(e)``.
@@ -149,6 +150,7 @@ def attend_quantized(
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         is_causal: query i sees keys 0 .. i.
         fp16_accumulator: P V of one tile accumulates in FP16, 32 keys at a time (FP8 only).
+        tile: keys of a tile: P is rounded relative to the maximum of the tiles so far.
 
     Returns:
         Output ``[B, H, Lq, D]`` float32 and log-sum-exp ``[B, H, Lq]`` float32 of the scores as
@@ -170,8 +172,8 @@ def attend_quantized(
     total = torch.zeros_like(top)
     out = torch.zeros(batch, heads, q_len, values.head_dim, device=device)
     query = torch.arange(q_len, device=device)[:, None]
-    for start in range(0, k_len, TILE_N):
-        stop = min(start + TILE_N, k_len)
+    for start in range(0, k_len, tile):
+        stop = min(start + tile, k_len)
         s = (q_rows @ k_rows[:, :, start:stop].transpose(2, 3)) * q_scale * k_scale[..., start:stop]
         if delta_s is not None:
             s = s + delta_s[..., start:stop].repeat_interleave(Q_BLOCK, 2)[:, :, :q_len]

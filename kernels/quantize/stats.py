@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.tuning import architecture
 from ..formats import padded_dim
 from ..rope import Rope
 from .rope import load_rotated_rows, rope_arguments
 
-#: Tokens whose statistics one program finds; the few parts are joined by Torch, in one launch each
-#: for means and for extremes, in none where there is one part.
-STATS_CHUNK = 512
+#: Tokens whose statistics one program finds; the parts are joined by Torch, in one launch each for
+#: means and for extremes, in none where there is one part.  Short ones fill a card at 1K tokens.
+STATS_CHUNK = 128
 
 
 class ChannelStats(NamedTuple):
@@ -56,9 +57,10 @@ def _stats_kernel(
     i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
-    total = tl.zeros([BLOCK_D], tl.float32)
-    low = tl.full([BLOCK_D], float("inf"), tl.float32)
-    high = tl.full([BLOCK_D], -float("inf"), tl.float32)
+    # Of every row of a block, so that nothing crosses a warp within the loop.
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    low = tl.full([BLOCK, BLOCK_D], float("inf"), tl.float32)
+    high = tl.full([BLOCK, BLOCK_D], -float("inf"), tl.float32)
     stop = tl.minimum(length, (i_c + 1) * CHUNK)
     for start in range(i_c * CHUNK, stop, BLOCK):
         o_l = start + tl.arange(0, BLOCK)
@@ -81,17 +83,17 @@ def _stats_kernel(
             INTERLEAVED,
         )
         if p_mean is not None:
-            total += tl.sum(x, 0)
+            total += x
         if p_low is not None:
-            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
+            low = tl.minimum(low, tl.where(inside, x, float("inf")))
+            high = tl.maximum(high, tl.where(inside, x, -float("inf")))
     at = (i_bh * chunks + i_c) * D + o_d
     if p_mean is not None:
         count = tl.full([], length if PARTS else stop - i_c * CHUNK, tl.float32)
-        tl.store(p_mean + at, tl.div_rn(total, count), mask=o_d < D)
+        tl.store(p_mean + at, tl.div_rn(tl.sum(total, 0), count), mask=o_d < D)
     if p_low is not None:
-        tl.store(p_low + at, low, mask=o_d < D)
-        tl.store(p_high + at, high, mask=o_d < D)
+        tl.store(p_low + at, tl.min(low, 0), mask=o_d < D)
+        tl.store(p_high + at, tl.max(high, 0), mask=o_d < D)
 
 
 def token_mean(x: Tensor, rope: Rope | None = None) -> Tensor:
@@ -142,6 +144,16 @@ def _join_extremes(pair: Tensor) -> tuple[Tensor, Tensor]:
     return lows.unbind()[0], highs.unbind()[1]
 
 
+def _launch(arch: str, extremes: bool, rotated: bool, dim: int) -> tuple[int, int]:
+    """Rows of a block and warps of a program; on sm_90 as an H200 was fastest with."""
+    wide = 1 if dim <= 128 else 2
+    if extremes and arch == "sm_90" and not rotated:
+        return 32, 2 * wide
+    if extremes or rotated or arch.startswith("gfx"):  # room for three sums, or for the tables
+        return 32, 4 * wide
+    return 128, 4 * wide
+
+
 def _partial_stats(
     x: Tensor,
     *,
@@ -165,6 +177,8 @@ def _partial_stats(
     chunk = block or STATS_CHUNK
     chunks = triton.cdiv(length, chunk)
     shape, device = (batch, heads, chunks, head_dim), x.device
+    arch = architecture(device)
+    rows, warps = _launch(arch, extremes, rope is not None, padded_dim(head_dim))
     mean = torch.empty(shape if means else (0,), dtype=torch.float32, device=device)
     pair = torch.empty((2, *shape) if extremes else (2, 0), dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
@@ -179,9 +193,9 @@ def _partial_stats(
             D=head_dim,
             BLOCK_D=padded_dim(head_dim),
             CHUNK=chunk,
-            BLOCK=64 if rope is None else 32,  # room for the tables
+            BLOCK=min(rows, chunk),
             PARTS=block is None,
-            num_warps=4 if head_dim <= 128 else 8,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     return mean, pair

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention import tuning as cards
 from ..versions import fence_copies
 from .terms import Terms
-from .tuning import Launch, launch, padded_dim, processors, splits
+from .tuning import Launch, launch, padded_dim, precision, processors, splits
 
 __all__ = ["nearest_code"]
 
@@ -39,6 +39,7 @@ def _tile_maxima_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,  # of a product of float32, as tl.dot names it
 ):
     i_n, i_s = tl.program_id(0), tl.program_id(1)
     o_n, o_d = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -56,7 +57,7 @@ def _tile_maxima_kernel(
         if D <= BLOCK_D:
             b_c = tl.load(rows, mask=m_k[None, :] & (o_d < D)[:, None], other=0.0)
             fence_copies()
-            score = tl.dot(b_z, b_c, input_precision="ieee")  # [BLOCK_N, BLOCK_K]
+            score = tl.dot(b_z, b_c, input_precision=PRECISION)  # [BLOCK_N, BLOCK_K]
         else:
             score = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             for d in range(0, D, BLOCK_D):
@@ -64,7 +65,7 @@ def _tile_maxima_kernel(
                 b_z = tl.load(p_z + d, mask=m_n[:, None] & m_d[None, :], other=0.0)
                 b_c = tl.load(rows + d, mask=m_k[None, :] & m_d[:, None], other=0.0)
                 fence_copies()
-                score = tl.dot(b_z, b_c, score, input_precision="ieee")
+                score = tl.dot(b_z, b_c, score, input_precision=PRECISION)
         if p_scale is not None:
             score *= tl.load(p_scale + o_k, mask=m_k, other=0.0)[None, :]
         score += tl.load(p_bias + o_k, mask=m_k, other=float("-inf"))[None, :]
@@ -175,7 +176,8 @@ def nearest_code(
     z, table = (x if x.stride(1) == 1 else x.contiguous() for x in (z, table))
     left, right = (z.bfloat16(), table.bfloat16()) if rounded else (z, table)
     (latents, dim), codes = z.shape, len(table)
-    config = config or launch(cards.architecture(z.device), left.dtype)
+    arch = cards.architecture(z.device)
+    config = config or launch(arch, left.dtype)
     width = min(padded_dim(dim), config.block_d)
     split = split or splits(latents, codes, processors(z.device), config)
     span = triton.cdiv(triton.cdiv(codes, split), config.block_k) * config.block_k
@@ -203,6 +205,7 @@ def nearest_code(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             BLOCK_D=width,
+            PRECISION=precision(arch),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

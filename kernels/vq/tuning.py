@@ -39,10 +39,18 @@ def launch(arch: str, dtype: torch.dtype) -> Launch:
     """The configuration for an architecture ("sm_89", "gfx942") and type of operands."""
     amd, rdna = arch.startswith("gfx"), arch.startswith("gfx1")
     stages = 1 if amd else 2
-    if dtype == torch.float32:  # no tensor cores: operands and products share the registers
+    if dtype == torch.float32 and amd:  # no tensor cores: operands and products share registers
         return Launch(32, 64, 32 if rdna else 64, 8 if rdna else 4, stages)
+    if dtype == torch.float32:  # in three products of TF32, whose parts need registers
+        return Launch(64, 128 if arch in ("sm_90", "sm_100") else 64, 32, 4, 3)
     # RDNA's matrix operands take twice the registers.
     return Launch(64, 64 if rdna else 128, 64 if rdna else 128, 4, stages)
+
+
+def precision(arch: str) -> str:
+    """How float32 is multiplied: on NVIDIA's tensor cores as three products of TF32, whose error is
+    that of float32 but for a bit or two; elsewhere as it is."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
 def splits(latents: int, codes: int, processors: int, config: Launch) -> int:

@@ -2,8 +2,8 @@
 
 Cycles of one SM for a tile of 16 queries x 64 keys at head dim 128 in the slowest pipe, both
 products: bounds of the compiled kernels (of FP16 what tensor cores and exponentials allow), no
-timings.  FP16 products accumulate in FP32, as FlashAttention's and ours do, which GeForce cards run
-at half rate.
+timings, except where a card was measured (:data:`MEASURED`).  FP16 products accumulate in FP32, as
+FlashAttention's and ours do, which GeForce cards run at half rate.
 ``sage-diffusion cost`` prints the bounds of the compiled kernels; a JSON file of spec -> cost can
 be given instead (:func:`load_costs`).
 """
@@ -62,17 +62,22 @@ CYCLES: Mapping[str, Mapping[str, float]] = {
         "int4/int8@64": 217,
     },
     "h100": {
-        "fp16": 128,
-        "int8/fp16": 110,
-        "int8/fp16@64": 200,
-        "int8/int8": 157,
-        "int8/int8@64": 229,
-        "int8/fp8": 100,
-        "int8/fp8@64": 200,
-        "int8/fp8-fast": 130,
-        "int8/fp8-fast@64": 200,
+        "fp16": 100,
+        "int8/fp16": 114,
+        "int8/fp16@64": 126,
+        "int8/int8": 146,
+        "int8/int8@64": 141,
+        "int8/fp8": 77,
+        "int8/fp8@64": 108,
+        "int8/fp8-fast": 106,
+        "int8/fp8-fast@64": 125,
     },
 }
+
+#: Cards whose figures are no cycles but times of whole calls in percent of PyTorch's fastest FP16
+#: attention, quantization included: an H200 at 16,384 tokens
+#: (``benchmarks/results/h200-2026-11-26.json``, "bench").
+MEASURED = ("h100",)
 
 
 class CostTableError(ValueError):

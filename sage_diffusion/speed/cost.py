@@ -22,6 +22,7 @@ from sage_diffusion.speed.cost_sass import (
     Gpu,
     bound,
     functions,
+    is_spill,
     macs,
     main_loop,
     opcode,
@@ -43,7 +44,7 @@ class KernelCost:
         cycles: of one SM per 262,144 multiply-accumulates, in the slowest pipe.
         bound: the slowest pipe.
         second: the next one's share of it.
-        spills: instructions that read or write spilled registers.
+        spills: instructions of the main loop that read or write spilled registers.
         registers: per thread.
         kernel: its name.
         second_pipe: the next slowest pipe.
@@ -102,7 +103,8 @@ def function_cost(function: Function, gpu: str, spec: str, head_dim: int | None)
     Raises:
         CostError: it has no tensor-core work, or instructions that the model doesn't know.
     """
-    loop = bound(main_loop(function), gpu_named(gpu))
+    body = main_loop(function)
+    loop = bound(body, gpu_named(gpu))
     if not loop.work:
         raise CostError(f"{function.name} has no tensor-core instructions")
     if loop.unknown:
@@ -120,7 +122,7 @@ def function_cost(function: Function, gpu: str, spec: str, head_dim: int | None)
         cycles=round(top / loop.work * UNIT, 1),
         bound=pipes[0],
         second=round(loop.cycles[pipes[1]] / top, 3),
-        spills=function.spills,
+        spills=sum(map(is_spill, body)),
         registers=function.registers,
         kernel=function.name,
         second_pipe=pipes[1],

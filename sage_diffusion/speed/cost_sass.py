@@ -29,6 +29,7 @@ class Gpu:
         fp32: FP32 lanes.
         half2: lanes of packed FP16 arithmetic.
         sms, ghz: SMs and boost clock.
+        packing: lanes of packing floats to narrower ones; 16 are those of special functions.
     """
 
     arch: str
@@ -37,6 +38,7 @@ class Gpu:
     half2: int
     sms: int
     ghz: float
+    packing: int = 16
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -75,6 +77,7 @@ GPUS = {
         128,
         132,
         1.83,
+        packing=64,  # an H200 issues one every 3 cycles beside other work, in 8 it could not
     ),
     "rtx5090": Gpu(
         "sm_120",
@@ -197,11 +200,19 @@ def _parse(name: str, body: str, registers: int) -> Function:
         if branch:
             branches.append((len(code), int(branch[1], 16)))
         code.append(text)
+    # Behind the exit lies what is seldom run, such as waiting for a copy; its way back is no loop.
+    end = max((i for i, text in enumerate(code) if text == "EXIT"), default=len(code))
     loops = tuple(
-        (index[target], at) for at, target in branches if target in index and index[target] < at
+        (index[target], at)
+        for at, target in branches
+        if target in index and index[target] < at and not index[target] < end < at
     )
-    spills = sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in code)
-    return Function(name, tuple(code), loops, registers, spills)
+    return Function(name, tuple(code), loops, registers, sum(map(is_spill, code)))
+
+
+def is_spill(instruction: str) -> bool:
+    """Whether it reads or writes a register that was spilled."""
+    return opcode(instruction).split(".")[0] in ("LDL", "STL")
 
 
 def opcode(instruction: str) -> str:
@@ -270,7 +281,8 @@ _INTEGER = re.compile(
     r"^(FMNMX|FSEL|FSET|FSETP|SEL|IADD|ISETP|LOP3|LEA|SHF|PRMT|MOV|IMNMX|VIADD|VIMNMX|PLOP3|POPC|BFE"
     r"|SGXT|FCHK|IABS|CS2R|VABSDIFF|R2P|P2R|F2FP|I2FP|I2IP)"
 )
-_SPECIAL = re.compile(r"^(MUFU|F2I|I2F\b|I2F\.|F2F|FRND)")
+_SPECIAL = re.compile(r"^(MUFU|F2I|I2F|F2F|FRND)\b")
+_PACKING = re.compile(r"^F2FP\b")
 
 
 def bound(loop: Iterable[str], gpu: Gpu) -> Bound:
@@ -287,7 +299,7 @@ def bound(loop: Iterable[str], gpu: Gpu) -> Bound:
             rate = gpu.tensor.get(kind)
             cycles["tensor"] += share / rate if rate else float("inf")
             work[kind] += share
-        elif _SPECIAL.match(op):
+        elif _SPECIAL.match(op) or (_PACKING.match(op) and gpu.packing == SPECIAL_LANES):
             cycles["mufu"] += WARP / SPECIAL_LANES
         elif re.match(r"^(FFMA|FADD|FMUL|IMAD|IDP)", op):
             lanes = INTEGER_LANES if op.startswith("I") else gpu.fp32

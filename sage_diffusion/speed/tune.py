@@ -108,7 +108,14 @@ def candidates(
         for warps, (step, stages) in itertools.product((4, 8), ((1, 2), (1, 4), (2, 2))):
             found.append(gluon_support.GluonLaunch(warps, step, stages))
     elif backend == "hopper":
-        found += map(hopper_support.HopperLaunch, (4, 8, 4), (4, 8, 8))
+        for warps, stages, registers in (
+            (4, 2, 255),
+            (4, 2, 168),
+            (4, 2, 128),
+            (4, 4, 255),
+            (8, 2, 255),
+        ):
+            found.append(hopper_support.HopperLaunch(warps, stages, registers))
     else:
         amd = arch.startswith("gfx")
         blocks = (64,) if head_dim > 128 else (64, 128)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.kernels.attention import reference
-from sage_diffusion.kernels.formats import QuantizedTensor, QuantizedValue
+from sage_diffusion.kernels.formats import Precision, QuantizedTensor, QuantizedValue
 from sage_diffusion.kernels.quantize import reference as twin
 from sage_diffusion.kernels.quantize.permute import permute_value
 from sage_diffusion.kernels.rope import apply_rope
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 #: sum in another order and, in FP8, with fewer bits; exp2 may differ in its last place and round P
 #: to the neighbouring code.
 TWIN = {"fp16": 5e-4, "int8": 1e-3, "fp8": 2e-3, "fp4": 2e-3}
+
+#: The same where Q K^T is a product of E4M3 on ``wgmma``, which keeps 14 bits of a sum: an H200 is
+#: up to 3.0e-3 from the twin, which sums in float32.
+TWIN_E4M3_SCORES = 5e-3
 
 #: The same of one row, relative to its largest value: about one code of P.
 ROW = {"fp16": 0.01, "int8": 0.03, "fp8": 0.13, "fp4": 0.4}
@@ -194,6 +198,7 @@ def check_attention(
         mask=x.mask,
         is_causal=case.is_causal,
         fp16_accumulator=spec.pv_accumulator == "fp16",
+        tile=kernel.tile,
     )
     reasons = []
     hidden = torch.isneginf(want_lse)
@@ -230,10 +235,9 @@ def check_attention(
 
 def _far_from_twin(spec: AttentionSpec, out: Tensor, want: Tensor, distance: float) -> list[str]:
     """Too far as a whole, or in one row."""
-    if not distance <= TWIN[spec.pv]:
-        return [
-            f"relative L1 {distance:.2g} from the twin on the same codes exceeds {TWIN[spec.pv]:g}"
-        ]
+    allowed = TWIN_E4M3_SCORES if spec.qk is Precision.FP8 else TWIN[spec.pv]
+    if not distance <= allowed:
+        return [f"relative L1 {distance:.2g} from the twin on the same codes exceeds {allowed:g}"]
     error = (out.float() - want.float()).abs().amax(-1)
     row = error / want.float().abs().amax(-1).clamp(min=1e-30)
     if not row.max() <= ROW[spec.pv]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import Call
-from sage_diffusion.kernels.formats import QuantizedValue, padded_dim
+from sage_diffusion.kernels.attention import hopper_support
+from sage_diffusion.kernels.formats import TILE_N, QuantizedValue, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.verify.cases import Case, Inputs
 from sage_diffusion.verify.places import Place
@@ -53,6 +54,11 @@ class Kernel(NamedTuple):
     def permuted(self) -> bool:
         """Whether V's tokens are in the order of P's registers."""
         return self.backend != "triton" or self.spec.pv == "fp4"
+
+    @property
+    def tile(self) -> int:
+        """Keys of a tile."""
+        return hopper_support.TILE_KEYS if self.backend == "hopper" else TILE_N
 
     def run(self, x: Inputs, case: Case) -> tuple[Tensor, Tensor | None]:
         """A whole call, as ``backend=`` with this name runs it."""

@@ -24,7 +24,8 @@ import grid
 from helpers import card, fused_view, relative_l1, same_bits
 
 from sage_diffusion.kernels.attention import reference
-from sage_diffusion.kernels.formats import LOG2E, QuantizedValue
+from sage_diffusion.kernels.attention.hopper_support import TILE_KEYS
+from sage_diffusion.kernels.formats import LOG2E, TILE_N, QuantizedValue
 from sage_diffusion.kernels.quantize import permute
 from sage_diffusion.kernels.quantize import reference as twin
 from sage_diffusion.kernels.quantize import triton as quantize
@@ -193,6 +194,7 @@ def test_call(call: grid.Call):
         mask=options.get("mask"),
         is_causal=call.is_causal,
         fp16_accumulator=options.get("fp16_accumulator", False),
+        tile=TILE_KEYS if call.kernel.backend == "hopper" else TILE_N,
     )
     assert out is got and out.dtype == q.dtype
     want = want.to(out.dtype)

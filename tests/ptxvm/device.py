@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource, CompiledKernel
 
+from .bulk import TensorMap
 from .machine import Machine
 
 #: Shared memory that one CTA may use (CUDA C++ Programming Guide, table of compute capabilities).
@@ -138,11 +139,27 @@ class _Launcher:
     def __init__(self, src: ASTSource, metadata: Any):
         self.kinds = list(src.signature.values())
         self.shared = metadata.shared
+        self.maps = getattr(metadata, "tensordesc_meta", None) or []
 
     def __call__(
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, *rest: Any
     ) -> None:
         arguments = rest[3:]  # metadata for profilers and two hooks come first
-        kept = [a for a, kind in zip(arguments, self.kinds, strict=True) if kind != "constexpr"]
+        kept, maps = [], iter(self.maps)
+        for argument, kind in zip(arguments, self.kinds, strict=True):
+            if kind[:10] == "tensordesc":
+                kept += _expanded(argument, next(maps))
+            elif kind != "constexpr":
+                kept.append(argument)
         triton.runtime.driver.active.launches.append((function.name, (x, y, z)))
         function.launch((x, y, z), kept, shared=self.shared)
+
+
+def _expanded(descriptor: Any, meta: dict[str, Any]) -> list[Any]:
+    """What Triton's launcher passes of a tensor descriptor: the driver's map, shape and strides."""
+    if meta["elem_size"] != 1 or len(descriptor.shape) != 2:
+        raise NotImplementedError(f"a tensor map of {descriptor}")
+    data = descriptor.base.view(torch.uint8).as_strided(descriptor.shape, descriptor.strides)
+    swizzle = {0: 0, 1: 32, 2: 64, 3: 128}[meta["swizzle"]]
+    tile = TensorMap(data.numpy(), tuple(meta["block_size"]), swizzle)
+    return [tile, *descriptor.shape, *descriptor.strides]

@@ -74,6 +74,7 @@ class Lanes:
     every: np.ndarray  # all of them
     special: dict  # %tid.x and friends
     products: Products
+    param: dict  # name -> value
 
     def read(self, a, ty):
         """Operand string -> value array of PTX type `ty`."""
@@ -118,6 +119,8 @@ class Lanes:
             if width == 1:
                 return np.full(T, bool(v))
             return np.full(T, v & ((1 << width) - 1), UINT[width])
+        if a in self.param:  # its address, which only a tensor map's is needed of
+            return np.full(T, self.param[a], UINT[width])
         if re.match(r"^[A-Za-z_$][\w$]*$", a):  # a symbol: shared memory starts at 0
             return np.zeros(T, UINT[width])
         raise Unsupported(f"operand {a!r}")

@@ -5,8 +5,8 @@ layouts, inline assembly, tensor-core fragments, predicates, bounds and missing 
 Triton's interpreter, stopping at the Python source, cannot see.  It says nothing about time.
 
 Covers what Triton emits for sm_75 .. sm_90 and sm_120, with the hazards of asynchronous copies and
-products.  TMA, mbarriers and tcgen05 are not modelled; an unknown instruction stops with
-:class:`Unsupported`.
+products.  Of TMA and mbarriers it knows what one CTA's copies of tiles need; tcgen05 is not
+modelled.  An unknown instruction stops with :class:`Unsupported`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from .arithmetic import ArithmeticOps
 from .bits import BitOps
+from .bulk import BulkOps, TensorMap
 from .formats import WIDTH, encode, split_operands
 from .lanes import Products, PTXError, Unsupported
 from .memory import Memory, MemoryOps
@@ -32,12 +33,13 @@ class Instr:
     pred: tuple | None  # (register, negated)
     text: str
     line: int
+    scope: tuple  # of labels, as braces nest
 
 
 _INSTR = re.compile(r"^(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 
 
-class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
+class Machine(MemoryOps, BulkOps, TensorCoreOps, ArithmeticOps, BitOps):
     """One PTX entry point, ready to launch."""
 
     def __init__(self, ptx, entry=None, check_races=True):
@@ -49,7 +51,10 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
         self.name = m.group(1)
         self.params = [
             (t, n)
-            for t, n in re.findall(r"\.param\s+\.(\w+)[^,]*?([\w$]+)\s*(?:,|$)", m.group(2).strip())
+            for t, n in re.findall(
+                r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,]*?([\w$]+)(?:\[\d+\])?\s*(?:,|$)",
+                m.group(2).strip(),
+            )
         ]
         nt = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", m.group(3))
         self.threads = int(nt.group(1)) if nt else 128
@@ -61,14 +66,18 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
 
     def _load(self, body, line0):
         self.code, self.labels = [], {}
-        buf = ""
+        buf, scope, scopes = "", (), 0
         for ln, raw in enumerate(body.splitlines(), line0 + 1):
             line = raw.split("//")[0].strip()
+            if not buf and line == "{":
+                scope, scopes = (*scope, scopes), scopes + 1
+            elif not buf and line == "}" and scope:
+                scope = scope[:-1]
             while True:
                 m = re.match(r"^(\$?[\w$]+):\s*", line)
                 if not m or buf:
                     break
-                self.labels[m.group(1)] = len(self.code)
+                self.labels[scope, m.group(1)] = len(self.code)
                 line = line[m.end() :]
             if not line or (line.startswith(".") and not buf) or (line in "{}" and not buf):
                 continue
@@ -94,23 +103,35 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
                         (p, bool(neg)) if p else None,
                         one,
                         ln,
+                        scope,
                     )
                 )
             if buf.strip() in ("", "}", "{"):
                 buf = ""
+
+    def _target(self, ins):
+        """Where a branch goes: the label of the innermost braces that have it."""
+        scope = ins.scope
+        while (scope, ins.args[0]) not in self.labels:
+            scope = scope[:-1]
+        return self.labels[scope, ins.args[0]]
 
     def launch(self, grid, args, shared=0):
         """Run the whole grid.
 
         Args:
             grid: CTAs along x, y and z.
-            args: contiguous arrays and CPU tensors of any strides (by reference), ints and floats,
-                in parameter order; missing trailing pointers (Triton's scratch) become null.
+            args: contiguous arrays and CPU tensors of any strides (by reference), tensor maps, ints
+                and floats, in parameter order; missing trailing pointers (Triton's scratch) become
+                null.
             shared: bytes of dynamic shared memory.
         """
         self.mem = Memory()
-        vals = []
+        vals, self.maps = [], {}
         for a in args:
+            if isinstance(a, TensorMap):
+                self.maps[len(self.maps) + 1] = a  # any number does as its address
+                a = len(self.maps)
             if isinstance(a, torch.Tensor):
                 a = self.mem.add_tensor(a)
             vals.append(self.mem.add(a) if isinstance(a, np.ndarray) else a)
@@ -119,7 +140,8 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
             v = vals[i] if i < len(vals) else 0
             if ty in ("f32", "f64"):
                 v = int(encode(np.array([v]), ty)[0])
-            self.param[name] = int(v) & ((1 << WIDTH.get(ty, 64)) - 1)
+            bits = 64 if ty == "b8" else WIDTH.get(ty, 64)  # bytes: a tensor map
+            self.param[name] = int(v) & ((1 << bits) - 1)
         self.shared_bytes = max(int(shared), 16)
         for z in range(grid[2] if len(grid) > 2 else 1):
             for y in range(grid[1] if len(grid) > 1 else 1):
@@ -136,6 +158,7 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
         self.groups, self.open = [], []
         self.unfenced = np.zeros(self.shared_bytes, bool)  # written, unseen by wgmma
         self.products = Products(self.shared_bytes)
+        self.barriers, self.flying = {}, np.zeros(self.shared_bytes, bool)
         tid = np.arange(T, dtype=np.uint32)
         g = (*grid, 1, 1)
 
@@ -171,7 +194,7 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
             name = ins.op[0]
             if name == "bra":
                 if ins.pred is None or self.mask.all():
-                    pc = self.labels[ins.args[0]]
+                    pc = self._target(ins)
                     continue
                 if self.mask.any():
                     raise Unsupported(f"line {ins.line}: divergent branch: {ins.text}")
@@ -179,6 +202,7 @@ class Machine(MemoryOps, TensorCoreOps, ArithmeticOps, BitOps):
                 continue
             if name in ("ret", "exit"):
                 if self.mask.all():
+                    self.check_left()
                     return
                 if self.mask.any():
                     raise Unsupported(f"line {ins.line}: divergent return")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .formats import SINT, UINT, WIDTH, split_operands
-from .lanes import Lanes, PTXError, Unsupported
+from .lanes import Lanes, PTXError
 
 
 @dataclass
@@ -63,6 +63,7 @@ class MemoryOps(Lanes):
                         "race: shared memory read before a barrier after another warp wrote it"
                     )
                 self.reader[where] = idx[:, None]
+                self.check_landed(where, "a load reads")
             out[idx] = self.smem[where]
             return out
         if off_all := idx.size:
@@ -91,6 +92,7 @@ class MemoryOps(Lanes):
             where = self._in_shared("write", addr[idx], n)
             if self.check_races:
                 self._check_read(where, idx)
+                self.check_landed(where, "a store writes")
                 w = self.writer[where]
                 clash = (w >= 0) & (w // 32 != (idx // 32)[:, None])
                 if (clash & (self.smem[where] != data[idx])).any():
@@ -174,8 +176,9 @@ class MemoryOps(Lanes):
     op_ldu = op_ld
 
     def op_cp(self, i):
-        if i.op[1] != "async" or "bulk" in i.op:
-            raise Unsupported("bulk copy")
+        if "bulk" in i.op:
+            self.copy_tile(i)
+            return
         if "commit_group" in i.op:
             self.groups.append(self.open)
             self.open = []

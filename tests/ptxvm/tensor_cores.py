@@ -9,6 +9,14 @@ import numpy as np
 from .formats import bf16_to_f32, bits_of_f32, fp8_to_f32, split_operands
 from .lanes import Lanes, PTXError, Unsupported
 
+#: Of an operand, where it is not one.
+_BYTES = {"f16": 2, "bf16": 2, "tf32": 4}
+
+
+def _tf32(bits):
+    """The 19 bits that count of float32."""
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
 
 class TensorCoreOps(Lanes):
     """Matrix products of a warp or a warpgroup."""
@@ -67,12 +75,7 @@ class TensorCoreOps(Lanes):
                 return bf16_to_f32(
                     np.ascontiguousarray(r).view(np.uint16).reshape(W, 32, 2)
                 ).astype(np.float64)
-            return (
-                np.ascontiguousarray(r & np.uint32(0xFFFFE000))
-                .view(np.float32)
-                .reshape(W, 32, 1)
-                .astype(np.float64)
-            )
+            return _tf32(np.ascontiguousarray(r)).reshape(W, 32, 1)
 
         lane = np.arange(32)
         g, t = lane >> 2, lane & 3
@@ -147,7 +150,7 @@ class TensorCoreOps(Lanes):
 
     def _wgmma_operand(self, desc, rows, k, ty, transposed, warpgroup):
         """Matrix [rows, k] of a shared-memory descriptor (PTX ISA, "Matrix Descriptor")."""
-        size = 1 if ty in ("s8", "u8", "e4m3", "e5m2") else 2
+        size = _BYTES.get(ty, 1)
         start, lead, stride = (
             (desc & 0x3FFF) << 4,
             (desc >> 16 & 0x3FFF) << 4,
@@ -183,12 +186,15 @@ class TensorCoreOps(Lanes):
                 )
             if self.unfenced[where].any():
                 raise PTXError("race: wgmma reads shared memory before a fence.proxy.async")
+            self.check_landed(where, "wgmma reads")
             self.products.reads(where, warpgroup)
         raw = self.smem[where]
         if ty in ("s8", "u8"):
             return raw[..., 0].view(np.int8 if ty == "s8" else np.uint8).astype(np.int64)
         if ty in ("e4m3", "e5m2"):
             return fp8_to_f32(raw[..., 0], ty).astype(np.float64)
+        if ty == "tf32":
+            return _tf32(np.ascontiguousarray(raw).view(np.uint32)[..., 0])
         bits = np.ascontiguousarray(raw).view(np.uint16)[..., 0]
         return (bits.view(np.float16) if ty == "f16" else bf16_to_f32(bits)).astype(np.float64)
 
@@ -207,7 +213,9 @@ class TensorCoreOps(Lanes):
             ).groups(),
         )
         dt, at, bt = [
-            o for o in i.op if o in ("f32", "f16", "bf16", "s32", "s8", "u8", "e4m3", "e5m2")
+            o
+            for o in i.op
+            if o in ("f32", "f16", "bf16", "tf32", "s32", "s8", "u8", "e4m3", "e5m2")
         ][-3:]
         D = split_operands(i.args[0].strip("{} "))
         self.products.pending.difference_update(D)  # adding to the same registers is in order
@@ -219,7 +227,7 @@ class TensorCoreOps(Lanes):
         trans_a, trans_b = (0, trans[0]) if in_regs and trans else [*trans, 0, 0][:2]
         lane = np.arange(32)
         g, t = lane >> 2, lane & 3
-        per_reg = {1: 4, 2: 2}[1 if at in ("s8", "u8", "e4m3", "e5m2") else 2]
+        per_reg = 4 // _BYTES.get(at, 1)
         out = [np.zeros(self.T, np.uint32) for _ in D]
         for w0 in range(0, self.T, 128):  # warpgroups
             if in_regs:
@@ -231,6 +239,8 @@ class TensorCoreOps(Lanes):
                         if at[0] == "e"
                         else v.view(np.int8 if at == "s8" else np.uint8).reshape(4, 32, 4)
                         if per_reg == 4
+                        else _tf32(v)[..., None]
+                        if at == "tf32"
                         else v.view(np.float16).reshape(4, 32, 2)
                         if at == "f16"
                         else bf16_to_f32(v.view(np.uint16).reshape(4, 32, 2))

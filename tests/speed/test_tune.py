@@ -188,7 +188,8 @@ def test_candidates():
     assert first == tuning.launch("sm_80", 128, pv="int8") != tuning.launch("sm_80", 128)
     assert all(c.stages in (2, 4) for c in tune.candidates("gluon", "sm_89", 128))
     found = tune.candidates("hopper", "sm_90", 128)
-    assert len(found) == 4 and all(c.num_warps % 4 == 0 and c.stages in (4, 8) for c in found)
+    assert len(found) == 5 and all(c.num_warps % 4 == 0 and c.stages in (2, 4) for c in found)
+    assert {c.registers for c in found} == {128, 168, 255}
 
 
 def test_the_best_bound():
