@@ -146,12 +146,17 @@ _ADA = ("sm_86", "sm_89")
 _GLUON_MASKS = {("gluon", "int8/int8", 128, v): _ADA for v in _MASKS}
 _GLUON_FP4 = {("gluon", "fp4/int8", 128, v): ("sm_120",) for v in _MASKS}  # not on the ladder
 
+#: A launch that an H200 was fastest with all the same.
+_HALF_90 = {("triton", "int8/fp16", 128, v): ("sm_90",) for v in ("plain", "causal")}
+
 #: Spills that are known at smaller head dims, by Triton, then by backend, spec, head dim and
 #: variant of the test.  Masks of rows that are not aligned are padded and spill as "bool" does.
 _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]] = {
     (3, 6): {
         **_GLUON_MASKS,
-        ("triton", "int8/fp16", 128, "plain"): ("gfx1100",),
+        ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
+        ("triton", "int8/fp16", 128, "plain"): ("sm_90", "gfx1100"),
+        ("triton", "int8/fp16", 128, "causal"): ("sm_90",),
         ("triton", "int8/fp16", 128, "keys"): ("sm_120",),
         ("triton", "int8/int8", 64, "plain"): ("sm_100",),
         ("triton", "int8/int8", 64, "causal"): _ADA,
@@ -167,6 +172,9 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
     },
     (3, 7): {
         **_GLUON_MASKS,
+        **_HALF_90,
+        ("hopper", "int8/fp8", 128, "causal"): ("sm_90",),
+        ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
         ("gluon", "int8/int8", 128, "plain"): _ADA,
         ("triton", "int8/int8", 64, "plain"): ("sm_100",),
         ("triton", "int8/int8", 64, "causal"): ("sm_100",),
@@ -180,6 +188,8 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
     },
     (3, 8): {
         **_GLUON_MASKS,
+        **_HALF_90,
+        ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
         ("gluon", "int8/int8", 128, "plain"): _ADA,
         ("triton", "int8/int8", 128, "plain"): ("gfx1201",),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
@@ -187,6 +197,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
     },
     (3, 9): {
         **_GLUON_MASKS,
+        **_HALF_90,
         **_GLUON_FP4,
         ("gluon", "int8/int8", 128, "additive"): ("sm_80", *_ADA),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
@@ -198,7 +209,6 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
 
 #: The same of quantizers, by their names.
 _QUANTIZER_SPILLS = {
-    (3, 6): {"rope mean": ("sm_100",)},
     (3, 7): {"smoothed rows fp4": ("sm_100",)},
 }
 
@@ -232,7 +242,10 @@ NEAREST_CODE = {
 LATENT_DIMS = (32, 128, 256)
 
 #: Spills of the search that are known, by Triton, then by type and dim.
-_SEARCH_SPILLS = {(3, 6): {("fp16", 128): ("sm_120", "gfx1100")}}
+_SEARCH_SPILLS = {
+    (3, 6): {("fp16", 128): ("sm_120", "gfx1100")},
+    (3, 8): {("fp32", dim): ("sm_80", *_ADA, "sm_120") for dim in (128, 256)},
+}
 
 
 def spills_of_search(dtype: str, dim: int, triton: tuple[int, ...]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def test_each_pass_for_statistics_is_a_sixth_of_the_traffic(quantize_bytes):
     rows = {(row["spec"], row["head_dim"]): row for row in quantize_bytes.measure(4096)}
     row = rows["int4/fp8-fast", 128]
     shares = {n: x / (row["read"] + row["written"]) for n, x in row["statistics"].items()}
-    assert shares == pytest.approx({"k": 0.161, "v": 0.162}, abs=1e-3)
+    assert shares == pytest.approx({"k": 0.163, "v": 0.168}, abs=1e-3)
     assert rows["int8/fp16", 128]["statistics"]["v"] == 0
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.tuning import architecture
+from ..attention import tuning as cards
 from ..formats import padded_dim
 from ..rope import Rope
 from .rope import load_rotated_rows, rope_arguments
@@ -177,7 +177,7 @@ def _partial_stats(
     chunk = block or STATS_CHUNK
     chunks = triton.cdiv(length, chunk)
     shape, device = (batch, heads, chunks, head_dim), x.device
-    arch = architecture(device)
+    arch = cards.architecture(device)
     rows, warps = _launch(arch, extremes, rope is not None, padded_dim(head_dim))
     mean = torch.empty(shape if means else (0,), dtype=torch.float32, device=device)
     pair = torch.empty((2, *shape) if extremes else (2, 0), dtype=torch.float32, device=device)
