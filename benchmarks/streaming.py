@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sage_diffusion.accuracy.compare import Generation, end_to_end
 from sage_diffusion.attend.calls import Call, Native
-from sage_diffusion.attend.session import AttentionSession, Layer
+from sage_diffusion.attend.layer import Layer
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 from sage_diffusion.integrations.diffusers.sampler import PipelineSampler, class_batches
 from sage_diffusion.kernels.attention import reference

@@ -23,7 +23,7 @@ ALSO_TESTS = {
         "sage_diffusion.attend.providers sage_diffusion.attend.validation sage_diffusion.machine"
     ),
     "attend/test_guard.py": "sage_diffusion.attend.finite",
-    "attend/test_session.py": "sage_diffusion.attend.summary",
+    "attend/test_session.py": "sage_diffusion.attend.layer sage_diffusion.attend.summary",
     "commands/test_cli.py": (
         "sage_diffusion.__main__ sage_diffusion.cli sage_diffusion.commands.common "
         "sage_diffusion.commands.compare "

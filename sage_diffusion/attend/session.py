@@ -8,7 +8,6 @@ attention path exists for measuring.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend import backends, execution, ops
+from sage_diffusion.attend import backends, execution
 from sage_diffusion.attend.calls import (
     AttentionCall,
     AttentionEvent,
@@ -27,124 +26,24 @@ from sage_diffusion.attend.calls import (
     Native,
     Observer,
     part_of,
-    torch_native,
 )
 from sage_diffusion.attend.finite import capturing
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.health import Verdicts
+from sage_diffusion.attend.layer import AttentionRefused, Layer
 from sage_diffusion.attend.runs import RunLog, nothing_quantized
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.attend.validation import check_call, check_ropes, not_forward
 from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
-from sage_diffusion.plan import BRANCHES, PrecisionPlan
+from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.names import LayerName
 from sage_diffusion.plan.noise import NoiseScale
 
 log = logging.getLogger("sage_diffusion")
 
 CAME_IN = "NaN or infinity came in: the model's own attention ran"
-
-
-class AttentionRefused(RuntimeError):
-    """A strict session met a call that its plan quantizes and nobody can run."""
-
-
-class Layer:
-    """One attention module of a patched model; calls go through it.
-
-    Args:
-        session: decides and runs.
-        name: what plans and summaries call the layer.
-        native: the host's own attention.
-        listed: False enters the layer into the session's table on its first call only: for calls
-            that a module may make or not.
-    """
-
-    def __init__(
-        self,
-        session: AttentionSession,
-        name: str,
-        native: Native | None = None,
-        listed: bool = True,
-    ):
-        self.session = session
-        self.name = name
-        self.native: Native = native or torch_native
-        self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
-        self.declined: Counter[str] = Counter()  # reason -> calls
-        self.tokens = 0  # most keys of a call
-        self.index = session._adopt(self) if listed else -1
-        self.handle = ops.register(self)
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        *,
-        rope_q: Rope | None = None,
-        rope_k: Rope | None = None,
-    ) -> Tensor:
-        """Attention as the session decides; inside ``torch.compile`` one opaque operator.
-
-        Captured in a CUDA graph by hand, see :meth:`AttentionSession.serve`.
-        """
-        call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
-        if torch.compiler.is_compiling():
-            return ops.by_layer(call, self.handle)
-        return self.attend(call)
-
-    def attend(self, call: Call, native: Native | None = None) -> Tensor:
-        """The call as the session decides, see :meth:`AttentionSession.serve`."""
-        return self.session.serve(self, call, native or self.native)
-
-    def bypass(self, tokens: int, reason: str) -> None:
-        """Count a call that never reaches :meth:`attend` because the host must run it itself.
-
-        Declined where the plan quantizes a call with this many keys, else run as planned.
-        """
-        self.tokens = max(self.tokens, tokens)
-        if self.session.quantizes(self.name, tokens):
-            self.decline(reason)
-        else:
-            self.keep()
-
-    def keep(self, reason: str | None = None) -> None:
-        """Count a call that the host runs itself without being at fault, strict or not.
-
-        Args:
-            reason: why the model wants it so although the plan quantizes it; None where it is
-                planned.
-        """
-        self.session._enlist(self)
-        if reason is None:
-            self.ran["fp16", "native"] += 1
-        else:
-            self.declined[reason] += 1
-
-    def decline(self, reason: str) -> None:
-        """Count a call that the host must run itself; raises in a strict session."""
-        self.session._enlist(self)
-        if self.session.strict:
-            raise AttentionRefused(f"{self.name}: {reason}")
-        if reason not in self.session._logged:
-            self.session._logged.add(reason)
-            log.warning("%s runs its own attention: %s", self.name, reason)
-        self.declined[reason] += 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        session = copy.deepcopy(self.session, memo)
-        if id(self) not in memo:  # copying the session copies the layers that it lists
-            memo[id(self)] = Layer(session, self.name, self.native, self.index >= 0)
-        return memo[id(self)]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (self.session, self.name, self.native, self.index >= 0)
 
 
 def _component(layer: str) -> str:
@@ -190,7 +89,7 @@ class AttentionSession:
         #: that is a diffusion model itself) do not denoise: they run as they are.
         self.sampled: set[str] = set()
         self.warnings: Counter[str] = Counter()
-        self._logged: set[str] = set()
+        self.logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
         self._placed = False  # inside of a block that says where its calls happen
         self.noise = NoiseScale()
@@ -227,13 +126,10 @@ class AttentionSession:
             found.native = native
         return found
 
-    def _adopt(self, layer: Layer) -> int:
+    def adopt(self, layer: Layer) -> int:
+        """List a layer; its number in the order of the table."""
         self.layers[layer.name] = layer
         return len(self.layers) - 1
-
-    def _enlist(self, layer: Layer) -> None:
-        if layer.index < 0:
-            layer.index = self._adopt(layer)
 
     # ------------------------------------------------------------------ where sampling stands
     def start(
@@ -405,17 +301,6 @@ class AttentionSession:
         parts = [self.spec_for(layer, tokens, b).quantized for b in self.where.parts or (None,)]
         return all(parts) if whole else any(parts)
 
-    def _steady(self, layer: str, tokens: int) -> bool:
-        """Does the plan give a layer one spec at all steps and in all branches?"""
-        rules = self._plan.rules
-        edges = {0.0, *(rule.start for rule in rules), *(rule.end for rule in rules)}
-        specs = {
-            self._plan.resolve(layer, at, branch=branch, tokens=tokens)
-            for at in edges
-            for branch in (None, *BRANCHES)
-        }
-        return len(specs) == 1
-
     def attend(
         self,
         layer: Layer | str,
@@ -452,13 +337,12 @@ class AttentionSession:
             AttentionRefused: strict, and the plan's spec can't be served.
             KernelCompilationError: the session's backend is named and its kernel doesn't compile.
         """
-        if layer.index < 0:
-            self._enlist(layer)
+        layer.enlist()
         if self.before_call is not None:
             self.settle()
         layer.tokens = max(layer.tokens, call.k.shape[2])
         check_ropes(call)
-        if capturing(call.q) and not self._steady(layer.name, call.k.shape[2]):
+        if capturing(call.q) and not self._plan.steady(layer.name, call.k.shape[2]):
             layer.decline("a CUDA graph is captured, which would repeat this step's precision")
             out = native(*call.plain())
             self._show(layer, self.where.branch, FP16, call, out)
@@ -591,7 +475,7 @@ class AttentionSession:
         if self.run is not None:
             self.run = RunLog(self.run.steps, self.layers)
         self.compilations.counts.clear()
-        self._logged.clear()
+        self.logged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSession:
         # A copied model gets a session of its own: same plan, no observers, fresh counters.

@@ -23,7 +23,15 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.catalog import FOLDER, shipped
 from sage_diffusion.plan.fingerprint import mismatch
 from sage_diffusion.plan.names import LayerName, inside, means
-from sage_diffusion.plan.rules import UNITS, VERSION, PlanError, Rule, progress, rule_to_dict
+from sage_diffusion.plan.rules import (
+    BRANCHES,
+    UNITS,
+    VERSION,
+    PlanError,
+    Rule,
+    progress,
+    rule_to_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,16 @@ class PrecisionPlan:
     def timed(self) -> bool:
         """Does what runs depend on where sampling stands?"""
         return any((rule.start, rule.end) != (0, 1) for rule in self.rules)
+
+    def steady(self, layer: str, tokens: int) -> bool:
+        """Does a layer get one spec at all steps and in all branches?"""
+        edges = {0.0, *(rule.start for rule in self.rules), *(rule.end for rule in self.rules)}
+        specs = {
+            self.resolve(layer, at, branch=branch, tokens=tokens)
+            for at in edges
+            for branch in (None, *BRANCHES)
+        }
+        return len(specs) == 1
 
     @property
     def constant(self) -> bool:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sage_diffusion import AttentionSession, Guard, PrecisionPlan, Rule, attention
 from sage_diffusion.attend import finite, guard, session
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 
 CHANGING = PrecisionPlan("int8/fp8", (Rule("fp16", end=0.3), Rule("int4/int8", start=0.3, end=0.6)))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sage_diffusion import AttentionSession, attention
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 
 Q = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ from broken import HUGE, made_nan  # noqa: F401
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, attention
 from sage_diffusion.attend.health import NonFiniteOutput
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sage_diffusion.attend.guard import Guard
-from sage_diffusion.attend.session import AttentionRefused, AttentionSession
+from sage_diffusion.attend.layer import AttentionRefused
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy import attached, patch, without
 from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sage_diffusion.attend.guard import Guard
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.comfy import attached, patch, without
 from sage_diffusion.integrations.comfy import model as adapter
 from sage_diffusion.integrations.comfy.call import parse_call

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.comfy import ModelAttention
 from sage_diffusion.integrations.comfy.call import UnknownCall, parse_call
 from sage_diffusion.integrations.comfy.model import FULL_PRECISION

@@ -5,7 +5,7 @@ import torch
 from test_comfy_patch import KEY, OVERRIDE, Executor, Patcher, comfy, host  # noqa: F401
 from torch import nn
 
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.comfy import attached, patch, without
 from sage_diffusion.plan import PrecisionPlan, Rule
 

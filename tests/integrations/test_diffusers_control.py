@@ -13,7 +13,7 @@ from integrations.tiny_pipelines import build
 
 import sage_diffusion
 from sage_diffusion import AttentionSession, AttentionSpec, PlanError, PrecisionPlan, Rule, enable
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.diffusers import SageAttnProcessor, apply
 from sage_diffusion.plan.catalog import shipped
 

@@ -20,7 +20,7 @@ from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
 from sage_diffusion import AttentionSession, PrecisionPlan, Rule, SageAttnProcessor, enable
-from sage_diffusion.attend.session import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.diffusers import apply
 from sage_diffusion.integrations.diffusers.processors import is_routed
 

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from sage_diffusion.attend.calls import Call, Observer
 from sage_diffusion.attend.guard import Guard
+from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.attend.runs import nothing_quantized, quantizes
-from sage_diffusion.attend.session import AttentionRefused, AttentionSession
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
 from sage_diffusion.integrations.comfy.device import DeviceState
 from sage_diffusion.integrations.comfy.report import RunReport, merged

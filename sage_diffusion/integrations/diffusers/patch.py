@@ -13,7 +13,8 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from sage_diffusion.attend.session import AttentionRefused, AttentionSession
+from sage_diffusion.attend.layer import AttentionRefused
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
 from sage_diffusion.integrations.diffusers.guidance import Guidance, is_pipeline
 from sage_diffusion.integrations.diffusers.processors import is_routed, layer_names, route, unroute

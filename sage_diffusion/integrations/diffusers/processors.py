@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sage_diffusion.attend import ops
 from sage_diffusion.attend.calls import Call, Native
-from sage_diffusion.attend.session import AttentionSession, Layer
+from sage_diffusion.attend.layer import Layer
+from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.diffusers.rebind import (
     DISPATCH,
     Routers,
