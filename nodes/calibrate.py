@@ -19,6 +19,41 @@ from sage_diffusion.plan.show import describe
 _FLOOR, _BUDGET = "least quality", "most time"
 
 
+def _goal() -> io.DynamicCombo.Input:
+    return io.DynamicCombo.Input(
+        "goal",
+        options=[
+            io.DynamicCombo.Option(
+                _BUDGET,
+                [
+                    io.Float.Input(
+                        "time",
+                        default=0.5,
+                        min=0.05,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Predicted time of attention relative to FP16.",
+                    )
+                ],
+            ),
+            io.DynamicCombo.Option(
+                _FLOOR,
+                [
+                    io.Float.Input(
+                        "decibel",
+                        default=30.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.5,
+                        tooltip="Predicted PSNR of the latents, at least.",
+                    )
+                ],
+            ),
+        ],
+        tooltip="What the plan must keep; the rest becomes as good as it can.",
+    )
+
+
 class SageCalibrate(io.ComfyNode):
     """Watches the model's own attention and makes the plan with the least predicted time."""
 
@@ -55,38 +90,7 @@ class SageCalibrate(io.ComfyNode):
                     step=0.01,
                     tooltip="Part of the layers x steps that is measured; the rest is completed.",
                 ),
-                io.DynamicCombo.Input(
-                    "goal",
-                    options=[
-                        io.DynamicCombo.Option(
-                            _BUDGET,
-                            [
-                                io.Float.Input(
-                                    "time",
-                                    default=0.5,
-                                    min=0.05,
-                                    max=1.0,
-                                    step=0.01,
-                                    tooltip="Predicted time of attention relative to FP16.",
-                                )
-                            ],
-                        ),
-                        io.DynamicCombo.Option(
-                            _FLOOR,
-                            [
-                                io.Float.Input(
-                                    "decibel",
-                                    default=30.0,
-                                    min=0.0,
-                                    max=100.0,
-                                    step=0.5,
-                                    tooltip="Predicted PSNR of the latents, at least.",
-                                )
-                            ],
-                        ),
-                    ],
-                    tooltip="What the plan must keep; the rest becomes as good as it can.",
-                ),
+                _goal(),
                 io.Combo.Input(
                     "card",
                     options=list(CARDS),

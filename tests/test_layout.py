@@ -149,3 +149,59 @@ def functions(path):
             made = [ast.unparse(d) for d in node.decorator_list]
             if not any("jit" in d or "constexpr_function" in d for d in made):
                 yield node
+
+
+#: Calls whose arguments users name one by one: public ones, the operators that ``torch.compile``
+#: needs flat, kernels' entries, commands with their options and nodes with their inputs.
+MANY_ARGUMENTS = {
+    "kernels.attention.gluon": "attend_quantized attention",
+    "kernels.attention.gluon_columns": "key_bias",
+    "kernels.attention.hopper": "attend_quantized attention",
+    "kernels.attention.reference": "attention",
+    "kernels.attention.triton": "attend_quantized attention",
+    "kernels.attention.triton_fp4": "attend_quantized attention",
+    "nodes.accuracy": "execute",
+    "nodes.calibrate": "execute",
+    "sage_diffusion.adapt.calibrate": "calibrate",
+    "sage_diffusion.adapt.compress": "compress",
+    "sage_diffusion.attend.dispatch": "attention",
+    "sage_diffusion.attend.ops": "_ attention layer_attention",
+    "sage_diffusion.attend.session": "attend",
+    "sage_diffusion.integrations.diffusers.bundled": "__call__",
+    "sage_diffusion.integrations.diffusers.processors": "_dispatch",  # diffusers' own signature
+    "sage_diffusion.speed.bench": "measure",
+    "sage_diffusion.speed.bench_report": "predict",  # as bench.measure
+}
+
+
+def parameters(node):
+    """How many a function has, ``self`` and ``cls`` aside."""
+    a = node.args
+    names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def lines_of(node):
+    """Of a function's body, without signature and docstring."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_is_too_large_to_read(module):
+    path = modules()[module]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500 or module in LONG
+    command = module.startswith("sage_diffusion.commands.")
+    for node in functions(path):
+        assert lines_of(node) <= 80 or (module, node.name) in LONG, node.name
+        if not command and node.name not in MANY_ARGUMENTS.get(module, "").split():
+            assert parameters(node) <= 8, node.name
+
+
+#: Files of one kernel, which is one function.
+LONG = {
+    "kernels.attention.gluon_kernel",
+    "kernels.attention.triton",
+    ("kernels.attention.gluon", "attend_quantized"),
+    ("kernels.attention.triton", "attend_quantized"),
+}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.commands.options import check_names, parse_option, prompts_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sage_diffusion.adapt.evaluate import Evaluation
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -62,8 +67,6 @@ def evaluate(
 
     All run the same held-out prompts and seeds; times are predicted bounds relative to FP16.
     """
-    from rich.table import Table
-
     from sage_diffusion.adapt.costs import load_costs, relative_cost
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
@@ -117,6 +120,12 @@ def evaluate(
         if scores is not None:
             drawn += calibration_plots(scores, next(iter(plans.values())), out)
         notes.append(f"wrote {', '.join(map(str, drawn))}")
+    emit(as_json, found.to_dict(), _table(found), *notes)
+
+
+def _table(found: Evaluation) -> Table:
+    from rich.table import Table
+
     view = Table(title=f"{found.runs} held-out runs", title_justify="left")
     for heading in (
         "plan",
@@ -142,4 +151,4 @@ def evaluate(
             "-" if s.frechet is None else f"{s.frechet:.2e}",
             f"{s.below_8_bit:.0%}",
         )
-    emit(as_json, found.to_dict(), view, *notes)
+    return view
