@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -129,9 +131,14 @@ def rows(x: Tensor, block: int, width: int | None = None) -> TensorDescriptor:
     """
     flat = x.contiguous().flatten(0, -2)
     width = width or x.shape[-1]
-    # Swizzled as ``wgmma`` reads without conflicts.
-    layout = gl.NVMMASharedLayout(min(width, 128), 8, 2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [block, width], layout)
+    shape, strides = list(flat.shape), list(flat.stride())
+    return TensorDescriptor(flat, shape, strides, [block, width], _swizzled(min(width, 128)))
+
+
+@functools.cache
+def _swizzled(width: int) -> gl.NVMMASharedLayout:
+    """Rows of bytes as ``wgmma`` reads them without conflicts; made once, it takes microseconds."""
+    return gl.NVMMASharedLayout(width, 8, 2)
 
 
 def attention(
