@@ -11,6 +11,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``make compiled`` says which Triton it put on the path."""
     parser.addoption("--triton", help="stop if another version of Triton is imported")
+    parser.addoption("--pipeline-runs", type=int, default=24, help="of test_diffusers_many_runs.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
