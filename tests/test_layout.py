@@ -99,6 +99,7 @@ ALSO_TESTS = {
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
+    "vq/test_edit.py": "sage_diffusion.vq.pictures",
     "vq/test_quantizers.py": (
         "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "
         "sage_diffusion.vq.quantizers.ibq sage_diffusion.vq.quantizers.scalar "
