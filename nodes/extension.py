@@ -8,7 +8,7 @@ from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 from sage_diffusion.nodes.attention import SageAttention, SageReport
 from sage_diffusion.nodes.calibrate import SageCalibrate
 from sage_diffusion.nodes.doctor import SageDoctor
-from sage_diffusion.nodes.host import register_plan_folder
+from sage_diffusion.nodes.host import register_plan_folder, register_tokenizer_folder
 from sage_diffusion.nodes.plan import (
     SageEditPlan,
     SageLoadPlan,
@@ -17,6 +17,16 @@ from sage_diffusion.nodes.plan import (
     SageSavePlan,
 )
 from sage_diffusion.nodes.verify import SageVerify
+from sage_diffusion.nodes.vq import (
+    CodebookInspector,
+    ConvertTokenizer,
+    LoadVQTokenizer,
+    LoadVQTokens,
+    SaveVQTokens,
+    VQDecode,
+    VQEncode,
+    VQTokenEdit,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     SageAttention,
@@ -30,6 +40,14 @@ NODES: list[type[io.ComfyNode]] = [
     SageAccuracyCheck,
     SageDoctor,
     SageVerify,
+    LoadVQTokenizer,
+    VQEncode,
+    VQDecode,
+    VQTokenEdit,
+    CodebookInspector,
+    SaveVQTokens,
+    LoadVQTokens,
+    ConvertTokenizer,
 ]
 
 
@@ -37,8 +55,9 @@ class SageExtension(ComfyExtension):
     """The pack."""
 
     async def on_load(self) -> None:
-        """Register ``models/sage_plans``."""
+        """Register ``models/sage_plans`` and ``models/vq_tokenizers``."""
         register_plan_folder()
+        register_tokenizer_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""

@@ -16,6 +16,10 @@ from sage_diffusion.plan.library import OWN_PLANS, plan_files
 PLANS = "sage_plans"
 CATEGORY = "model/patch/Sage Diffusion"
 
+#: The same of VQ tokenizers; pickles are there to be converted.
+TOKENIZERS = "vq_tokenizers"
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+
 Plan = io.Custom("PLAN")
 
 
@@ -25,6 +29,41 @@ def register_plan_folder() -> None:
     folder_paths.add_model_folder_path(PLANS, folder)
     paths, _ = folder_paths.folder_names_and_paths[PLANS]
     folder_paths.folder_names_and_paths[PLANS] = (paths, {".json"})
+
+
+def register_tokenizer_folder() -> None:
+    """Tell ComfyUI about ``models/vq_tokenizers``."""
+    folder = str(Path(folder_paths.models_dir) / TOKENIZERS)
+    folder_paths.add_model_folder_path(TOKENIZERS, folder)
+    paths, _ = folder_paths.folder_names_and_paths[TOKENIZERS]
+    folder_paths.folder_names_and_paths[TOKENIZERS] = (paths, {".safetensors", *_PICKLES})
+
+
+def tokenizer_names() -> list[str]:
+    """Files that can be loaded, and folders as diffusers writes them."""
+    names = []
+    for root in map(Path, folder_paths.get_folder_paths(TOKENIZERS)):
+        names += [path.parent.relative_to(root) for path in root.rglob("config.json")]
+        inside = {root / name for name in names}
+        names += [
+            path.relative_to(root)
+            for path in root.rglob("*.safetensors")
+            if path.parent not in inside
+        ]
+    return sorted({name.as_posix() for name in names}) or [f"(none in models/{TOKENIZERS})"]
+
+
+def tokenizer_path(name: str) -> Path:
+    """The file or folder of a tokenizer.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for root in map(Path, folder_paths.get_folder_paths(TOKENIZERS)):
+        path = (root / name).resolve()
+        if path.exists() and path != root.resolve() and path.is_relative_to(root.resolve()):
+            return path
+    raise ValueError(f"no tokenizer named {name!r} in models/{TOKENIZERS}")
 
 
 def plan_names() -> list[str]:

@@ -259,15 +259,12 @@ def _read(path: Path) -> Tensor:
 
 def _cropped(pixels: Tensor, factor: int, path: Path) -> tuple[Tensor, list[int] | None]:
     """The middle of whole tokens, and width and height before if they were others."""
-    height, width = pixels.shape[2:]
-    if min(height, width) < factor:
-        raise CommandError(
-            f"{path} must have sides of {factor} pixels or more, got {width} x {height}"
-        )
-    top, left = height % factor // 2, width % factor // 2
-    tall, wide = height - height % factor, width - width % factor
-    note = None if (tall, wide) == (height, width) else [width, height]
-    return pixels[:, :, top : top + tall, left : left + wide], note
+    from sage_diffusion.vq.tokenizer import TokenizerError, cropped
+
+    try:
+        return cropped(pixels, factor)
+    except TokenizerError as error:
+        raise CommandError(f"{path}: {error}") from None
 
 
 def _write(path: Path, pixels: Tensor) -> None:

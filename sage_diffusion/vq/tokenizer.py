@@ -164,6 +164,23 @@ class Tokenizer(nn.Module):
         return height // self.traits.factor * (width // self.traits.factor) * self.bits
 
 
+def cropped(pixels: Tensor, factor: int) -> tuple[Tensor, list[int] | None]:
+    """The middle of whole tokens of ``[B, 3, H, W]``, and width and height before if others.
+
+    Raises:
+        TokenizerError: a side is shorter than a token.
+    """
+    height, width = pixels.shape[2:]
+    if min(height, width) < factor:
+        raise TokenizerError(
+            f"a picture must have sides of {factor} pixels or more, got {width} x {height}"
+        )
+    top, left = height % factor // 2, width % factor // 2
+    tall, wide = height - height % factor, width - width % factor
+    note = None if (tall, wide) == (height, width) else [width, height]
+    return pixels[:, :, top : top + tall, left : left + wide], note
+
+
 def token_bits(ids: Tensor) -> float:
     """Entropy in bits of ids as they are used: a lower bound of coding them one by one."""
     counts = torch.unique(ids, return_counts=True)[1].double()

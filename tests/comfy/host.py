@@ -117,6 +117,7 @@ def serve(comfy: Path, models: Path, out: Path, *arguments: str) -> Iterator[Ser
     folders = (
         "checkpoints",
         "diffusion_models",
+        "vq_tokenizers",
         "text_encoders",
         "vae",
         "vae_approx",

@@ -72,3 +72,19 @@ def custom(spec: str, **more: Any) -> dict[str, Any]:
         "min_tokens": 0,
     } | more
     return {"preset": "custom", **{f"preset.{name}": value for name, value in inputs.items()}}
+
+
+def tokens(change: dict[str, Any]) -> dict[str, Any]:
+    """A picture to tokens, one change, and back; inspected and kept."""
+    tokenizer = ["1", 0]
+    return {
+        "1": node("SageDiffusionLoadVQTokenizer", tokenizer="tiny.safetensors"),
+        "2": node("EmptyImage", width=100, height=70, batch_size=1, color=0x4080C0),
+        "3": node("SageDiffusionVQEncode", tokenizer=tokenizer, image=["2", 0]),
+        "4": node("SageDiffusionVQTokenEdit", tokenizer=tokenizer, tokens=["3", 0], **change),
+        "5": node("SageDiffusionVQDecode", tokenizer=tokenizer, tokens=["4", 0]),
+        "6": node("SageDiffusionCodebookInspector", tokenizer=tokenizer, tokens=["4", 0], shown=8),
+        "7": node("SageDiffusionSaveVQTokens", tokens=["4", 0], filename_prefix="tiny"),
+        "8": node("SaveImage", images=["5", 0], filename_prefix="tokens"),
+        "10": node("PreviewImage", images=["6", 2]),
+    }

@@ -22,6 +22,14 @@ NODES = (
     "SageDiffusionAccuracyCheck",
     "SageDiffusionDoctor",
     "SageDiffusionVerify",
+    "SageDiffusionLoadVQTokenizer",
+    "SageDiffusionVQEncode",
+    "SageDiffusionVQDecode",
+    "SageDiffusionVQTokenEdit",
+    "SageDiffusionCodebookInspector",
+    "SageDiffusionSaveVQTokens",
+    "SageDiffusionLoadVQTokens",
+    "SageDiffusionConvertTokenizer",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -33,6 +41,7 @@ def server(request, tmp_path_factory):
     models = request.config.getoption("--models")
     for family in (*prompts.PARTS, "taesd"):
         tiny_models.write(models, family)
+    tiny_models.write_tokenizer(models)
     out = tmp_path_factory.mktemp("comfy")
     comfy = request.config.getoption("--comfy").resolve()
     with host.serve(comfy, models, out) as running:
@@ -292,6 +301,50 @@ def test_strict_stops_with_the_reason(server):
     done = server.run(prompt)
     assert done["status"]["status_str"] == "success"
     assert "declined 6 times" in server.last_text("2")
+
+
+# ---------------------------------------------------------------------- tokens
+def test_a_picture_becomes_tokens_that_are_edited_kept_and_decoded(server):
+    done = server.run(prompts.tokens({"change": "one token", "change.code": 7}))
+    assert done["status"]["status_str"] == "success", done["status"]
+    outputs = done["outputs"]
+    assert "compact: simvq, 50 codes of 6 dims" in server.last_text("1")
+    assert server.last_text("3") == (
+        "12 x 8 tokens, 1 of 50 codes, 0.00 bits each as used\ncropped from 100 x 70 to 96 x 64"
+    )
+    assert server.last_text("4").splitlines()[0] in (
+        "96 of 96 tokens changed",
+        "0 of 96 tokens changed",
+    )
+    assert outputs["6"]["text"][0].startswith("12 x 8 tokens, 1 of 50 codes")
+    file = outputs["7"]["text"][0].partition(":")[0]
+    assert (server.out / "output" / file).read_bytes()[:4] == b"SVQT"
+    again = prompts.tokens({"change": "fewer tokens", "change.count": 3})
+    again["3"] = prompts.node("SageDiffusionLoadVQTokens", file=file)
+    back = server.run(again)
+    assert back["status"]["status_str"] == "success", back["status"]
+    pictures = [outputs["8"]["images"][0], back["outputs"]["8"]["images"][0]]
+    first, second = ((server.out / "output" / p["filename"]).read_bytes() for p in pictures)
+    assert first[:4] == second[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("node", "changed", "says"),
+    [
+        ("4", {"change": "one token", "change.code": 50}, "an id must be 0 .. 49, got 50"),
+        ("3", "../secret.vqt", "must lie in the input or the output folder"),
+        ("3", "missing.vqt", "missing.vqt can't be read"),
+        ("9", "missing.ckpt", "no file 'missing.ckpt' in models/vq_tokenizers"),
+    ],
+)
+def test_what_does_not_fit_tokens_is_said(server, node, changed, says):
+    change = changed if node == "4" else {"change": "shuffle", "change.seed": 1}
+    prompt = prompts.tokens(change)
+    if node == "3":
+        prompt["3"] = prompts.node("SageDiffusionLoadVQTokens", file=changed)
+    if node == "9":
+        prompt = {"9": prompts.node("SageDiffusionConvertTokenizer", file=changed)}
+    assert says in failure(server.run(prompt))
 
 
 # ---------------------------------------------------------------------- what people read

@@ -244,3 +244,16 @@ if __name__ == "__main__":
     start_comfy(given.comfy)
     for name in given.families:
         print(write(given.folder, name))
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tiny VQ tokenizer, where a server looks for it."""
+    from sage_diffusion.vq import SimVQ
+    from sage_diffusion.vq.checkpoints import save_tokenizer
+    from sage_diffusion.vq.families import compact
+
+    torch.manual_seed(0)
+    path = folder / "vq_tokenizers" / "tiny.safetensors"
+    settings = {"widths": [8, 12], "depths": [1, 1]}
+    save_tokenizer(path, compact.make(SimVQ(6, 50), settings).eval())
+    return path
