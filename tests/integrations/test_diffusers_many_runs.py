@@ -72,7 +72,7 @@ def stop(pipe, step, timestep, kwargs):
 def use(tiny: Tiny, how: str, kind: str, rng: random.Random) -> None:
     """Sample in some way; whoever calls holds nothing of it afterwards."""
     plan, settings = PLANS[kind]
-    side = rng.choice((16, 24, 32))
+    side = rng.choice((16, 32, 48))
     size = {"height": side, "width": side} if "height" in tiny.kwargs else {}
     more = {"steps": rng.randint(2, 3), **size}
     if how in ("cancelled", "fails"):
