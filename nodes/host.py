@@ -11,6 +11,7 @@ from server import PromptServer
 
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.library import OWN_PLANS, plan_files
+from sage_diffusion.vq.checkpoints import BUNDLED
 
 #: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
 PLANS = "sage_plans"
@@ -40,8 +41,8 @@ def register_tokenizer_folder() -> None:
 
 
 def tokenizer_names() -> list[str]:
-    """Files that can be loaded, and folders as diffusers writes them."""
-    names = []
+    """The pack's own, files that can be loaded, and folders as diffusers writes them."""
+    names: list[Path] = []
     for root in map(Path, folder_paths.get_folder_paths(TOKENIZERS)):
         names += [path.parent.relative_to(root) for path in root.rglob("config.json")]
         inside = {root / name for name in names}
@@ -50,7 +51,7 @@ def tokenizer_names() -> list[str]:
             for path in root.rglob("*.safetensors")
             if path.parent not in inside
         ]
-    return sorted({name.as_posix() for name in names}) or [f"(none in models/{TOKENIZERS})"]
+    return ["bundled", *sorted({name.as_posix() for name in names})]
 
 
 def tokenizer_path(name: str) -> Path:
@@ -59,6 +60,8 @@ def tokenizer_path(name: str) -> Path:
     Raises:
         ValueError: there is none of that name.
     """
+    if name == "bundled":
+        return BUNDLED
     for root in map(Path, folder_paths.get_folder_paths(TOKENIZERS)):
         path = (root / name).resolve()
         if path.exists() and path != root.resolve() and path.is_relative_to(root.resolve()):

@@ -67,14 +67,14 @@ class LoadVQTokenizer(io.ComfyNode):
             node_id="SageDiffusionLoadVQTokenizer",
             display_name="Load VQ Tokenizer",
             category=_CATEGORY,
-            description="Loads a VQ tokenizer from models/vq_tokenizers: a .safetensors file, or a "
-            "folder as diffusers writes it. Its family is told by its keys.",
+            description="Loads a VQ tokenizer: the bundled one, or from models/vq_tokenizers a "
+            ".safetensors file or a folder as diffusers writes it. Its family is told by its keys.",
             search_aliases=["vqgan", "movq", "simvq", "tokenizer", "codebook"],
             inputs=[
                 io.Combo.Input(
                     "tokenizer",
                     options=tokenizer_names(),
-                    tooltip="A file or folder of models/vq_tokenizers.",
+                    tooltip="The bundled one, or a file or folder of models/vq_tokenizers.",
                 )
             ],
             outputs=[

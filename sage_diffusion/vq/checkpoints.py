@@ -17,6 +17,9 @@ from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 #: Key of the header in a file's metadata, and its version.
 _KEY, _VERSION = "sage_vq", 1
 
+#: The tokenizer that comes with this package.
+BUNDLED = Path(__file__).parent.parent / "assets" / "photo_vq" / "tokenizer.safetensors"
+
 #: State of a codebook's training.
 _TRAINING = ("counts", "sums", "started")
 
@@ -25,13 +28,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """A tokenizer, in evaluation mode on the CPU.
 
     Args:
-        source: a file of this package, another project's ``.safetensors``, or a folder with
-            ``config.json`` as diffusers writes it.  Families are told by their keys.
+        source: "bundled", a file of this package, another project's ``.safetensors``, or a folder
+            with ``config.json`` as diffusers writes it.  Families are told by their keys.
 
     Raises:
         TokenizerError: there is no such file, or no family that reads it, with each one's reason.
     """
-    path = Path(source)
+    path = BUNDLED if source == "bundled" else Path(source)
     checkpoint = _read(path)
     reasons = []
     for family in families():
