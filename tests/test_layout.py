@@ -51,6 +51,9 @@ ALSO_TESTS = {
     "integrations/test_diffusers_names.py": "sage_diffusion.plan.names",
     "integrations/test_diffusers_pipelines.py": "sage_diffusion.integrations.diffusers.patch",
     "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
+    "integrations/test_diffusers_vq.py": (
+        "sage_diffusion.integrations.diffusers.taming sage_diffusion.vq.quantizers.scales"
+    ),
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
     "kernels/test_attention.py": "kernels.attention.reference",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
@@ -99,6 +102,7 @@ ALSO_TESTS = {
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
+    "vq/test_families.py": "sage_diffusion.vq.families.magvit sage_diffusion.vq.families.titok",
     "vq/test_quantizers.py": (
         "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "
         "sage_diffusion.vq.quantizers.ibq sage_diffusion.vq.quantizers.scalar "

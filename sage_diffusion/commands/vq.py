@@ -118,6 +118,7 @@ def inspect(
         "bits_per_token": loaded.bits,
         "factor": traits.factor,
         "range": [traits.low, traits.high],
+        "offset": traits.offset,
         "decodes": loaded.decoder is not None,
         "fingerprint": loaded.fingerprint,
         "usage": None,
@@ -125,7 +126,8 @@ def inspect(
     lines = [
         f"{traits.family}: {loaded.quantizer.settings['kind']}, {loaded.codebook_size} codes, "
         f"{loaded.bits:.2f} bits a token of {traits.factor} x {traits.factor} pixels",
-        f"pictures in {traits.low:g} .. {traits.high:g}, fingerprint {loaded.fingerprint}",
+        f"pictures in {_ends(traits.low)} .. {_ends(traits.high)}, ids from {traits.offset} on in "
+        f"a generator's vocabulary, fingerprint {loaded.fingerprint}",
     ]
     if traits.no_decoder:
         lines.append(f"can't decode: {traits.no_decoder}")
@@ -148,12 +150,28 @@ def inspect(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A .ckpt, .pt or .bin file.")],
     out: Annotated[Path, typer.Option(help="The new file; it must not exist.")],
+    metric: Annotated[
+        Optional[str],
+        typer.Option(help="Of the codes, where keys do not tell: l2, cosine, dot (small IBQ)."),
+    ] = None,
+    levels: Annotated[
+        Optional[str], typer.Option(help="Of a VQGAN that rounds (FSQ), e.g. 8,8,8,8.")
+    ] = None,
+    scales: Annotated[
+        Optional[str], typer.Option(help="Sides of VAR's grids, where they are not for 256 pixels.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """A pickled tokenizer checkpoint to safetensors, without running its code."""
     from sage_diffusion.vq.checkpoints import convert as rewrite
 
-    loaded = rewrite(checkpoint, out)
+    loaded = rewrite(
+        checkpoint,
+        out,
+        metric=metric,
+        levels=_numbers("--levels", levels),
+        scales=_numbers("--scales", scales),
+    )
     document = {
         "out": str(out),
         "family": loaded.traits.family,
@@ -226,6 +244,21 @@ def train(
         "fingerprint": made.fingerprint,
     }
     emit(as_json, document, f"{out}: {steps} steps, {mean:.2f} dB in the last 100 batches")
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Of "8,8,5"."""
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise CommandError(f"{option} must be numbers like 8,8,5, got {text}") from None
+
+
+def _ends(value: float | tuple[float, ...]) -> str:
+    """One end of a range, or of each colour's."""
+    return "/".join(f"{x:.4g}" for x in (value if isinstance(value, tuple) else (value,)))
 
 
 def _pictures(paths: list[Path]) -> list[Path]:
