@@ -109,7 +109,9 @@ ALSO_TESTS = {
         "sage_diffusion.vq.quantizers.simvq sage_diffusion.vq.quantizers.vector "
         "sage_diffusion.vq.usage"
     ),
-    "vq/test_search.py": "sage_diffusion.vq.hosts sage_diffusion.vq.memory",
+    "vq/test_search.py": (
+        "sage_diffusion.vq.codebooks sage_diffusion.vq.hosts sage_diffusion.vq.memory"
+    ),
     "vq/test_tokenizers.py": (
         "sage_diffusion.commands.vq sage_diffusion.vq.checkpoints sage_diffusion.vq.families.base "
         "sage_diffusion.vq.families.compact sage_diffusion.vq.idfile sage_diffusion.vq.scores "
