@@ -45,6 +45,7 @@ ALSO_TESTS = {
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
     "integrations/test_diffusers_compile.py": "sage_diffusion.attend.ops",
+    "integrations/test_diffusers_fill.py": "sage_diffusion.vq.fill",
     "integrations/test_diffusers_memory.py": (
         "sage_diffusion.integrations.diffusers.standin sage_diffusion.integrations.diffusers.weak"
     ),

@@ -83,13 +83,64 @@ def decode(
     found, loaded = load_tokens(tokens), load_tokenizer(tokenizer)
     found.check(loaded)
     pixels = loaded.decode(found.ids)
-    paths = [
-        out if len(pixels) == 1 else out.with_stem(f"{out.stem}_{i:03}") for i in range(len(pixels))
-    ]
-    for path, picture in zip(paths, pixels, strict=True):
-        _write(path, picture)
+    paths = _write_all(out, pixels)
     document = {"files": [str(path) for path in paths], "picture": list(pixels.shape[:1:-1])}
     emit(as_json, document, *(f"wrote {path}" for path in paths))
+
+
+@app.command("fill")
+def fill(
+    tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file of ids (.vqt).")],
+    tokenizer: TokenizerPath,
+    model: Annotated[
+        Path, typer.Option(help="A fill model: a folder of one, or of an aMUSEd pipeline.")
+    ],
+    mask: Annotated[Path, typer.Option(help="A picture of the decoded size, white where to fill.")],
+    out: Annotated[Path, typer.Option(help="The picture; of several, one file each.")] = Path(
+        "filled.png"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the first variant; the next has the next.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of the model.", min=1)] = 12,
+    variants: Annotated[int, typer.Option(help="Of the picture.", min=1)] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="Of the first step's noise in what is kept; the last has none.")
+    ] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Towards the prompt; 1: none.")] = 1.0,
+    prompt: Annotated[str, typer.Option(help="A text, or a class of the model.")] = "",
+    attention: Annotated[
+        Optional[str], typer.Option(help="Spec or plan of the model's attention, e.g. int8/fp8.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Complete the tokens under a mask, in as many variants as wanted."""
+    from sage_diffusion.vq.checkpoints import load_tokenizer
+    from sage_diffusion.vq.fill import load_fill, token_mask
+    from sage_diffusion.vq.idfile import load_tokens
+
+    found, loaded = load_tokens(tokens), load_tokenizer(tokenizer)
+    found.check(loaded)
+    with quiet_stdout():
+        filler = load_fill(model, attention)
+    filler.check(loaded)
+    where = token_mask(_read(mask)[0].mean(0), loaded.traits.factor)
+    ids = filler.fill(
+        found.ids,
+        where,
+        seed=seed,
+        steps=steps,
+        variants=variants,
+        temperature=(temperature, 0.0),
+        guidance=guidance,
+        prompt=prompt,
+    )
+    paths = _write_all(out, loaded.decode(ids))
+    document = {
+        "files": [str(path) for path in paths],
+        "tokens": list(found.ids.shape[1:]),
+        "masked": int(where.sum()),
+        "seeds": [seed + i for i in range(variants)],
+    }
+    emit(as_json, document, f"{int(where.sum())} tokens filled", *(f"wrote {p}" for p in paths))
 
 
 @app.command("inspect")
@@ -301,6 +352,16 @@ def _cropped(pixels: Tensor, factor: int, path: Path) -> tuple[Tensor, list[int]
     tall, wide = height - height % factor, width - width % factor
     note = None if (tall, wide) == (height, width) else [width, height]
     return pixels[:, :, top : top + tall, left : left + wide], note
+
+
+def _write_all(out: Path, pixels: Tensor) -> list[Path]:
+    """One picture into ``out``, several into numbered files beside it."""
+    paths = [
+        out if len(pixels) == 1 else out.with_stem(f"{out.stem}_{i:03}") for i in range(len(pixels))
+    ]
+    for path, picture in zip(paths, pixels, strict=True):
+        _write(path, picture)
+    return paths
 
 
 def _write(path: Path, pixels: Tensor) -> None:
