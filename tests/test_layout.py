@@ -52,9 +52,7 @@ ALSO_TESTS = {
     "integrations/test_diffusers_names.py": "sage_diffusion.plan.names",
     "integrations/test_diffusers_pipelines.py": "sage_diffusion.integrations.diffusers.patch",
     "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
-    "integrations/test_diffusers_vq.py": (
-        "sage_diffusion.integrations.diffusers.taming sage_diffusion.vq.quantizers.scales"
-    ),
+    "integrations/test_diffusers_vq.py": "sage_diffusion.integrations.diffusers.taming",
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
     "kernels/test_attention.py": "kernels.attention.reference",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
@@ -107,6 +105,7 @@ ALSO_TESTS = {
     "vq/test_quantizers.py": (
         "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "
         "sage_diffusion.vq.quantizers.ibq sage_diffusion.vq.quantizers.scalar "
+        "sage_diffusion.vq.quantizers.scales "
         "sage_diffusion.vq.quantizers.simvq sage_diffusion.vq.quantizers.vector "
         "sage_diffusion.vq.usage"
     ),

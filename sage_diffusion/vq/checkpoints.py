@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,23 +154,32 @@ def _folder(path: Path) -> dict[str, Tensor]:
             f"{path} must hold one .safetensors file, or parts and their index, "
             f"found {len(files)} files"
         )
+    names = {file: _open(file, lambda found: list(found.keys())) for file in files}
+    whole = any(_PARTS.search(name) for own in names.values() for name in own)
     state: dict[str, Tensor] = {}
-    for file in files:
-        state |= _tensors(file, _PARTS)[0]
+    for file, own in names.items():
+        kept = [name for name in own if not whole or _PARTS.search(name)]
+        state |= _open(file, lambda found, kept=kept: {n: found.get_tensor(n) for n in kept})
     return state
 
 
-def _tensors(path: Path, parts: re.Pattern[str] | None = None) -> tuple[dict[str, Tensor], Any]:
-    """Tensors of a file, and its header's text; only those of such parts if it has any."""
+def _tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of a file, and its header's text."""
+
+    def read(file: Any) -> tuple[dict[str, Tensor], Any]:
+        header = (file.metadata() or {}).get(_KEY)
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+    return _open(path, read)
+
+
+def _open(path: Path, read: Callable[[Any], Any]) -> Any:
+    """What is read of an open safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if parts is not None and any("language_model." in name for name in names):
-                names = [name for name in names if parts.search(name)]
-            header = (file.metadata() or {}).get(_KEY)
-            return {name: file.get_tensor(name) for name in names}, header
+            return read(file)
     except (SafetensorError, OSError) as error:
         raise TokenizerError(f"{path} is no safetensors file: {error}") from None
 

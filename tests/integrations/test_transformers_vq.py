@@ -104,7 +104,7 @@ def test_ids_and_pictures_are_the_librarys(tmp_path, family, whole):
     state, config = model.state_dict(), model.config.to_dict()
     if whole:
         state = {prefix + name: tensor for name, tensor in state.items()}
-        state["model.language_model.embed_tokens.weight"] = torch.zeros(2, 2)
+        state["model.text_model.embed_tokens.weight"] = torch.zeros(2, 2)
         config = {"model_type": model_type, part: config}
         config["vocabulary_map"] = {"<|visual token 000000|>": 70, "IMGIMGAZ": 4}
     save(tmp_path / "model", state, config, parts=3 if whole else 1)

@@ -220,5 +220,12 @@ def test_families_of_a_library_that_is_missing_say_so(monkeypatch):
 
 
 def test_no_checkpoint_is_of_two_families(tmp_path):
+    states = {
+        "open-magvit2": TestOpenMagvit2().state(),
+        "titok": TestTiTok().folder(tmp_path),
+    }
+    for name, state in states.items():
+        checkpoint = families.Checkpoint(state, None, None)
+        assert [f.name for f in families.families() if f.refuse(checkpoint) is None] == [name]
     names = [family.name for family in families.families()]
     assert len(set(names)) == len(names)
