@@ -97,6 +97,22 @@ def test_a_file_of_taming(tmp_path):
     )
 
 
+def test_averages_take_the_weights_places(tmp_path):
+    """As training with an average writes them: names without dots, frozen tensors without one."""
+    vq = model()
+    state = taming(vq.state_dict())
+    averages = {"model_ema." + n.replace(".", ""): x for n, x in state.items()}
+    codes = averages.pop("model_ema.quantizeembeddingweight")
+    raw = {n: x + 1 for n, x in state.items()} | {"quantize.embedding.weight": codes}
+    save_file({**raw, **averages, "model_ema.decay": torch.zeros(1)}, tmp_path / "x.safetensors")
+    tokenizer = load_tokenizer(tmp_path / "x.safetensors")
+    ids, again = theirs(vq, picture() * 2 - 1)
+    assert torch.equal(tokenizer.encode(picture()), ids)
+    torch.testing.assert_close(
+        tokenizer.decode(ids), ((again + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_simvq_is_folded(tmp_path):
     """Its ids stand for the projected codes: decoding the raw ones gives another picture."""
     vq = model(vq_embed_dim=8)

@@ -14,7 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from sage_diffusion.integrations.diffusers import taming
-from sage_diffusion.vq.families.base import Checkpoint, Family, codes, fill, lacking, numbers
+from sage_diffusion.vq.families.base import (
+    Checkpoint,
+    Family,
+    averaged,
+    codes,
+    fill,
+    lacking,
+    numbers,
+)
 from sage_diffusion.vq.quantizers import FSQ, Quantizer, Residual
 from sage_diffusion.vq.quantizers.scales import Scales
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError, Traits
@@ -31,9 +39,9 @@ _IBQ_CODES = 2**17
 #: Sides of VAR's grids for pictures of 256 pixels.
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
-#: Parts of a training checkpoint that no tokenizer needs: losses, discriminators, weight averages.
+#: Parts of a training checkpoint that no tokenizer needs: losses, discriminators, counts of codes.
 _IGNORED = re.compile(
-    r"^(loss|model_ema|discriminator|colorize)\b|^quantize\.(codebook_used|ema_vocab_hit_SV)$"
+    r"^(loss|discriminator|colorize)\b|^quantize\.(codebook_used|ema_vocab_hit_SV)$"
     r"|^quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)$"
 )
 
@@ -117,7 +125,8 @@ def _load_folder(checkpoint: Checkpoint) -> Tokenizer:
 
 def _load(checkpoint: Checkpoint, family: str, quantizer_of: Callable[..., Quantizer]) -> Tokenizer:
     """Under taming-transformers' names."""
-    state = {name: x.float() for name, x in checkpoint.state.items() if not _IGNORED.match(name)}
+    state = averaged(checkpoint.state)
+    state = {name: x.float() for name, x in state.items() if not _IGNORED.match(name)}
     quantizer = quantizer_of(state, checkpoint.header or {})
     config = taming.config_of(state)
     traits = {}

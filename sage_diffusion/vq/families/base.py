@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +51,20 @@ def lacking(state: Iterable[str], *names: str) -> str | None:
 def numbers(state: Iterable[str], pattern: str) -> list[int]:
     """Numbers that stand in keys, ascending."""
     return sorted({int(m[1]) for m in (re.match(pattern, name) for name in state) if m})
+
+
+def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with their averages in their places, where training kept such.
+
+    The authors of SimVQ, IBQ and Open-MAGVIT2 decode with those.  Averages lie under ``model_ema.``
+    and the name without its dots.
+    """
+    found = {}
+    for name, tensor in state.items():
+        average = state.get("model_ema." + name.replace(".", ""))
+        if not name.startswith("model_ema."):
+            found[name] = tensor if average is None else average
+    return found
 
 
 def codes(table: Tensor, metric: str = "l2") -> VectorQuantizer:

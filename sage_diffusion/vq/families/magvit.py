@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sage_diffusion.vq.families.base import Checkpoint, Family, fill, lacking, numbers
+from sage_diffusion.vq.families.base import Checkpoint, Family, averaged, fill, lacking, numbers
 from sage_diffusion.vq.quantizers import LFQ
 from sage_diffusion.vq.tokenizer import Tokenizer, Traits
 
@@ -131,7 +131,7 @@ def _refuse(checkpoint: Checkpoint) -> str | None:
 def _load(checkpoint: Checkpoint) -> Tokenizer:
     state = {
         name: tensor
-        for name, tensor in checkpoint.state.items()
+        for name, tensor in averaged(checkpoint.state).items()
         if name.startswith(("encoder.", "decoder."))
     }
     levels = numbers(state, r"encoder\.down\.(\d+)\.")
