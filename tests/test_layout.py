@@ -101,6 +101,7 @@ ALSO_TESTS = {
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
+    "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",
     "vq/test_families.py": "sage_diffusion.vq.families.magvit sage_diffusion.vq.families.titok",
     "vq/test_quantizers.py": (
         "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "

@@ -159,8 +159,12 @@ def _folder(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file, own in names.items():
         kept = [name for name in own if not whole or _PARTS.search(name)]
-        state |= _open(file, lambda found, kept=kept: {n: found.get_tensor(n) for n in kept})
+        state |= _open(file, _getter(kept))
     return state
+
+
+def _getter(names: list[str]) -> Callable[[Any], dict[str, Tensor]]:
+    return lambda file: {name: file.get_tensor(name) for name in names}
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], Any]:

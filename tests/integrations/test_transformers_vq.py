@@ -172,6 +172,31 @@ def test_glm_image_without_its_eyes(tmp_path):
         load_tokenizer(tmp_path / "y")
 
 
+def test_emu3_as_its_authors_write_it(tmp_path):
+    """Their names, written down apart from the loader: convolutions of one pixel in attention."""
+    model, _ = make("emu3")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("down_block.", "").replace("up_block.", "")
+        name = re.sub(r"attn_norms\.(\d+)", r"attn.\1.norm", name)
+        name = name.replace("attn_norm.", "attn_1.norm.").replace("middle_block", "mid")
+        for part in "qkv":
+            name = name.replace(f"{part}_proj", part)
+        name = name.replace("out_proj", "proj_out")
+        linear = re.search(r"\.(q|k|v|proj_out)\.weight$", name)
+        state[name] = tensor[:, :, None, None].contiguous() if linear else tensor
+    assert "decoder.up.1.attn.0.norm.conv_y.weight" in state
+    assert "encoder.mid.attn_1.norm.weight" in state
+    save_file(state, tmp_path / "emu3.safetensors")
+    tokenizer = load_tokenizer(tmp_path / "emu3.safetensors")
+    ids, again = theirs("emu3", model, picture())
+    assert torch.equal(tokenizer.encode(picture()), ids) and len(ids.unique()) > 3
+    want = ((again + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(tokenizer.decode(ids), want, rtol=1e-4, atol=1e-5)
+    save(tmp_path / "folder", state, {"model_type": "Emu3VisionVQ"})
+    assert load_tokenizer(tmp_path / "folder").fingerprint == tokenizer.fingerprint
+
+
 def llamagen(state):
     """transformers' names to LlamaGen's: written down apart from the loader."""
     found = {}

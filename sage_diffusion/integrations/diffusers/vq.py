@@ -186,7 +186,7 @@ def _refuse_network(checkpoint: Checkpoint) -> str | None:
         if key in (checkpoint.config or {}):
             return f"config.json has {key} {(checkpoint.config or {})[key]}"
     if "encoder.time_conv.0.conv.conv.weight" in checkpoint.state:
-        return "encoder.time_conv makes it Emu3's own file; transformers' folder of it is read"
+        return "encoder.time_conv makes it Emu3's"
     return lacking(checkpoint.state, *taming.KEYS)
 
 

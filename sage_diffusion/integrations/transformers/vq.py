@@ -40,7 +40,7 @@ class _Decoder(nn.Module):
         return self.decoder(self.post_quant_conv(codes))
 
 
-class _VideoEncoder(_Encoder):
+class VideoEncoder(_Encoder):
     """Emu3's: a picture is a video of as many equal frames as one token spans."""
 
     def __init__(self, model: Any):
@@ -52,7 +52,7 @@ class _VideoEncoder(_Encoder):
         return self.quant_conv(self.encoder(video).transpose(1, 2))[:, :, 0]
 
 
-class _VideoDecoder(_Decoder):
+class VideoDecoder(_Decoder):
     """Emu3's; the first frame is the picture."""
 
     def __init__(self, model: Any):
@@ -194,9 +194,9 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
         low, high = _clip_range()
         traits.update(low=low, high=high)
     else:
-        encoder = _VideoEncoder(model) if kind.video else _Encoder(model)
+        encoder = VideoEncoder(model) if kind.video else _Encoder(model)
         factor = 2 ** (len(model.config.channel_multiplier) - 1)
-    decoder = None if kind.no_decoder else _VideoDecoder(model) if kind.video else _Decoder(model)
+    decoder = None if kind.no_decoder else VideoDecoder(model) if kind.video else _Decoder(model)
     return Tokenizer(encoder, quantizer, decoder, Traits(kind.family, factor, **traits), settings)
 
 

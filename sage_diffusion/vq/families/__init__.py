@@ -16,6 +16,7 @@ MODULES = (
     "sage_diffusion.integrations.diffusers.vq",
     "sage_diffusion.integrations.diffusers.vq_paella",
     "sage_diffusion.integrations.transformers.vq",
+    "sage_diffusion.integrations.transformers.vq_emu3",
     "sage_diffusion.vq.families.magvit",
     "sage_diffusion.vq.families.titok",
 )
