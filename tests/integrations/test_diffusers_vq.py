@@ -113,10 +113,14 @@ def test_averages_take_the_weights_places(tmp_path):
     )
 
 
-def test_simvq_is_folded(tmp_path):
-    """Its ids stand for the projected codes: decoding the raw ones gives another picture."""
-    vq = model(vq_embed_dim=8)
-    simvq = SimVQ(8, 60)
+@pytest.mark.parametrize("size", [60, 2**17])
+def test_simvq_is_folded(tmp_path, size):
+    """Its ids stand for the projected codes: decoding the raw ones gives another picture.
+
+    As many codes as IBQ has do not make it IBQ.
+    """
+    vq = model(vq_embed_dim=8, num_vq_embeddings=size)
+    simvq = SimVQ(8, size)
     state = taming(vq.state_dict())
     for name in ("quant_conv", "post_quant_conv"):
         del state[f"{name}.weight"], state[f"{name}.bias"]

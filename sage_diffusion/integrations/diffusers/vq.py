@@ -191,9 +191,11 @@ def _refuse_network(checkpoint: Checkpoint) -> str | None:
 
 
 def _metric(checkpoint: Checkpoint) -> str:
-    """As its conversion was told, else told by the codebook's size."""
-    size = len(checkpoint.state[_CODES])
-    return (checkpoint.header or {}).get("metric") or ("dot" if size >= _IBQ_CODES else "l2")
+    """As its conversion was told, else told by the codebook's size; SimVQ's may be as large."""
+    told = (checkpoint.header or {}).get("metric")
+    simvq = f"{_PROJECTION}.weight" in checkpoint.state
+    large = len(checkpoint.state[_CODES]) >= _IBQ_CODES
+    return told or ("dot" if large and not simvq else "l2")
 
 
 def _refuse_plain(checkpoint: Checkpoint) -> str | None:
