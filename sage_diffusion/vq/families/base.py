@@ -56,8 +56,8 @@ def numbers(state: Iterable[str], pattern: str) -> list[int]:
 def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights with their averages in their places, where training kept such.
 
-    The authors of SimVQ, IBQ and Open-MAGVIT2 decode with those.  Averages lie under ``model_ema.``
-    and the name without its dots.
+    The authors of IBQ and Open-MAGVIT2 evaluate with those, and SimVQ's checkpoints have them too.
+    Averages lie under ``model_ema.`` and the name without its dots.
     """
     found = {}
     for name, tensor in state.items():
