@@ -257,7 +257,7 @@ class VQTokenEdit(io.ComfyNode):
         ids, codes = tokens.ids, tokens.codebook_size
         where = torch.ones(1, 1, 1, dtype=torch.bool)
         if mask is not None:
-            where = edit.token_mask(mask, *ids.shape[1:3])
+            where = edit.touched(mask, *ids.shape[1:3])
         kind = change["change"]
         if kind == _PAINT:
             out = edit.paint(ids, where, change["code"], codes)

@@ -18,7 +18,11 @@ ORDER = (
     ("sage_diffusion.attend",),
     ("sage_diffusion.accuracy", "sage_diffusion.speed"),
     ("sage_diffusion.adapt", "sage_diffusion.verify", "sage_diffusion.vq"),
-    ("sage_diffusion.integrations.comfy", "sage_diffusion.integrations.diffusers"),
+    (
+        "sage_diffusion.integrations.comfy",
+        "sage_diffusion.integrations.diffusers",
+        "sage_diffusion.integrations.transformers",
+    ),
     ("sage_diffusion.commands", "nodes"),
     ("sage_diffusion.cli",),
     ("sage_diffusion.__main__",),

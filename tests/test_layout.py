@@ -45,12 +45,14 @@ ALSO_TESTS = {
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
     "integrations/test_diffusers_compile.py": "sage_diffusion.attend.ops",
+    "integrations/test_diffusers_fill.py": "sage_diffusion.vq.fill",
     "integrations/test_diffusers_memory.py": (
         "sage_diffusion.integrations.diffusers.standin sage_diffusion.integrations.diffusers.weak"
     ),
     "integrations/test_diffusers_names.py": "sage_diffusion.plan.names",
     "integrations/test_diffusers_pipelines.py": "sage_diffusion.integrations.diffusers.patch",
     "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
+    "integrations/test_diffusers_vq.py": "sage_diffusion.integrations.diffusers.taming",
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
     "kernels/test_attention.py": "kernels.attention.reference",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
@@ -99,14 +101,19 @@ ALSO_TESTS = {
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
-    "vq/test_edit.py": "sage_diffusion.vq.pictures",
+    "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
+    "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",
+    "vq/test_families.py": "sage_diffusion.vq.families.magvit sage_diffusion.vq.families.titok",
     "vq/test_quantizers.py": (
         "sage_diffusion.vq.quantizers.base sage_diffusion.vq.quantizers.combined "
         "sage_diffusion.vq.quantizers.ibq sage_diffusion.vq.quantizers.scalar "
+        "sage_diffusion.vq.quantizers.scales "
         "sage_diffusion.vq.quantizers.simvq sage_diffusion.vq.quantizers.vector "
         "sage_diffusion.vq.usage"
     ),
-    "vq/test_search.py": "sage_diffusion.vq.hosts sage_diffusion.vq.memory",
+    "vq/test_search.py": (
+        "sage_diffusion.vq.codebooks sage_diffusion.vq.hosts sage_diffusion.vq.memory"
+    ),
     "vq/test_tokenizers.py": (
         "sage_diffusion.commands.vq sage_diffusion.vq.checkpoints sage_diffusion.vq.families.base "
         "sage_diffusion.vq.families.compact sage_diffusion.vq.idfile sage_diffusion.vq.scores "

@@ -83,13 +83,64 @@ def decode(
     found, loaded = load_tokens(tokens), load_tokenizer(tokenizer)
     found.check(loaded)
     pixels = loaded.decode(found.ids)
-    paths = [
-        out if len(pixels) == 1 else out.with_stem(f"{out.stem}_{i:03}") for i in range(len(pixels))
-    ]
-    for path, picture in zip(paths, pixels, strict=True):
-        _write(path, picture)
+    paths = _write_all(out, pixels)
     document = {"files": [str(path) for path in paths], "picture": list(pixels.shape[:1:-1])}
     emit(as_json, document, *(f"wrote {path}" for path in paths))
+
+
+@app.command("fill")
+def fill(
+    tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file of ids (.vqt).")],
+    tokenizer: TokenizerPath,
+    model: Annotated[
+        Path, typer.Option(help="A fill model: a folder of one, or of an aMUSEd pipeline.")
+    ],
+    mask: Annotated[Path, typer.Option(help="A picture of the decoded size, white where to fill.")],
+    out: Annotated[Path, typer.Option(help="The picture; of several, one file each.")] = Path(
+        "filled.png"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the first variant; the next has the next.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of the model.", min=1)] = 12,
+    variants: Annotated[int, typer.Option(help="Of the picture.", min=1)] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="Of the first step's noise in what is kept; the last has none.")
+    ] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Towards the prompt; 1: none.")] = 1.0,
+    prompt: Annotated[str, typer.Option(help="A text, or a class of the model.")] = "",
+    attention: Annotated[
+        Optional[str], typer.Option(help="Spec or plan of the model's attention, e.g. int8/fp8.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Complete the tokens under a mask, in as many variants as wanted."""
+    from sage_diffusion.vq.checkpoints import load_tokenizer
+    from sage_diffusion.vq.fill import load_fill, token_mask
+    from sage_diffusion.vq.idfile import load_tokens
+
+    found, loaded = load_tokens(tokens), load_tokenizer(tokenizer)
+    found.check(loaded)
+    with quiet_stdout():
+        filler = load_fill(model, attention)
+    filler.check(loaded)
+    where = token_mask(_read(mask)[0].mean(0), loaded.traits.factor)
+    ids = filler.fill(
+        found.ids,
+        where,
+        seed=seed,
+        steps=steps,
+        variants=variants,
+        temperature=(temperature, 0.0),
+        guidance=guidance,
+        prompt=prompt,
+    )
+    paths = _write_all(out, loaded.decode(ids))
+    document = {
+        "files": [str(path) for path in paths],
+        "tokens": list(found.ids.shape[1:]),
+        "masked": int(where.sum()),
+        "seeds": [seed + i for i in range(variants)],
+    }
+    emit(as_json, document, f"{int(where.sum())} tokens filled", *(f"wrote {p}" for p in paths))
 
 
 @app.command("inspect")
@@ -118,6 +169,7 @@ def inspect(
         "bits_per_token": loaded.bits,
         "factor": traits.factor,
         "range": [traits.low, traits.high],
+        "offset": traits.offset,
         "decodes": loaded.decoder is not None,
         "fingerprint": loaded.fingerprint,
         "usage": None,
@@ -125,7 +177,8 @@ def inspect(
     lines = [
         f"{traits.family}: {loaded.quantizer.settings['kind']}, {loaded.codebook_size} codes, "
         f"{loaded.bits:.2f} bits a token of {traits.factor} x {traits.factor} pixels",
-        f"pictures in {traits.low:g} .. {traits.high:g}, fingerprint {loaded.fingerprint}",
+        f"pictures in {_ends(traits.low)} .. {_ends(traits.high)}, ids from {traits.offset} on in "
+        f"a generator's vocabulary, fingerprint {loaded.fingerprint}",
     ]
     if traits.no_decoder:
         lines.append(f"can't decode: {traits.no_decoder}")
@@ -148,12 +201,28 @@ def inspect(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A .ckpt, .pt or .bin file.")],
     out: Annotated[Path, typer.Option(help="The new file; it must not exist.")],
+    metric: Annotated[
+        Optional[str],
+        typer.Option(help="Of the codes, where keys do not tell: l2, cosine, dot (small IBQ)."),
+    ] = None,
+    levels: Annotated[
+        Optional[str], typer.Option(help="Of a VQGAN that rounds (FSQ), e.g. 8,8,8,8.")
+    ] = None,
+    scales: Annotated[
+        Optional[str], typer.Option(help="Sides of VAR's grids, where they are not for 256 pixels.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """A pickled tokenizer checkpoint to safetensors, without running its code."""
     from sage_diffusion.vq.checkpoints import convert as rewrite
 
-    loaded = rewrite(checkpoint, out)
+    loaded = rewrite(
+        checkpoint,
+        out,
+        metric=metric,
+        levels=_numbers("--levels", levels),
+        scales=_numbers("--scales", scales),
+    )
     document = {
         "out": str(out),
         "family": loaded.traits.family,
@@ -228,6 +297,21 @@ def train(
     emit(as_json, document, f"{out}: {steps} steps, {mean:.2f} dB in the last 100 batches")
 
 
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Of "8,8,5"."""
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise CommandError(f"{option} must be numbers like 8,8,5, got {text}") from None
+
+
+def _ends(value: float | tuple[float, ...]) -> str:
+    """One end of a range, or of each colour's."""
+    return "/".join(f"{x:.4g}" for x in (value if isinstance(value, tuple) else (value,)))
+
+
 def _pictures(paths: list[Path]) -> list[Path]:
     """Files, and those of folders, in order."""
     found: list[Path] = []
@@ -265,6 +349,16 @@ def _cropped(pixels: Tensor, factor: int, path: Path) -> tuple[Tensor, list[int]
         return cropped(pixels, factor)
     except TokenizerError as error:
         raise CommandError(f"{path}: {error}") from None
+
+
+def _write_all(out: Path, pixels: Tensor) -> list[Path]:
+    """One picture into ``out``, several into numbered files beside it."""
+    paths = [
+        out if len(pixels) == 1 else out.with_stem(f"{out.stem}_{i:03}") for i in range(len(pixels))
+    ]
+    for path, picture in zip(paths, pixels, strict=True):
+        _write(path, picture)
+    return paths
 
 
 def _write(path: Path, pixels: Tensor) -> None:

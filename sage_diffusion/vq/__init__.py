@@ -15,6 +15,7 @@ _HOMES = {
         "sage_diffusion.vq.quantizers",
     ),
     "VectorQuantizer": "sage_diffusion.vq.quantizers",
+    "load_fill": "sage_diffusion.vq.fill",
     "load_tokenizer": "sage_diffusion.vq.checkpoints",
     "nearest_code": "sage_diffusion.vq.codes",
     "search": "sage_diffusion.vq.hosts",
@@ -31,6 +32,7 @@ __all__ = [
     "SimVQ",
     "VQOutput",
     "VectorQuantizer",
+    "load_fill",
     "load_tokenizer",
     "nearest_code",
     "search",
@@ -39,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sage_diffusion.vq.checkpoints import load_tokenizer
     from sage_diffusion.vq.codes import nearest_code
+    from sage_diffusion.vq.fill import load_fill
     from sage_diffusion.vq.hosts import search
     from sage_diffusion.vq.quantizers import (
         BSQ,

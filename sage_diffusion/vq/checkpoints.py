@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "photo_vq" / "tokenizer.safe
 
 #: State of a codebook's training.
 _TRAINING = ("counts", "sums", "started")
+
+#: Parts of whole models (transformers) that make their tokenizers.
+_PARTS = re.compile(r"(^|\.)(vqmodel|vision_tokenizer|visual)\.")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -82,7 +87,14 @@ def save_tokenizer(path: Path, tokenizer: Tokenizer, *, half: bool = False) -> N
     write_bytes(path, save(contiguous, {_KEY: json.dumps(header)}))
 
 
-def convert(source: Path, out: Path) -> Tokenizer:
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    metric: str | None = None,
+    levels: Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+) -> Tokenizer:
     """Rewrite a pickled checkpoint (``.ckpt``, ``.pt``, ``.pth``, ``.bin``) as safetensors.
 
     The pickle is read with ``weights_only=True``: one that wants to run code is refused.  The
@@ -91,6 +103,9 @@ def convert(source: Path, out: Path) -> Tokenizer:
     Args:
         source: the checkpoint; weights may lie below ``state_dict`` or ``model``.
         out: the new file; it must not exist.
+        metric: of the codes where keys do not tell it: "l2", "cosine" or "dot" (IBQ's).
+        levels: of a VQGAN whose latents are rounded (FSQ), which has no codebook.
+        scales: sides of VAR's grids, where they are not those for 256 pixels.
 
     Returns:
         The tokenizer that the new file holds.
@@ -105,41 +120,75 @@ def convert(source: Path, out: Path) -> Tokenizer:
         raise TokenizerError(f"{out} exists; nothing is overwritten")
     state = _unpickle(source)
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    checkpoint = Checkpoint(tensors, None, None)
+    told = {"metric": metric, "levels": levels, "scales": scales}
+    header: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    checkpoint = Checkpoint(tensors, None, header)
     known = families()
     family = next((f for f in known if f.refuse(checkpoint) is None), None)
     if family is None:
         reasons = "; ".join(f"{f.name}: {f.refuse(checkpoint)}" for f in known)
         raise TokenizerError(f"{source} is of no tokenizer family that is known; {reasons}")
     tokenizer = family.load(checkpoint).eval()
-    header = {"version": _VERSION, "family": family.name, "fingerprint": tokenizer.fingerprint}
+    header.update(version=_VERSION, family=family.name, fingerprint=tokenizer.fingerprint)
     write_bytes(out, save(tensors, {_KEY: json.dumps(header)}))
     return tokenizer
 
 
 def _read(path: Path) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
-
     config = None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise TokenizerError(f"{path} must hold a config.json, found none")
         config = _json(path / "config.json")
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise TokenizerError(f"{path} must hold one .safetensors file, found {len(files)}")
-        path = files[0]
+        return Checkpoint(_folder(path), config, None)
     if not path.is_file():
         raise TokenizerError(f"{path} must be a file or folder, there is none")
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise TokenizerError(f"{path} is a pickle; convert it first (sage-diffusion vq convert)")
+    state, header = _tensors(path)
+    return Checkpoint(state, config, None if header is None else _header(path, header))
+
+
+def _folder(path: Path) -> dict[str, Tensor]:
+    """Weights of a folder; of a whole model only what its tokenizer needs."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files or (len(files) > 1 and not list(path.glob("*.safetensors.index.json"))):
+        raise TokenizerError(
+            f"{path} must hold one .safetensors file, or parts and their index, "
+            f"found {len(files)} files"
+        )
+    names = {file: _open(file, lambda found: list(found.keys())) for file in files}
+    whole = any(_PARTS.search(name) for own in names.values() for name in own)
+    state: dict[str, Tensor] = {}
+    for file, own in names.items():
+        kept = [name for name in own if not whole or _PARTS.search(name)]
+        state |= _open(file, _getter(kept))
+    return state
+
+
+def _getter(names: list[str]) -> Callable[[Any], dict[str, Tensor]]:
+    return lambda file: {name: file.get_tensor(name) for name in names}
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of a file, and its header's text."""
+
+    def read(file: Any) -> tuple[dict[str, Tensor], Any]:
+        header = (file.metadata() or {}).get(_KEY)
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+    return _open(path, read)
+
+
+def _open(path: Path, read: Callable[[Any], Any]) -> Any:
+    """What is read of an open safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return read(file)
     except (SafetensorError, OSError) as error:
         raise TokenizerError(f"{path} is no safetensors file: {error}") from None
-    return Checkpoint(state, config, None if header is None else _header(path, header))
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:

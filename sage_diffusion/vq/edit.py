@@ -12,7 +12,7 @@ from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 _PAIRS = 1 << 22
 
 
-def token_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def touched(mask: Tensor, height: int, width: int) -> Tensor:
     """Tokens that a painted mask touches, ``[B, h, w]`` bool.
 
     Args:

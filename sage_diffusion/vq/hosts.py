@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sage_diffusion.vq.codebooks import searching
 from sage_diffusion.vq.memory import mebibytes, peak_memory
 from sage_diffusion.vq.scores import LazyScores
 
 _MODELS = "transformers.models"
 
-#: Quantizers: the method that writes latents x codes, and the functions that it does so with
-#: (:class:`~sage_diffusion.vq.scores.LazyScores`).  The one line that another quantizer adds.
-HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
+#: How a method searches: the functions that it writes latents x codes with
+#: (:class:`~sage_diffusion.vq.scores.LazyScores`), or what makes another of the module and it.
+How = tuple[str, ...] | Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+
+#: Quantizers: the method that writes latents x codes, and how it searches instead.  The one line
+#: that another quantizer adds.
+HOSTS: dict[str, tuple[str, How]] = {
     "diffusers.models.autoencoders.vae.VectorQuantizer": ("forward", ("cdist",)),
     f"{_MODELS}.emu3.modeling_emu3.Emu3VQVAEVectorQuantizer": ("forward", ("matmul", "add")),
     f"{_MODELS}.janus.modeling_janus.JanusVQVAEVectorQuantizer": ("forward", ("einsum", "add")),
@@ -35,6 +40,7 @@ HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     f"{_MODELS}.mimi.modeling_mimi.MimiEuclideanCodebook": ("quantize", ("cdist",)),
     "vector_quantize_pytorch.sim_vq.SimVQ": ("forward", ("cdist",)),
+    "vector_quantize_pytorch.vector_quantize_pytorch.Codebook": ("forward", searching),
 }
 
 
@@ -63,20 +69,20 @@ class Measured(NamedTuple):
 class Searching:
     """Quantizers that search; :meth:`remove` leaves them as they were.  Also a context manager."""
 
-    def __init__(self, found: dict[str, tuple[nn.Module, str, tuple[str, ...]]]):
+    def __init__(self, found: dict[str, tuple[nn.Module, str, How]]):
         self.names = tuple(found)
         self._undo: list[Callable[[], None]] = []
         self._measured: list[tuple[int, int, bool]] | None = None
-        for module, method, functions in found.values():
-            self._patch(module, method, functions)
+        for module, method, how in found.values():
+            self._patch(module, method, how)
 
-    def _patch(self, module: nn.Module, method: str, functions: tuple[str, ...]) -> None:
+    def _patch(self, module: nn.Module, method: str, how: How) -> None:
         original, own = getattr(module, method), vars(module).get(method)
+        changed = how(module, original) if callable(how) else _lazily(original, how)
 
         def searched(*args: Any, **kwargs: Any) -> Any:
             def search() -> Any:
-                with LazyScores(functions):
-                    return original(*args, **kwargs)
+                return changed(*args, **kwargs)
 
             if self._measured is None:
                 return search()
@@ -128,11 +134,20 @@ class Searching:
         self.remove()
 
 
+def _lazily(original: Callable[..., Any], functions: tuple[str, ...]) -> Callable[..., Any]:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with LazyScores(functions):
+            return original(*args, **kwargs)
+
+    return changed
+
+
 def search(model: nn.Module) -> Searching:
     """Let the quantizers in a model search instead of writing latents x codes.
 
     Ids are the exact best for the numbers that the quantizer is given.  A quantizer that computes
     its scores in half precision rounds them and returns others now and then: these become exact.
+    ``VectorQuantize`` searches outside of training only: its averages write latents x codes anyway.
 
     Args:
         model: of diffusers, transformers or ``vector_quantize_pytorch``, or any module that holds
@@ -155,7 +170,7 @@ def search(model: nn.Module) -> Searching:
 
 def _quantizers(
     model: nn.Module,
-) -> Iterator[tuple[str, tuple[nn.Module, str, tuple[str, ...]]]]:
+) -> Iterator[tuple[str, tuple[nn.Module, str, How]]]:
     for name, module in model.named_modules():
         for kind in type(module).__mro__:
             host = HOSTS.get(f"{kind.__module__}.{kind.__qualname__}")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sage_diffusion.vq.quantizers import Quantizer
 
+Colours = tuple[float, float, float]
+
 
 class TokenizerError(ValueError):
     """A checkpoint, a picture or ids do not fit a tokenizer; the message says why."""
@@ -25,15 +27,22 @@ class Traits:
     Attributes:
         family: its name.
         factor: pixels along each side of a token.
-        low, high: range of the network's pictures; another one changes ids without an error.
+        low, high: range of the network's pictures, one or of each colour; another one changes ids
+            without an error.
         no_decoder: why ids can't be turned into pixels, "" where they can.
+        offset: what is added to an id in the vocabulary of the generator that reads it.
+        size: side in pixels of the only pictures that it takes; None: any multiple of the factor.
+        tokens: of such a picture, where they are no grid.
     """
 
     family: str
     factor: int
-    low: float = -1.0
-    high: float = 1.0
+    low: float | Colours = -1.0
+    high: float | Colours = 1.0
     no_decoder: str = ""
+    offset: int = 0
+    size: int | None = None
+    tokens: int | None = None
 
 
 class Tokenizer(nn.Module):
@@ -87,8 +96,8 @@ class Tokenizer(nn.Module):
     def latents(self, image: Tensor) -> Tensor:
         """Unquantized latents ``[B, h, w, D]`` float32 of pictures as :meth:`encode` takes them."""
         self.check_image(image)
-        low, high = self.traits.low, self.traits.high
         dtype = next(self.parameters()).dtype
+        low, high = self._range(dtype)
         pixels = image.to(self.device, dtype) * (high - low) + low
         return self.encoder(pixels).permute(0, 2, 3, 1).float()
 
@@ -104,7 +113,7 @@ class Tokenizer(nn.Module):
         """
         z = self.latents(image)
         ids = self.quantizer.encode(z.flatten(1, 2))
-        return ids.view(*z.shape[:3], *ids.shape[2:])
+        return ids.view(*self._grid(z), *ids.shape[2:])
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -118,19 +127,34 @@ class Tokenizer(nn.Module):
         if ids.ndim != (3 if self.quantizer.levels == 1 else 4):
             shape = "[B, h, w]" if self.quantizer.levels == 1 else "[B, h, w, Q]"
             raise TokenizerError(f"ids must be {shape}, got {tuple(ids.shape)}")
+        tokens = self.traits.tokens
+        if tokens is not None and tuple(ids.shape[1:3]) != (1, tokens):
+            raise TokenizerError(f"ids must be [B, 1, {tokens}], got {tuple(ids.shape)}")
         try:
             codes = self.quantizer.decode(ids.flatten(1, 2).to(self.device))
         except ValueError as error:
             raise TokenizerError(str(error)) from None
-        return self.pixels(codes.view(*ids.shape[:3], -1)).clamp(0, 1)
+        grid = self.quantizer.grid or tuple(ids.shape[1:3])
+        return self.pixels(codes.view(len(ids), *grid, -1)).clamp(0, 1)
 
     def pixels(self, codes: Tensor) -> Tensor:
         """The decoder's picture of quantized latents ``[B, h, w, D]``, about 0 .. 1, float32."""
-        low, high = self.traits.low, self.traits.high
+        low, high = self._range(torch.float32)
         dtype = next(self.parameters()).dtype
         assert self.decoder is not None
         out = self.decoder(codes.permute(0, 3, 1, 2).to(dtype)).float()
         return (out - low) / (high - low)
+
+    def _range(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value of the network's pictures, ``[1 or 3, 1, 1]``."""
+        ends = (self.traits.low, self.traits.high)
+        low, high = (torch.tensor(x, dtype=dtype, device=self.device) for x in ends)
+        return low.view(-1, 1, 1), high.view(-1, 1, 1)
+
+    def _grid(self, z: Tensor) -> tuple[int, ...]:
+        """Shape of the ids of latents ``[B, h, w, D]``: one each, or one row that is no grid."""
+        tokens = self.traits.tokens
+        return tuple(z.shape[:3]) if tokens is None else (len(z), 1, tokens)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For training: the picture again, unclamped, ids ``[B, N, ..]`` and the loss."""
@@ -154,6 +178,13 @@ class Tokenizer(nn.Module):
             )
         if not bool(torch.isfinite(image).all()):
             raise TokenizerError("image must be finite, got NaN or infinity")
+        size = self.traits.size
+        if size is not None and tuple(image.shape[2:]) != (size, size):
+            height, width = image.shape[2:]
+            raise TokenizerError(
+                f"{self.traits.family} takes pictures of {size} x {size} only, "
+                f"got {width} x {height}"
+            )
         if image.numel() and (image.min() < -0.01 or image.max() > 1.01):
             raise TokenizerError(
                 f"image must be in 0 .. 1, got {image.min():.3g} .. {image.max():.3g}"
@@ -161,6 +192,8 @@ class Tokenizer(nn.Module):
 
     def picture_bits(self, height: int, width: int) -> float:
         """Bits that the ids of a picture take."""
+        if self.traits.tokens is not None:
+            return self.traits.tokens * self.bits
         return height // self.traits.factor * (width // self.traits.factor) * self.bits
 
 

@@ -97,10 +97,30 @@ def test_a_file_of_taming(tmp_path):
     )
 
 
-def test_simvq_is_folded(tmp_path):
-    """Its ids stand for the projected codes: decoding the raw ones gives another picture."""
-    vq = model(vq_embed_dim=8)
-    simvq = SimVQ(8, 60)
+def test_averages_take_the_weights_places(tmp_path):
+    """As training with an average writes them: names without dots, frozen tensors without one."""
+    vq = model()
+    state = taming(vq.state_dict())
+    averages = {"model_ema." + n.replace(".", ""): x for n, x in state.items()}
+    codes = averages.pop("model_ema.quantizeembeddingweight")
+    raw = {n: x + 1 for n, x in state.items()} | {"quantize.embedding.weight": codes}
+    save_file({**raw, **averages, "model_ema.decay": torch.zeros(1)}, tmp_path / "x.safetensors")
+    tokenizer = load_tokenizer(tmp_path / "x.safetensors")
+    ids, again = theirs(vq, picture() * 2 - 1)
+    assert torch.equal(tokenizer.encode(picture()), ids)
+    torch.testing.assert_close(
+        tokenizer.decode(ids), ((again + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [60, 2**17])
+def test_simvq_is_folded(tmp_path, size):
+    """Its ids stand for the projected codes: decoding the raw ones gives another picture.
+
+    As many codes as IBQ has do not make it IBQ.
+    """
+    vq = model(vq_embed_dim=8, num_vq_embeddings=size)
+    simvq = SimVQ(8, size)
     state = taming(vq.state_dict())
     for name in ("quant_conv", "post_quant_conv"):
         del state[f"{name}.weight"], state[f"{name}.bias"]
@@ -121,6 +141,120 @@ def test_simvq_is_folded(tmp_path):
         tokenizer.decode(ids), ((again + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5
     )
     assert load_tokenizer(tmp_path / "simvq.safetensors").fingerprint == tokenizer.fingerprint
+
+
+class TestOtherCodes:
+    """Networks of taming-transformers with other quantizers: ids by the published formula."""
+
+    def network(self, **options):
+        """A VQModel, its weights under taming's names, and latents of the picture."""
+        vq = model(**options)
+        state = taming(vq.state_dict())
+        del state["quantize.embedding.weight"]
+        with torch.no_grad():
+            return vq, state, vq.encode(picture() * 2 - 1).latents
+
+    def check(self, path, family, vq, ids, codes):
+        """It encodes to these ids and decodes to the network's picture of these codes."""
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.traits.family == family and len(ids.unique()) > 3
+        assert torch.equal(tokenizer.encode(picture()), ids)
+        with torch.no_grad():
+            want = vq.decoder(vq.post_quant_conv(codes))
+            forward, indices, _ = tokenizer(picture())
+        decoded = tokenizer.decode(ids)
+        assert torch.equal(indices.view(ids.shape), ids)
+        assert torch.equal(decoded, forward.clamp(0, 1))
+        torch.testing.assert_close(decoded, ((want + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5)
+        return tokenizer
+
+    @pytest.mark.parametrize("metric", [None, "dot"])
+    def test_ibq_chooses_by_dot_product(self, tmp_path, metric):
+        """Told by 131,072 codes, or by whoever converts a smaller one."""
+        vq, state, z = self.network(vq_embed_dim=8)
+        table = torch.randn(100 if metric else 2**17, 8) * torch.rand(1 if metric else 2**17, 1)
+        torch.save({**state, "quantize.embedding.weight": table}, tmp_path / "ibq.pt")
+        convert(tmp_path / "ibq.pt", tmp_path / "ibq.safetensors", metric=metric)
+        ids = torch.einsum("bdhw,kd->bhwk", z.double(), table.double()).argmax(-1)
+        codes = table[ids].permute(0, 3, 1, 2)
+        self.check(tmp_path / "ibq.safetensors", "ibq", vq, ids, codes)
+
+    def test_fsq_rounds(self, tmp_path):
+        vq, state, z = self.network()
+        torch.save(state, tmp_path / "fsq.pt")
+        made = convert(tmp_path / "fsq.pt", tmp_path / "fsq.safetensors", levels=[5, 5, 3, 3])
+        assert made.codebook_size == 225
+        levels = torch.tensor([5.0, 5, 3, 3]).view(4, 1, 1)
+        digits = (z.tanh() * (levels - 1) * 1.001 / 2).round()
+        ids = ((digits + levels // 2) * torch.tensor([1, 5, 25, 75]).view(4, 1, 1)).sum(1).long()
+        self.check(tmp_path / "fsq.safetensors", "fsq", vq, ids, digits / (levels // 2))
+
+    def test_rq_vae_codes_what_is_left(self, tmp_path):
+        vq, state, z = self.network()
+        tables = torch.randn(3, 31, 4) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
+        for i, table in enumerate(tables):
+            state[f"quantizer.codebooks.{i}.weight"] = table.clone()
+            state[f"quantizer.codebooks.{i}.embed_ema"] = table[:-1].clone()
+        save_file(state, tmp_path / "rq.safetensors")
+        left, ids = z.permute(0, 2, 3, 1), []
+        for table in tables[:, :-1]:  # the last row is padding
+            ids.append((left[..., None, :] - table).norm(dim=-1).argmin(-1))
+            left = left - table[ids[-1]]
+        codes = z - left.permute(0, 3, 1, 2)
+        self.check(tmp_path / "rq.safetensors", "rq-vae", vq, torch.stack(ids, -1), codes)
+
+    @pytest.mark.parametrize("convolutions", [0, 1, 4])
+    def test_var_codes_grids_of_growing_size(self, tmp_path, convolutions):
+        """0: one convolution, shared by all, under a name without a number."""
+        vq, state, _ = self.network()
+        square = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            z = vq.encode(square * 2 - 1).latents
+        table, sides = torch.randn(60, 4), (1, 2, 3, 4)
+        layers = [torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(convolutions or 1)]
+        for i, layer in enumerate(layers):
+            name = f"qresi_ls.{i}" if convolutions else "qresi"
+            for part, tensor in layer.state_dict().items():
+                state[f"quantize.quant_resi.{name}.{part}"] = tensor
+        for name in list(state):  # VAR has one layer for queries, keys and values
+            if ".q." in name:
+                three = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+                state[name.replace(".q.", ".qkv.")] = torch.cat(three)
+        state["quantize.embedding.weight"] = table
+        state["quantize.ema_vocab_hit_SV"] = torch.zeros(3, 60)
+        torch.save(state, tmp_path / "var.pt")
+        made = convert(tmp_path / "var.pt", tmp_path / "var.safetensors", scales=sides)
+        left, ids = z, []
+        # The places 1/12, 13/36, 23/36 and 11/12 of four convolutions: nearest to 0, 1/3, 2/3, 1.
+        chosen = [layers[i] for i in (range(4) if convolutions == 4 else [0] * 4)]
+        with torch.no_grad():
+            for side, layer in zip(sides, chosen, strict=True):
+                small = torch.nn.functional.adaptive_avg_pool2d(left, side).permute(0, 2, 3, 1)
+                ids.append((small[..., None, :] - table).norm(dim=-1).argmin(-1))
+                codes = table[ids[-1]].permute(0, 3, 1, 2)
+                codes = torch.nn.functional.interpolate(codes, size=(4, 4), mode="bicubic")
+                left = left - (codes + layer(codes)) / 2
+            want = vq.decoder(vq.post_quant_conv(z - left))
+        row = torch.cat([grid.flatten(1) for grid in ids], 1)[:, None]
+        assert row.shape == (1, 1, 30) and torch.equal(made.encode(square), row)
+        torch.testing.assert_close(
+            made.decode(row), ((want + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5
+        )
+        with torch.no_grad():
+            assert torch.equal(made.decode(row), made(square)[0].clamp(0, 1))
+        assert made.picture_bits(8, 8) == 30 * made.bits
+        assert torch.equal(load_tokenizer(tmp_path / "var.safetensors").encode(square), row)
+        with pytest.raises(TokenizerError, match="pictures of 8 x 8 only, got 12 x 16"):
+            made.encode(picture())
+        with pytest.raises(TokenizerError, match=r"ids must be \[B, 1, 30\], got \(1, 3, 10\)"):
+            made.decode(row.view(1, 3, 10))
+
+    def test_a_quantizer_of_other_dims(self, tmp_path):
+        _, state, _ = self.network()
+        state["quantize.embedding.weight"] = torch.randn(60, 5)
+        save_file(state, tmp_path / "x.safetensors")
+        with pytest.raises(TokenizerError, match="must have 4 dims as the network, got 5"):
+            load_tokenizer(tmp_path / "x.safetensors")
 
 
 def test_what_does_not_fit(tmp_path):

@@ -19,6 +19,7 @@ from sage_diffusion.vq.quantizers import (
     build,
 )
 from sage_diffusion.vq.quantizers.base import rotated, straight_through
+from sage_diffusion.vq.quantizers.scales import Scales
 from sage_diffusion.vq.quantizers.simvq import equiangular
 
 MATRIX = {
@@ -283,9 +284,37 @@ def test_groups_and_levels_by_hand():
     assert levels.decode(torch.tensor([[[1, 0], [0, 0]]])).tolist() == [[[0.75], [-1.25]]]
 
 
+class TestScales:
+    """The pyramid of VAR, which takes a grid and gives a row."""
+
+    def test_ids_give_back_what_forward_gave(self):
+        torch.manual_seed(0)
+        scales = Scales(8, 64, (1, 2, 4))
+        x = latents(2, 16, 8).requires_grad_()
+        out = scales(x)
+        assert out.indices.shape == (2, 21) == (2, scales.tokens)
+        assert torch.equal(out.indices, scales.encode(x))
+        assert torch.equal(out.quantized, scales.decode(out.indices))
+        (out.quantized.square().sum() + out.loss).backward()
+        assert x.grad.abs().sum() > 0 and scales.codebook.grad.abs().sum() > 0
+        with pytest.raises(ValueError, match="a grid of 4 x 4, got 15"):
+            scales.encode(x[:, :15])
+        with pytest.raises(ValueError, match="ids must be 21 a picture, got 20"):
+            scales.decode(out.indices[:, :20])
+
+    def test_finer_scales_leave_less(self):
+        """Every scale adds: what is left of the latents shrinks."""
+        torch.manual_seed(0)
+        scales, x = Scales(2, 512, (1, 2, 4), strength=0.0), latents(4, 16, 2)
+        whole = (x - scales(x).quantized).square().mean()
+        assert whole < 0.25 * x.square().mean()
+
+
 @pytest.mark.parametrize(
     "make,message",
     [
+        (lambda: Scales(8, 64, (2, 2)), "two or more ascending sides, got"),
+        (lambda: Scales(8, 64, (1, 2), convolutions=0), "convolutions must be at least 1"),
         (lambda: Groups([FSQ((4,))]), "two or more"),
         (lambda: Groups([LFQ(40, 40), LFQ(40, 40)]), "fit into 63 bits, got 80.0"),
         (lambda: Residual([FSQ((4,)), FSQ((5,))]), "the same dim and codebook_size"),

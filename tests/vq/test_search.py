@@ -76,7 +76,22 @@ def simvq():
     return library.SimVQ(dim=DIM, codebook_size=CODES), (2, 40, DIM)
 
 
-MAKERS = [diffusers_quantizer, emu3, janus, chameleon, glm_image, apertus, mimi, simvq]
+def library_codebook():
+    library = pytest.importorskip("vector_quantize_pytorch")
+    return library.VectorQuantize(dim=DIM, codebook_size=CODES).eval()._codebook, (2, 40, DIM)
+
+
+MAKERS = [
+    diffusers_quantizer,
+    emu3,
+    janus,
+    chameleon,
+    glm_image,
+    apertus,
+    mimi,
+    simvq,
+    library_codebook,
+]
 
 
 def tensors(result):
@@ -131,6 +146,63 @@ def test_latents_times_codes_are_never_written():
     assert torch.equal(x.grad, want)
     assert measured.before > 200 * 2**20 and measured.after < 12 * 2**20
     assert str(measured).startswith("peak memory of 1 quantizer calls: 2")
+
+
+class TestVectorQuantize:
+    """Of ``vector_quantize_pytorch``: the whole layer, its options, and its distances."""
+
+    def layer(self, **options):
+        library = pytest.importorskip("vector_quantize_pytorch")
+        torch.manual_seed(0)
+        return library.VectorQuantize(dim=8, codebook_size=4096, **options).eval()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"use_cosine_sim": True},
+            {"codebook_dim": 4, "heads": 2},
+            {"codebook_dim": 4, "heads": 2, "separate_codebook_per_head": True},
+            {"learnable_codebook": True, "ema_update": False},
+            {"accept_image_fmap": True},
+        ],
+    )
+    def test_the_same_outputs(self, options):
+        layer = self.layer(**options)
+        x = torch.randn((2, 8, 6, 5) if "accept_image_fmap" in options else (2, 30, 8))
+        want = layer(x)
+        with search(layer):
+            got = layer(x)
+        assert torch.equal(got[1], want[1])
+        assert torch.equal(got[0], want[0])
+        for a, b in zip(layer(x), want, strict=True):
+            assert torch.equal(a, b)
+
+    def test_latents_times_codes_are_never_written(self):
+        layer = self.layer()
+        with search(layer) as searching:
+            measured = searching.measure(lambda: layer(torch.randn(1, 1024, 8)))
+        assert measured.same_ids and measured.calls == 1
+        assert measured.before > 60 * 2**20 and measured.after < 8 * 2**20
+
+    def test_distances_are_there_for_whoever_looks(self):
+        codebook, x = self.layer()._codebook, torch.randn(2, 30, 8)
+        want = codebook(x)[2]
+        with search(codebook):
+            got = codebook(x)[2]
+            assert got.shape == want.shape == (1, 2, 30, 4096)
+            assert torch.equal(got + 0, want)
+
+    def test_training_is_the_librarys(self):
+        layer, x = self.layer().train(), torch.randn(2, 30, 8)
+        state = copy.deepcopy(layer.state_dict())
+        want = layer(x)
+        after = copy.deepcopy(layer.state_dict())
+        layer.load_state_dict(state)
+        with search(layer):
+            got = layer(x)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(t, after[n]) for n, t in layer.state_dict().items())
 
 
 def test_inside_a_model():

@@ -387,6 +387,28 @@ class TestCommands:
         assert cli.main(["vq", "inspect", str(folder / "photo.png"), *tokenizer]) == 0
         assert "effective rank" in capsys.readouterr().out
 
+    def test_convert(self, files, capsys, monkeypatch):
+        """What keys do not tell comes from the options and stays in the file."""
+        folder, _ = files
+        told = []
+
+        def rewrite(source, out, **options):
+            told.append(options)
+            return load_tokenizer(folder / "t.safetensors")
+
+        monkeypatch.setattr("sage_diffusion.vq.checkpoints.convert", rewrite)
+        out = ["--out", folder / "y.safetensors"]
+        options = ["--metric", "dot", "--levels", "8,5", "--scales", "1,2,4"]
+        code, found = self.run(capsys, "convert", folder / "x.pt", *out, *options)
+        assert code == 0 and found["codebook_size"] == 50
+        code, _ = self.run(capsys, "convert", folder / "x.pt", *out)
+        assert told == [
+            {"metric": "dot", "levels": [8, 5], "scales": [1, 2, 4]},
+            {"metric": None, "levels": None, "scales": None},
+        ]
+        code, found = self.run(capsys, "convert", folder / "x.pt", *out, "--levels", "8x5")
+        assert code == 1 and "--levels must be numbers like 8,8,5, got 8x5" in found["error"]
+
     def test_train(self, files, capsys):
         folder, _ = files
         out = folder / "mine.safetensors"

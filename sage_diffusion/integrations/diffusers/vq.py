@@ -1,47 +1,54 @@
-"""VQGANs as diffusers, taming-transformers and SimVQ write them, through diffusers' ``VQModel``.
+"""VQGANs as diffusers, taming-transformers and others write them, through diffusers' ``VQModel``.
 
-MoVQ (Kandinsky) and aMUSEd's tokenizer are ``VQModel`` too.  The wrong range of pictures changes
-ids without an error: aMUSEd takes 0 .. 1, all others -1 .. 1.
+MoVQ (Kandinsky) and aMUSEd's tokenizer are ``VQModel`` too; SimVQ's, IBQ's, RQ-VAE's and VAR's
+networks are taming-transformers' under its names.  The wrong range of pictures changes ids without
+an error: aMUSEd takes 0 .. 1, all others -1 .. 1.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sage_diffusion.vq.families.base import Checkpoint, Family
-from sage_diffusion.vq.quantizers import VectorQuantizer
+from sage_diffusion.integrations.diffusers import taming
+from sage_diffusion.vq.families.base import (
+    Checkpoint,
+    Family,
+    averaged,
+    codes,
+    fill,
+    lacking,
+    numbers,
+)
+from sage_diffusion.vq.quantizers import FSQ, Quantizer, Residual
+from sage_diffusion.vq.quantizers.scales import Scales
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError, Traits
 
 _CODES = "quantize.embedding.weight"
 _PROJECTION = "quantize.embedding_proj"
+_LEVEL = r"quantizer\.codebooks\.(\d+)\.weight"
+_SCALE = "quantize.quant_resi."
 
-#: Parts of a training checkpoint that no tokenizer needs: losses, discriminators, weight averages.
-_IGNORED = re.compile(r"^(loss|model_ema|discriminator|colorize)\b|^quantize\.codebook_used$")
+#: IBQ's and Emu3.5's codebooks begin here.  Smaller ones of IBQ have a VQGAN's keys and shapes, and
+#: must be converted with ``metric="dot"``.
+_IBQ_CODES = 2**17
 
-#: Names of taming-transformers to those of diffusers, in the order in which they are replaced.
-_RENAMES = (
-    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-    (r"^encoder\.down\.(\d+)\.attn\.", r"encoder.down_blocks.\1.attentions."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.up\.(\d+)\.attn\.", r"decoder.up_blocks.\1.attentions."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+#: Sides of VAR's grids for pictures of 256 pixels.
+_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+#: Parts of a training checkpoint that no tokenizer needs: losses, discriminators, counts of codes.
+_IGNORED = re.compile(
+    r"^(loss|discriminator|colorize)\b|^quantize\.(codebook_used|ema_vocab_hit_SV)$"
+    r"|^quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)$"
 )
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """Pictures to latents."""
+
     def __init__(self, model: Any):
         super().__init__()
         self.encoder, self.quant_conv = model.encoder, model.quant_conv
@@ -50,7 +57,9 @@ class _Encoder(nn.Module):
         return self.quant_conv(self.encoder(x))
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
+    """Codes to pictures."""
+
     def __init__(self, model: Any):
         super().__init__()
         self.decoder, self.post_quant_conv = model.decoder, model.post_quant_conv
@@ -60,112 +69,182 @@ class _Decoder(nn.Module):
         return self.decoder(self.post_quant_conv(codes), codes if self.spatial else None)
 
 
-def _refuse(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.config is not None:
-        kind = checkpoint.config.get("_class_name")
-        return None if kind == "VQModel" else f"config.json names {kind}, not VQModel"
-    missing = [
-        name
-        for name in (_CODES, "encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight")
-        if name not in checkpoint.state
-    ]
-    return f"no {missing[0]} among the keys" if missing else None
-
-
-def _load(checkpoint: Checkpoint) -> Tokenizer:
+def _network(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
+    """A ``VQModel`` of weights under diffusers' names, without its codebook."""
     from diffusers import VQModel
 
-    state = {name: x.float() for name, x in checkpoint.state.items() if not _IGNORED.match(name)}
+    try:
+        model: Any = VQModel(**{**config, "num_vq_embeddings": 2})
+    except (TypeError, ValueError) as error:
+        raise TokenizerError(f"weights do not fit a VQModel: {error}") from None
+    model.quantize = nn.Identity()
+    for name in ("quant_conv", "post_quant_conv"):
+        weight = state[f"{name}.weight"]
+        if weight.shape[2] > 1:  # VAR's
+            out, width, size, _ = weight.shape
+            setattr(model, name, nn.Conv2d(width, out, size, padding=size // 2))
+    fill(model, state, "a VQModel")
+    return model
+
+
+def _tokenizer(
+    family: str,
+    quantizer: Quantizer,
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    **traits: Any,
+) -> Tokenizer:
+    if quantizer.dim != config["vq_embed_dim"]:
+        raise TokenizerError(
+            f"the codes must have {config['vq_embed_dim']} dims as the network, got {quantizer.dim}"
+        )
+    model = _network(state, config)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    return Tokenizer(
+        Encoder(model), quantizer, Decoder(model), Traits(family, factor, **traits), settings
+    )
+
+
+def _load_folder(checkpoint: Checkpoint) -> Tokenizer:
+    """As diffusers writes it."""
+    config = {k: v for k, v in (checkpoint.config or {}).items() if not k.startswith("_")}
+    state = dict(checkpoint.state)
     if _CODES not in state:
         raise TokenizerError(f"a VQModel must have {_CODES}, found none")
-    table = state[_CODES]
-    if checkpoint.config is not None:
-        config = {k: v for k, v in checkpoint.config.items() if not k.startswith("_")}
-    else:
-        table = _folded(state)
-        config = {"num_vq_embeddings": len(table), **_config(state)}
-        state = _renamed(state, len(config["block_out_channels"]))
-        state[_CODES] = table
-    _check_table(table, config)
-    try:
-        model = VQModel(**config)
-        model.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        raise TokenizerError(f"weights do not fit a VQModel: {said[:400]}") from None
-    quantizer = VectorQuantizer(table.shape[1], len(table), decay=None, kmeans=False)
-    quantizer.load_state_dict({"codebook": table})
-    low = 0.0 if config.get("lookup_from_codebook") else -1.0
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    traits = Traits("vqgan", factor, low=low)
-    return Tokenizer(_Encoder(model), quantizer, _Decoder(model), traits, dict(config))
-
-
-def _check_table(table: Tensor, config: dict[str, Any]) -> None:
-    wanted = (config.get("num_vq_embeddings"), config.get("vq_embed_dim") or table.shape[1])
+    table = state.pop(_CODES)
+    config["vq_embed_dim"] = config.get("vq_embed_dim") or config.get("latent_channels")
+    wanted = (config.get("num_vq_embeddings"), config["vq_embed_dim"])
     if tuple(table.shape) != wanted:
         raise TokenizerError(
             f"the codebook must be {wanted} as configured, got {tuple(table.shape)}"
         )
+    low = 0.0 if config.get("lookup_from_codebook") else -1.0
+    return _tokenizer("vqgan", codes(table), state, config, low=low)
 
 
-def _folded(state: dict[str, Tensor]) -> Tensor:
+def _load(checkpoint: Checkpoint, family: str, quantizer_of: Callable[..., Quantizer]) -> Tokenizer:
+    """Under taming-transformers' names."""
+    state = averaged(checkpoint.state)
+    state = {name: x.float() for name, x in state.items() if not _IGNORED.match(name)}
+    quantizer = quantizer_of(state, checkpoint.header or {})
+    config = taming.config_of(state)
+    traits = {}
+    if isinstance(quantizer, Scales):
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        traits = {"size": factor * quantizer.scales[-1], "tokens": quantizer.tokens}
+    return _tokenizer(family, quantizer, taming.renamed(state), config, **traits)
+
+
+def _plain(state: dict[str, Tensor], header: dict[str, Any]) -> Quantizer:
     """The codes: of SimVQ those behind its projection, which its own decoding of ids forgets."""
     table = state.pop(_CODES)
     weight = state.pop(f"{_PROJECTION}.weight", None)
     bias = state.pop(f"{_PROJECTION}.bias", None)
-    return table if weight is None else nn.functional.linear(table, weight, bias)
+    if weight is not None:
+        table = nn.functional.linear(table, weight, bias)
+    return codes(table, header.get("metric") or "l2")
 
 
-def _numbers(state: dict[str, Tensor], pattern: str) -> list[int]:
-    """Numbers that stand in names, ascending."""
-    return sorted({int(m[1]) for m in (re.match(pattern, name) for name in state) if m})
+def _dot(state: dict[str, Tensor], header: dict[str, Any]) -> Quantizer:
+    return codes(state.pop(_CODES), "dot")
 
 
-def _config(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What a ``VQModel`` of these taming weights is made with; the codes are gone already."""
-    levels = _numbers(state, r"encoder\.down\.(\d+)\.")
-    blocks = _numbers(state, r"encoder\.down\.0\.block\.(\d+)\.")
-    attentive = _numbers(state, r"encoder\.down\.(\d+)\.attn\.")
-    latent = state["encoder.conv_out.weight"].shape[0]
-    codes = state.get("quant_conv.weight")
-    return {
-        "block_out_channels": [
-            state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels
-        ],
-        "down_block_types": [
-            "AttnDownEncoderBlock2D" if i in attentive else "DownEncoderBlock2D" for i in levels
-        ],
-        "up_block_types": [
-            "AttnUpDecoderBlock2D" if i in attentive else "UpDecoderBlock2D"
-            for i in reversed(levels)
-        ],
-        "layers_per_block": len(blocks),
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "latent_channels": latent,
-        "vq_embed_dim": latent if codes is None else codes.shape[0],
-        "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in state,
-    }
+def _rounded(state: dict[str, Tensor], header: dict[str, Any]) -> Quantizer:
+    return FSQ(header["levels"])
 
 
-def _renamed(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """Weights under diffusers' names: its decoder counts levels from the coarsest."""
-    found = {}
-    for name, tensor in state.items():
-        new = re.sub(
-            r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name
-        )
-        for pattern, replacement in _RENAMES:
-            new = re.sub(pattern, replacement, new)
-        linear = re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", new)
-        found[new] = tensor[:, :, 0, 0] if linear and tensor.ndim == 4 else tensor
-    if "quant_conv.weight" not in found:  # SimVQ's latents are the codes' own
-        width = found["encoder.conv_out.weight"].shape[0]
-        for part in ("quant_conv", "post_quant_conv"):
-            found[f"{part}.weight"] = torch.eye(width)[:, :, None, None]
-            found[f"{part}.bias"] = torch.zeros(width)
-    return found
+def _residual(state: dict[str, Tensor], header: dict[str, Any]) -> Quantizer:
+    """RQ-VAE's levels; the last row of each table is padding."""
+    count = len(numbers(state, _LEVEL))
+    tables = [state.pop(f"quantizer.codebooks.{i}.weight")[:-1] for i in range(count)]
+    return codes(tables[0]) if count == 1 else Residual([codes(table) for table in tables])
 
 
-FAMILY = Family("vqgan", _refuse, _load)
+def _scales(state: dict[str, Tensor], header: dict[str, Any]) -> Quantizer:
+    """VAR's; its convolutions are one for all scales, some that share, or one each."""
+    table = state.pop(_CODES)
+    weights = {name: state.pop(name) for name in list(state) if name.startswith(_SCALE)}
+    found = sorted({name.rpartition(".")[0] for name in weights}, key=_natural)
+    sides = header.get("scales") or _SIDES
+    quantizer = Scales(table.shape[1], len(table), sides, convolutions=len(found))
+    own = {"codebook": table}
+    for i, name in enumerate(found):
+        for part in ("weight", "bias"):
+            own[f"convolutions.{i}.{part}"] = weights[f"{name}.{part}"]
+    fill(quantizer, own, "multi-scale quantization")
+    return quantizer
+
+
+def _natural(name: str) -> list[int]:
+    """Order of numbered names."""
+    return [int(digits) for digits in re.findall(r"\d+", name)]
+
+
+def _refuse_network(checkpoint: Checkpoint) -> str | None:
+    for key in ("_class_name", "model_type"):
+        if key in (checkpoint.config or {}):
+            return f"config.json has {key} {(checkpoint.config or {})[key]}"
+    if "encoder.time_conv.0.conv.conv.weight" in checkpoint.state:
+        return "encoder.time_conv makes it Emu3's"
+    return lacking(checkpoint.state, *taming.KEYS)
+
+
+def _metric(checkpoint: Checkpoint) -> str:
+    """As its conversion was told, else told by the codebook's size; SimVQ's may be as large."""
+    told = (checkpoint.header or {}).get("metric")
+    simvq = f"{_PROJECTION}.weight" in checkpoint.state
+    large = len(checkpoint.state[_CODES]) >= _IBQ_CODES
+    return told or ("dot" if large and not simvq else "l2")
+
+
+def _refuse_plain(checkpoint: Checkpoint) -> str | None:
+    config = checkpoint.config
+    if config is not None and "_class_name" in config:
+        kind = config["_class_name"]
+        return None if kind == "VQModel" else f"config.json names {kind}, not VQModel"
+    reason = lacking(checkpoint.state, _CODES) or _refuse_network(checkpoint)
+    if reason is None and any(name.startswith(_SCALE) for name in checkpoint.state):
+        return "quantize.quant_resi makes it multi-scale"
+    if reason is None and _metric(checkpoint) == "dot":
+        return f"its codes are chosen by dot product, as from {_IBQ_CODES} codes on"
+    return reason
+
+
+def _refuse_dot(checkpoint: Checkpoint) -> str | None:
+    reason = lacking(checkpoint.state, _CODES) or _refuse_network(checkpoint)
+    if reason is None and _metric(checkpoint) != "dot":
+        return f"fewer than {_IBQ_CODES} codes, and its header has no metric dot"
+    return reason
+
+
+def _refuse_rounded(checkpoint: Checkpoint) -> str | None:
+    if not (checkpoint.header or {}).get("levels"):
+        return "its header has no levels"
+    return _refuse_network(checkpoint)
+
+
+def _refuse_residual(checkpoint: Checkpoint) -> str | None:
+    reason = lacking(checkpoint.state, "quantizer.codebooks.0.weight")
+    return reason or _refuse_network(checkpoint)
+
+
+def _refuse_scales(checkpoint: Checkpoint) -> str | None:
+    if not any(name.startswith(_SCALE) for name in checkpoint.state):
+        return f"no {_SCALE}* among the keys"
+    return lacking(checkpoint.state, _CODES) or _refuse_network(checkpoint)
+
+
+def _load_plain(checkpoint: Checkpoint) -> Tokenizer:
+    if checkpoint.config is not None and "_class_name" in checkpoint.config:
+        return _load_folder(checkpoint)
+    return _load(checkpoint, "vqgan", _plain)
+
+
+FAMILIES = (
+    Family("vqgan", _refuse_plain, _load_plain),
+    Family("ibq", _refuse_dot, lambda found: _load(found, "ibq", _dot)),
+    Family("fsq", _refuse_rounded, lambda found: _load(found, "fsq", _rounded)),
+    Family("rq-vae", _refuse_residual, lambda found: _load(found, "rq-vae", _residual)),
+    Family("var", _refuse_scales, lambda found: _load(found, "var", _scales)),
+)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sage_diffusion.vq.tokenizer import Tokenizer
+from sage_diffusion.vq.quantizers import VectorQuantizer
+from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 
 
 class Checkpoint(NamedTuple):
@@ -38,3 +40,48 @@ class Family:
     name: str
     refuse: Callable[[Checkpoint], str | None]
     load: Callable[[Checkpoint], Tokenizer]
+
+
+def lacking(state: Iterable[str], *names: str) -> str | None:
+    """The first of these keys that is missing, in words; None if there are all."""
+    missing = next((name for name in names if name not in state), None)
+    return None if missing is None else f"no {missing} among the keys"
+
+
+def numbers(state: Iterable[str], pattern: str) -> list[int]:
+    """Numbers that stand in keys, ascending."""
+    return sorted({int(m[1]) for m in (re.match(pattern, name) for name in state) if m})
+
+
+def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with their averages in their places, where training kept such.
+
+    The authors of IBQ and Open-MAGVIT2 evaluate with those, and SimVQ's checkpoints have them too.
+    Averages lie under ``model_ema.`` and the name without its dots.
+    """
+    found = {}
+    for name, tensor in state.items():
+        average = state.get("model_ema." + name.replace(".", ""))
+        if not name.startswith("model_ema."):
+            found[name] = tensor if average is None else average
+    return found
+
+
+def codes(table: Tensor, metric: str = "l2") -> VectorQuantizer:
+    """A codebook that is not trained any more."""
+    quantizer = VectorQuantizer(table.shape[1], len(table), decay=None, kmeans=False, metric=metric)
+    quantizer.load_state_dict({"codebook": table.float()})
+    return quantizer
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Put weights into a network.
+
+    Raises:
+        TokenizerError: they are of another one.
+    """
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise TokenizerError(f"weights do not fit {what}: {said[:400]}") from None

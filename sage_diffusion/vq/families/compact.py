@@ -112,4 +112,4 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
-FAMILY = Family(_NAME, _refuse, _load)
+FAMILIES = (Family(_NAME, _refuse, _load),)

@@ -31,11 +31,13 @@ class Quantizer(nn.Module, ABC):
         dim: D.
         codebook_size: values that one id can take.
         levels: ids per latent; with one the last axis of the ids is left out.
+        grid: rows and columns of the latents, where it needs to know their places.
         settings: what :func:`sage_diffusion.vq.quantizers.build` makes it from, as JSON.
     """
 
     kind = ""
     levels = 1
+    grid: tuple[int, int] | None = None
 
     def __init__(self, dim: int, codebook_size: int, settings: dict[str, Any]):
         super().__init__()

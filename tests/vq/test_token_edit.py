@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sage_diffusion.vq import Residual, SimVQ, VectorQuantizer
-from sage_diffusion.vq.edit import paint, palette, shuffle, swap, token_mask
+from sage_diffusion.vq.edit import paint, palette, shuffle, swap, touched
 from sage_diffusion.vq.families import compact
 from sage_diffusion.vq.pictures import code_sheet, token_map, usage_map
 from sage_diffusion.vq.tokenizer import TokenizerError
@@ -26,10 +26,10 @@ EVERYWHERE = torch.ones(1, 1, 1, dtype=torch.bool)
 def test_a_mask_touches_every_token_that_it_is_painted_on():
     mask = torch.zeros(24, 16)
     mask[7, 15] = 1
-    grid = token_mask(mask, 3, 2)
+    grid = touched(mask, 3, 2)
     assert grid.tolist() == [[[False, True], [False, False], [False, False]]]
-    assert token_mask(torch.full((1, 5, 7), 0.4), 3, 2).sum() == 0
-    assert token_mask(torch.ones(2, 3, 2), 6, 4).shape == (2, 6, 4)  # a coarser mask than tokens
+    assert touched(torch.full((1, 5, 7), 0.4), 3, 2).sum() == 0
+    assert touched(torch.ones(2, 3, 2), 6, 4).shape == (2, 6, 4)  # a coarser mask than tokens
 
 
 @pytest.mark.parametrize("levels", [(), (2,)])

@@ -1,0 +1,1 @@
+"""transformers: the tokenizers and generators of pictures that it has."""
