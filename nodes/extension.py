@@ -27,6 +27,7 @@ from sage_diffusion.nodes.vq import (
     VQEncode,
     VQTokenEdit,
 )
+from sage_diffusion.nodes.vq_fill import VQFill
 
 NODES: list[type[io.ComfyNode]] = [
     SageAttention,
@@ -44,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     VQEncode,
     VQDecode,
     VQTokenEdit,
+    VQFill,
     CodebookInspector,
     SaveVQTokens,
     LoadVQTokens,

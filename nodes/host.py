@@ -19,6 +19,9 @@ CATEGORY = "model/patch/Sage Diffusion"
 
 #: The same of VQ tokenizers; pickles are there to be converted.
 TOKENIZERS = "vq_tokenizers"
+
+#: The same of models that fill masked tokens: folders.
+FILLS = "vq_fill"
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 Plan = io.Custom("PLAN")
@@ -33,11 +36,12 @@ def register_plan_folder() -> None:
 
 
 def register_tokenizer_folder() -> None:
-    """Tell ComfyUI about ``models/vq_tokenizers``."""
+    """Tell ComfyUI about ``models/vq_tokenizers`` and ``models/vq_fill``."""
     folder = str(Path(folder_paths.models_dir) / TOKENIZERS)
     folder_paths.add_model_folder_path(TOKENIZERS, folder)
     paths, _ = folder_paths.folder_names_and_paths[TOKENIZERS]
     folder_paths.folder_names_and_paths[TOKENIZERS] = (paths, {".safetensors", *_PICKLES})
+    folder_paths.add_model_folder_path(FILLS, str(Path(folder_paths.models_dir) / FILLS))
 
 
 def tokenizer_names() -> list[str]:
@@ -52,6 +56,17 @@ def tokenizer_names() -> list[str]:
             if path.parent not in inside
         ]
     return ["bundled", *sorted({name.as_posix() for name in names})]
+
+
+def fill_names() -> list[str]:
+    """Folders of fill models and of aMUSEd's pipelines."""
+    names = set()
+    for root in map(Path, folder_paths.get_folder_paths(FILLS)):
+        whole = {path.parent for path in root.rglob("model_index.json")}
+        own = {path.parent for path in root.rglob("config.json")}
+        names |= {p.relative_to(root).as_posix() for p in whole}
+        names |= {p.relative_to(root).as_posix() for p in own if p.parent not in whole}
+    return sorted(names) or [f"(none in models/{FILLS})"]
 
 
 def tokenizer_path(name: str) -> Path:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sage_diffusion.vq.idfile import Tokens
     from sage_diffusion.vq.tokenizer import Tokenizer
 
-_CATEGORY = "image/VQ tokens"
+VQ_CATEGORY = "image/VQ tokens"
 
 VQTokenizer = io.Custom("VQ_TOKENIZER")
 VQTokens = io.Custom("VQ_TOKENS")
@@ -66,7 +66,7 @@ class LoadVQTokenizer(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionLoadVQTokenizer",
             display_name="Load VQ Tokenizer",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Loads a VQ tokenizer: the bundled one, or from models/vq_tokenizers a "
             ".safetensors file or a folder as diffusers writes it. Its family is told by its keys.",
             search_aliases=["vqgan", "movq", "simvq", "tokenizer", "codebook"],
@@ -113,7 +113,7 @@ class VQEncode(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionVQEncode",
             display_name="VQ Encode",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Turns pictures into grids of tokens. Sides are cropped to whole tokens, "
             "centred.",
             search_aliases=["tokens", "vqgan encode", "tokenize picture"],
@@ -152,7 +152,7 @@ class VQDecode(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionVQDecode",
             display_name="VQ Decode",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Turns tokens back into pictures, with the tokenizer that made them.",
             search_aliases=["tokens", "vqgan decode", "detokenize"],
             inputs=[
@@ -185,7 +185,7 @@ class VQTokenEdit(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionVQTokenEdit",
             display_name="VQ Token Edit",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Changes tokens inside a mask, or all of them: one token everywhere, two "
             "swapped, shuffled, or replaced by the nearest of a few.",
             search_aliases=["tokens", "edit tokens", "codebook palette"],
@@ -284,7 +284,7 @@ class CodebookInspector(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionCodebookInspector",
             display_name="Codebook Inspector",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Shows how tokens use their codebook: a heat map of all codes, the grid of "
             "ids in colours, the most used codes decoded, and the figures.",
             search_aliases=["codebook usage", "dead codes", "token map"],
@@ -335,7 +335,7 @@ class SaveVQTokens(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionSaveVQTokens",
             display_name="Save VQ Tokens",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Writes tokens, packed to their bits, into the output folder (.vqt).",
             search_aliases=["save tokens", "vqt"],
             is_output_node=True,
@@ -370,7 +370,7 @@ class LoadVQTokens(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionLoadVQTokens",
             display_name="Load VQ Tokens",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Reads a file of tokens (.vqt) from the input or the output folder.",
             search_aliases=["load tokens", "vqt"],
             inputs=[
@@ -422,7 +422,7 @@ class ConvertTokenizer(io.ComfyNode):
         return io.Schema(
             node_id="SageDiffusionConvertTokenizer",
             display_name="Convert VQ Tokenizer",
-            category=_CATEGORY,
+            category=VQ_CATEGORY,
             description="Rewrites a pickled tokenizer (.ckpt, .pt, .pth, .bin) of "
             "models/vq_tokenizers as safetensors beside it. A pickle that wants to run code is "
             "refused; nothing is overwritten.",

@@ -40,7 +40,7 @@ ALSO_TESTS = {
     ),
     "comfy/test_server.py": (
         "nodes.accuracy nodes.attention nodes.calibrate nodes.doctor nodes.extension nodes.host "
-        "nodes.plan nodes.verify nodes.vq sage_diffusion.integrations.comfy.verify"
+        "nodes.plan nodes.verify nodes.vq nodes.vq_fill sage_diffusion.integrations.comfy.verify"
     ),
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",

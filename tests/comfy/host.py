@@ -118,6 +118,7 @@ def serve(comfy: Path, models: Path, out: Path, *arguments: str) -> Iterator[Ser
         "checkpoints",
         "diffusion_models",
         "vq_tokenizers",
+        "vq_fill",
         "text_encoders",
         "vae",
         "vae_approx",

@@ -26,6 +26,7 @@ NODES = (
     "SageDiffusionVQEncode",
     "SageDiffusionVQDecode",
     "SageDiffusionVQTokenEdit",
+    "SageDiffusionVQFill",
     "SageDiffusionCodebookInspector",
     "SageDiffusionSaveVQTokens",
     "SageDiffusionLoadVQTokens",
