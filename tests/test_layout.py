@@ -19,7 +19,7 @@ ALSO_TESTS = {
     ),
     "adapt/test_table.py": "sage_diffusion.adapt.table_json",
     "attend/test_dispatch.py": (
-        "sage_diffusion.attend.backends sage_diffusion.attend.calls "
+        "sage_diffusion.attend.backend sage_diffusion.attend.backends sage_diffusion.attend.calls "
         "sage_diffusion.attend.providers sage_diffusion.attend.validation sage_diffusion.machine"
     ),
     "attend/test_guard.py": "sage_diffusion.attend.finite",
@@ -55,6 +55,7 @@ ALSO_TESTS = {
     "kernels/test_attention.py": "kernels.attention.reference",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
+    "kernels/test_tuning.py": "kernels.attention.record",
     "kernels/test_gluon_attention.py": (
         "kernels.attention.gluon kernels.attention.gluon_asm kernels.attention.gluon_columns "
         "kernels.attention.gluon_fp4 kernels.attention.gluon_kernel "

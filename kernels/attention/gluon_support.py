@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from ..formats import Precision
 from ..spec import AttentionSpec
+from .record import Kernels
 
 
 class GluonLaunch(NamedTuple):
@@ -49,6 +51,12 @@ TRITON_VERSION = (3, 6)
 def launch(dim: int) -> GluonLaunch:
     """The configuration for a padded head dim."""
     return _LAUNCHES[dim]
+
+
+def candidates() -> list[GluonLaunch]:
+    """Launches that a card may prefer."""
+    rings = ((1, 2), (1, 4), (2, 2))
+    return [GluonLaunch(warps, *ring) for warps, ring in itertools.product((4, 8), rings)]
 
 
 def unsupported_spec(spec: AttentionSpec) -> str | None:
@@ -92,3 +100,16 @@ def unsupported(
     if head_dim is not None and head_dim > MAX_INT8_HEAD_DIM and spec.qk is Precision.INT8:
         return f"int8 fits into registers up to head_dim {MAX_INT8_HEAD_DIM}, got {head_dim}"
     return None
+
+
+KERNELS = Kernels(
+    "gluon",
+    "this package's kernels whose P stays in registers: INT4, FP4, 8 bit on NVIDIA cards",
+    f"{__package__}.gluon",
+    unsupported_spec,
+    unsupported,
+    launch=lambda arch, dim, spec: launch(dim),
+    candidates=lambda arch, dim, spec: candidates(),
+    knobs=("num_warps", "step", "stages"),
+    triton_version=lambda spec: TRITON_VERSION,
+)
