@@ -52,7 +52,7 @@ ALSO_TESTS = {
     "integrations/test_diffusers_pipelines.py": "sage_diffusion.integrations.diffusers.patch",
     "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
-    "kernels/test_attention.py": "kernels.attention.reference",
+    "kernels/test_attention.py": "kernels.attention.reference kernels.attention.terms",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
     "kernels/test_tuning.py": "kernels.attention.record",
@@ -65,7 +65,9 @@ ALSO_TESTS = {
     "kernels/test_hopper_attention.py": (
         "kernels.attention.hopper kernels.attention.hopper_kernel kernels.attention.operands"
     ),
-    "kernels/test_quantize.py": "kernels.quantize.reference kernels.quantize.permute",
+    "kernels/test_quantize.py": (
+        "kernels.quantize.limits kernels.quantize.permute kernels.quantize.reference"
+    ),
     "kernels/test_quantize_triton.py": (
         "kernels.quantize.stats kernels.quantize.triton kernels.quantize.triton_fp4 "
         "kernels.quantize.triton_value kernels.tiles"

@@ -24,7 +24,7 @@ from .gluon_masks import pack_mask
 from .gluon_support import MAX_REGISTERS, GluonLaunch, Tuned, unsupported_spec
 from .gluon_support import launch as launch_for
 from .operands import quantize_operands
-from .reference import smoothed_lse
+from .terms import smoothed_lse
 
 #: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
 BIAS_BYTES = 64 * 2**20

@@ -15,7 +15,7 @@ from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, padded_dim, padde
 from ..quantize.permute import column_order
 from ..quantize.rope import load_rotated_rows, rope_arguments
 from ..rope import Rope
-from .reference import MASK_FLOOR
+from .terms import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
 #: What an integer sum of the kernel starts from, as a float (``gluon_asm.MAGIC_BITS``).

@@ -21,7 +21,7 @@ from .hopper_kernel import attention_kernel
 from .hopper_support import TILE_KEYS, HopperLaunch, Tuned, unsupported_spec
 from .hopper_support import launch as launch_for
 from .operands import quantize_operands
-from .reference import smoothed_lse
+from .terms import smoothed_lse
 
 
 def attend_quantized(

@@ -23,7 +23,7 @@ from ..versions import barrier, tma_load
 from .gluon_layouts import partial_layout
 from .gluon_program import to_output
 from .hopper_support import TILE_KEYS
-from .reference import MASK_FLOOR
+from .terms import MASK_FLOOR
 
 _LOG2E, _MASK_FLOOR = gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
 

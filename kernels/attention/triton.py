@@ -30,7 +30,7 @@ from ..tiles import int_to_float, round_to_int, to_output
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .operands import quantize_operands
-from .reference import MASK_FLOOR, half_value, smoothed_lse
+from .terms import MASK_FLOOR, half_value, smoothed_lse
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)

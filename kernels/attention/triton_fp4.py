@@ -25,7 +25,7 @@ from ..formats import (
     QuantizedValue,
     padded_dim,
 )
-from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
 from ..rope import Rope
 from ..spec import AttentionSpec
@@ -34,7 +34,7 @@ from ..versions import to_e4m3
 from . import tuning
 from .gluon_columns import as_columns, columns_length, key_bias
 from .operands import quantize_operands
-from .reference import MASK_FLOOR, smoothed_lse
+from .terms import MASK_FLOOR, smoothed_lse
 
 _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 _TILE_N, _GROUP = tl.constexpr(TILE_N), tl.constexpr(FP4_GROUP)

@@ -21,7 +21,7 @@ from ..formats import (
 from ..rope import Rope
 from ..tiles import round_even, round_to_int
 from ..versions import to_e4m3
-from .reference import (
+from .limits import (
     CLIP_LIMIT,
     CLIP_RESOLUTION,
 )
