@@ -55,6 +55,7 @@ ALSO_TESTS = {
     "kernels/test_attention.py": "kernels.attention.reference kernels.attention.terms",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
+    "kernels/test_launches.py": "kernels.attention.entry",
     "kernels/test_tuning.py": "kernels.attention.record",
     "kernels/test_gluon_attention.py": (
         "kernels.attention.gluon kernels.attention.gluon_asm kernels.attention.gluon_columns "

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from ..formats import Precision
 from ..spec import AttentionSpec
@@ -31,9 +28,6 @@ class GluonLaunch(NamedTuple):
         """Query rows of a program."""
         return 16 * self.num_warps
 
-
-#: As :data:`.tuning.Tuned`, for this kernel.
-Tuned = Callable[[torch.device, AttentionSpec, int], "GluonLaunch | None"]
 
 #: By padded head dim.  ``stages`` is a power of two, which makes a ring's slot one instruction.
 _LAUNCHES = {64: GluonLaunch(8, 1, 4), 128: GluonLaunch(8, 1, 4), 256: GluonLaunch(8, 1, 2)}

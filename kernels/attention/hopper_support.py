@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from ..formats import Precision
 from ..spec import AttentionSpec
@@ -33,9 +30,6 @@ class HopperLaunch(NamedTuple):
         """Query rows of a program."""
         return 16 * self.num_warps
 
-
-#: As :data:`.tuning.Tuned`, for this kernel.
-Tuned = Callable[[torch.device, AttentionSpec, int], "HopperLaunch | None"]
 
 #: Keys of a tile.
 TILE_KEYS = 128

@@ -7,8 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..formats import TILE_N
 from ..spec import AttentionSpec
+
+#: Launches that were measured on a card: ``tuned(device, spec, padded head dim)``, None where
+#: nothing was.  Who keeps them in a file hands them to a kernel's entry.
+Tuned = Callable[[torch.device, AttentionSpec, int], Any]
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Kernels:
         knobs: fields of a launch that are chosen for a card; the rest is its architecture's own.
         triton_version: ``(spec)`` -> Triton's first version that will do.
         permuted: ``(spec)`` -> whether V's tokens are in the order of P's registers.
+        adds_key_masks: one mask for all queries comes as part of the bias, else as a mask.
         devices: that they run on, in words.
         tile_keys: keys of a tile.
     """
@@ -44,6 +51,7 @@ class Kernels:
     knobs: tuple[str, ...]
     triton_version: Callable[[AttentionSpec], tuple[int, int]]
     permuted: Callable[[AttentionSpec], bool] = lambda spec: True
+    adds_key_masks: bool = True
     devices: str = "CUDA"
     tile_keys: int = TILE_N
 

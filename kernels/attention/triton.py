@@ -24,13 +24,11 @@ from ..formats import (
     QuantizedValue,
     padded_length,
 )
-from ..rope import Rope
-from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int, to_output
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
-from .operands import quantize_operands
-from .terms import MASK_FLOOR, half_value, smoothed_lse
+from .entry import Bias, attention_of, outputs, readable
+from .terms import MASK_FLOOR, half_value
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
@@ -322,6 +320,7 @@ def attend_quantized(
     v: Tensor | QuantizedValue,
     *,
     delta_s: Tensor | None = None,
+    bias: Bias | None = None,
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
@@ -335,7 +334,7 @@ def attend_quantized(
         q: INT8; its scales must be positive.  FP4 goes to :func:`.triton_fp4.attend_quantized`.
         k: as q.
         v: any float, or INT8 or FP8.
-        delta_s: must be None, the INT8 kernel adds nothing to S.
+        delta_s, bias: must be None, the INT8 kernel adds nothing to S.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
         launch: instead of the one for the card and head dim.
@@ -349,6 +348,7 @@ def attend_quantized(
             k,
             v,
             delta_s=delta_s,
+            bias=bias,
             mask=mask,
             is_causal=is_causal,
             fp16_accumulator=fp16_accumulator,
@@ -359,7 +359,7 @@ def attend_quantized(
     for name, x in (("q", q), ("k", k)):
         if x.precision is not Precision.INT8:
             raise ValueError(f"{name} must be int8, got {x.precision.value}")
-    if delta_s is not None:
+    if delta_s is not None or bias is not None:
         raise ValueError("delta_s must be None: smooth_q is not part of this kernel")
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
@@ -384,9 +384,7 @@ def attend_quantized(
         pv = "fp8-fast"
     kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-        mask = mask.float() if mask.dtype == torch.float64 else mask
+        kind, mask = readable(mask)
         # The kernel's offsets within a tile have 32 bits.
         if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
             mask = mask.contiguous()
@@ -397,10 +395,7 @@ def attend_quantized(
         strides = list(mask.stride())
     reads = "" if mask is None else "rows" if strides[2] else "keys"
     config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv)
-    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
-    lse = None
-    if return_lse:
-        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    out, lse = outputs(q, head_dim, out_dtype, return_lse)
     blocks = triton.cdiv(q_len, config.block_m)
     with torch.cuda.device_of(q.data):
         _attention_fwd_kernel[(blocks * batch * heads,)](
@@ -444,66 +439,4 @@ def attend_quantized(
     return out, lse
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    tuned: tuning.Tuned | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`.reference.attention` for the specs that :func:`.tuning.unsupported` lets pass.
-
-    Args:
-        tuned: launches measured on this card, instead of the built-in ones.
-        rope_q, rope_k: rotate q and k as they are quantized.
-
-    Returns:
-        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
-        if ``return_lse``, else None.
-
-    Raises:
-        ValueError: the spec is not one of this kernel's.
-    """
-    reason = tuning.unsupported_spec(spec)
-    if reason is not None:
-        raise ValueError(f"{spec}: {reason}")
-    dtype = q.dtype
-    if dtype == torch.float64:
-        q, k, v = q.float(), k.float(), v.float()
-    if spec.qk is Precision.FP4:
-        out, lse = triton_fp4.attention(
-            q,
-            k,
-            v,
-            spec,
-            mask,
-            is_causal,
-            scale,
-            return_lse,
-            tuned=tuned,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
-        return out.to(dtype), lse
-    x = quantize_operands(q, k, v, spec, scale, rope_q=rope_q, rope_k=rope_k)
-    out, lse = attend_quantized(
-        x.q,
-        x.k,
-        x.v,
-        mask=mask,
-        is_causal=is_causal,
-        fp16_accumulator=spec.pv_accumulator == "fp16",
-        out_dtype=dtype,
-        return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
-    )
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
-    return out, lse
+attention = attention_of(tuning.KERNELS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,10 +27,6 @@ class Launch(NamedTuple):
     num_stages: int
     shift: bool = False
 
-
-#: Launches that were measured on a card: ``tuned(device, spec, padded head dim)``, None where
-#: nothing was.  Who keeps them in a file hands them to a kernel's entry.
-Tuned = Callable[[torch.device, AttentionSpec, int], "Launch | None"]
 
 #: Launches by prefix of the architecture, the first that matches, and padded head dim.  Fewer warps
 #: spill at head dim 128, on sm_120 at 64 too; on RDNA, whose matrix operands take twice the
@@ -240,5 +235,6 @@ KERNELS = Kernels(
     knobs=("block_m", "num_warps", "num_stages"),
     permuted=lambda spec: spec.pv is Precision.FP4,
     triton_version=triton_version,
+    adds_key_masks=False,
     devices="CUDA or ROCm",
 )

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import grid
 from helpers import card, fused_view, relative_l1, same_bits
 
-from sage_diffusion.kernels.attention import reference, terms
+from sage_diffusion.kernels.attention import entry, reference, terms
 from sage_diffusion.kernels.attention.hopper_support import TILE_KEYS
 from sage_diffusion.kernels.formats import LOG2E, TILE_N, QuantizedValue
 from sage_diffusion.kernels.quantize import permute
@@ -166,7 +166,7 @@ def test_call(call: grid.Call):
         card(call.kernel.cc),
         recorded(quantize, *quantizers) as quantized,
         recorded(module, "attend_quantized") as attended,
-        recorded(module, "key_bias") as biased,
+        recorded(entry, "key_bias") as biased,
     ):
         out, lse = module.attention(
             q, k, v, spec, mask=mask, is_causal=call.is_causal, return_lse=call.return_lse
@@ -175,10 +175,10 @@ def test_call(call: grid.Call):
         bias = options.get("bias")
         if callable(bias):
             bias = bias(0, -(-call.q_len // 128))
-    for entry in quantized:
-        check_quantizer(*entry)
-    for _, *entry in biased:
-        check_bias(*entry)
+    for made in quantized:
+        check_quantizer(*made)
+    for _, *made in biased:
+        check_bias(*made)
 
     q_codes, k_codes, values = operands
     if call.kernel.backend != "triton" and isinstance(values, QuantizedValue):
