@@ -61,7 +61,7 @@ ALSO_TESTS = {
         "kernels.attention.gluon kernels.attention.gluon_asm kernels.attention.gluon_columns "
         "kernels.attention.gluon_fp4 kernels.attention.gluon_kernel "
         "kernels.attention.gluon_layouts kernels.attention.gluon_masks "
-        "kernels.attention.gluon_program"
+        "kernels.attention.gluon_program kernels.attention.gluon_tile"
     ),
     "kernels/test_hopper_attention.py": (
         "kernels.attention.hopper kernels.attention.hopper_kernel kernels.attention.operands"
