@@ -73,7 +73,7 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
             # One mask for all queries costs next to nothing as part of the bias.
             key_mask, mask = mask.expand(q.shape[0], q.shape[1], 1, k.shape[2]), None
         if x.q_mean is not None or key_mask is not None:
-            options["bias"] = _bias(x, q.shape[1], k, rope_k, key_mask)
+            options["bias"] = bias_of(x, q.shape[1], k, rope_k, key_mask)
         out, lse = kernels.load().attend_quantized(
             x.q,
             x.k,
@@ -93,8 +93,17 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
     return attention
 
 
-def _bias(x: Operands, heads: int, k: Tensor, rope_k: Rope | None, mask: Tensor | None) -> Bias:
-    """Delta-S, a mask of the keys, or their sum."""
+def bias_of(
+    x: Operands, heads: int, k: Tensor, rope_k: Rope | None = None, mask: Tensor | None = None
+) -> Bias:
+    """Delta-S, a mask of the keys, or their sum.
+
+    Args:
+        x: with the means of Q and K.
+        heads: of Q.
+        k: ``[B, Hkv, Lk, D]``, which ``rope_k`` rotates.
+        mask: ``[B, H, 1, Lk]``.
+    """
 
     def bias(first: int, count: int) -> Tensor:
         if x.q_mean is None:

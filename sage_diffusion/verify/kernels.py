@@ -76,23 +76,15 @@ class Kernel(NamedTuple):
 
     def attend(self, operands: Operands, x: Inputs) -> Tensor:
         """The attention kernel alone, no mask; with smoothed Q also the bias that belongs to it."""
-        options: dict[str, Any] = {"out_dtype": x.q.dtype, "return_lse": False}
-        options["fp16_accumulator"] = self.spec.pv_accumulator == "fp16"
+        options: dict[str, Any] = {
+            "out_dtype": x.q.dtype,
+            "return_lse": False,
+            "fp16_accumulator": self.spec.pv_accumulator == "fp16",
+        }
         if operands.q_mean is not None:
-            from sage_diffusion.kernels.attention.gluon_columns import key_bias
+            from sage_diffusion.kernels.attention.entry import bias_of
 
-            def bias(first: int, count: int) -> Tensor:
-                return key_bias(
-                    x.q.shape[1],
-                    x.k,
-                    q_mean=operands.q_mean,
-                    k_mean=operands.k_mean,
-                    multiplier=operands.multiplier,
-                    first_block=first,
-                    blocks=count,
-                )
-
-            options["bias"] = bias
+            options["bias"] = bias_of(operands, x.q.shape[1], x.k)
         launch = _tuned(self.ours, x.q.device, self.spec, padded_dim(x.q.shape[-1]))
         out: Tensor = self.ours.load().attend_quantized(
             operands.q, operands.k, operands.v, **options, launch=launch
