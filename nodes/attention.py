@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from sage_diffusion.attend.backends import BACKEND_NAMES
+from sage_diffusion.attend import backends
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
@@ -123,7 +123,7 @@ class SageAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend",
-                    options=list(BACKEND_NAMES),
+                    options=list(backends.names()),
                     default="auto",
                     advanced=True,
                     tooltip="Who computes. auto takes the first that can; reference is the slow, "

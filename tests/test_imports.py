@@ -138,6 +138,17 @@ def test_folders_import_only_what_stands_before_them():
     assert not wrong
 
 
+def test_no_kernel_imports_a_twin():
+    """What both must know stands beside them, in a third file."""
+    assert not [
+        f"{module} imports {target}"
+        for module, targets in graph().items()
+        for target in targets
+        if module.startswith("kernels.") and target.endswith(".reference")
+        if not module.endswith(".reference")
+    ]
+
+
 def test_every_entry_of_the_order_exists():
     known = modules()
     assert all(entry in known for row in ORDER for entry in row)

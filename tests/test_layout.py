@@ -19,7 +19,7 @@ ALSO_TESTS = {
     ),
     "adapt/test_table.py": "sage_diffusion.adapt.table_json",
     "attend/test_dispatch.py": (
-        "sage_diffusion.attend.backends sage_diffusion.attend.calls "
+        "sage_diffusion.attend.backend sage_diffusion.attend.backends sage_diffusion.attend.calls "
         "sage_diffusion.attend.providers sage_diffusion.attend.validation sage_diffusion.machine"
     ),
     "attend/test_guard.py": "sage_diffusion.attend.finite",
@@ -54,19 +54,23 @@ ALSO_TESTS = {
     "integrations/test_diffusers_safety.py": "sage_diffusion.integrations.diffusers.rebind",
     "integrations/test_diffusers_vq.py": "sage_diffusion.integrations.diffusers.taming",
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
-    "kernels/test_attention.py": "kernels.attention.reference",
+    "kernels/test_attention.py": "kernels.attention.reference kernels.attention.terms",
     "kernels/test_attention_triton.py": "kernels.attention.triton",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
+    "kernels/test_launches.py": "kernels.attention.entry",
+    "kernels/test_tuning.py": "kernels.attention.record",
     "kernels/test_gluon_attention.py": (
         "kernels.attention.gluon kernels.attention.gluon_asm kernels.attention.gluon_columns "
         "kernels.attention.gluon_fp4 kernels.attention.gluon_kernel "
         "kernels.attention.gluon_layouts kernels.attention.gluon_masks "
-        "kernels.attention.gluon_program"
+        "kernels.attention.gluon_program kernels.attention.gluon_tile"
     ),
     "kernels/test_hopper_attention.py": (
         "kernels.attention.hopper kernels.attention.hopper_kernel kernels.attention.operands"
     ),
-    "kernels/test_quantize.py": "kernels.quantize.reference kernels.quantize.permute",
+    "kernels/test_quantize.py": (
+        "kernels.quantize.limits kernels.quantize.permute kernels.quantize.reference"
+    ),
     "kernels/test_quantize_triton.py": (
         "kernels.quantize.stats kernels.quantize.triton kernels.quantize.triton_fp4 "
         "kernels.quantize.triton_value kernels.tiles"
@@ -162,6 +166,7 @@ def functions(path):
 #: Calls whose arguments users name one by one: public ones, the operators that ``torch.compile``
 #: needs flat, kernels' entries, commands with their options and nodes with their inputs.
 MANY_ARGUMENTS = {
+    "kernels.attention.entry": "attention",
     "kernels.attention.gluon": "attend_quantized attention",
     "kernels.attention.gluon_columns": "key_bias",
     "kernels.attention.hopper": "attend_quantized attention",
@@ -207,9 +212,4 @@ def test_nothing_is_too_large_to_read(module):
 
 
 #: Files of one kernel, which is one function.
-LONG = {
-    "kernels.attention.gluon_kernel",
-    "kernels.attention.triton",
-    ("kernels.attention.gluon", "attend_quantized"),
-    ("kernels.attention.triton", "attend_quantized"),
-}
+LONG: set[object] = set()

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import triton
 from torch import Tensor
 
-from ..formats import (
-    Q_BLOCK,
-    Precision,
-    QuantizedTensor,
-    QuantizedValue,
-    padded_dim,
-    padded_length,
-)
-from ..rope import Rope
-from ..spec import AttentionSpec
-from .gluon_columns import as_columns, columns_length, key_bias, key_scales
+from ..formats import Precision, QuantizedTensor, QuantizedValue, padded_length
+from .entry import Bias, attention_of, in_columns, in_parts, outputs
+from .gluon_columns import key_scales
 from .gluon_kernel import SCALE_SHIFT, attention_kernel
 from .gluon_masks import pack_mask
-from .gluon_support import MAX_REGISTERS, GluonLaunch, Tuned, unsupported_spec
+from .gluon_support import KERNELS, MAX_REGISTERS, GluonLaunch
 from .gluon_support import launch as launch_for
-from .operands import quantize_operands
-from .reference import smoothed_lse
 
-#: Delta-S of smoothed Q exists for this many bytes of query blocks at a time (1024 rows at least).
-BIAS_BYTES = 64 * 2**20
+#: Blocks of 128 query rows of a launch at least, however large their delta-S is.
 _MIN_BIAS_BLOCKS = 8
-
-#: ``bias(first_block, blocks)`` -> ``[B, H, blocks, columns]`` for blocks of 128 query rows.
-Bias = Callable[[int, int], Tensor]
 
 
 def attend_quantized(
@@ -78,7 +61,7 @@ def attend_quantized(
         )
     batch, heads, q_len = q.data.shape[:3]
     kv_heads, k_len = k.data.shape[1:3]
-    head_dim, device = v.data.shape[2], q.data.device
+    head_dim = v.data.shape[2]
     q_words, k_words, v_words = (x.data.contiguous().view(torch.int32) for x in (q, k, v))
     dim = q_words.shape[3] * (4 if q.precision is Precision.INT8 else 8)
     config = launch or launch_for(dim)
@@ -88,29 +71,13 @@ def attend_quantized(
 
     packed = None if mask is None else pack_mask(mask, q_len, k_len)
     if delta_s is not None:
-        columns = as_columns(delta_s)
-
-        def bias(first: int, count: int) -> Tensor:
-            return columns[:, :, first : first + count].contiguous()
-
-    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
-    lse = None
-    if return_lse:
-        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+        bias = in_columns(delta_s)
+    out, lse = outputs(q, head_dim, out_dtype, return_lse)
     sign = 1.0 if q.precision is Precision.FP4 else -1.0  # that of MAGIC_BITS
     scales = key_scales(k, sign / SCALE_SHIFT)
-    blocks = triton.cdiv(q_len, config.block_m)
-    ratio = Q_BLOCK // config.block_m
-    chunk = blocks
-    if bias is not None:
-        rows = BIAS_BYTES // (4 * batch * heads * columns_length(k_len))
-        chunk = min(blocks, max(_MIN_BIAS_BLOCKS, rows) * ratio)
+    parts = in_parts(q, k_len, config.block_m, bias, _MIN_BIAS_BLOCKS)
     with torch.cuda.device_of(q.data):
-        for first in range(0, blocks, chunk):
-            count = min(chunk, blocks - first)
-            added = None
-            if bias is not None:
-                added = bias(first // ratio, triton.cdiv(count, ratio))
+        for first, count, added, strides in parts:
             attention_kernel[(count * batch * heads,)](
                 q_words,
                 k_words,
@@ -133,7 +100,7 @@ def attend_quantized(
                 padded_length(k_len),
                 first,
                 count,
-                *((0, 0, 0) if added is None else added.stride()[:3]),
+                *strides,
                 *((0, 0) if packed is None else packed.strides),
                 D=head_dim,
                 WORDS=q_words.shape[3],
@@ -153,75 +120,4 @@ def attend_quantized(
     return out, lse
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    tuned: Tuned | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`.reference.attention` for the specs that :func:`.gluon_support.unsupported` passes.
-
-    Args:
-        tuned: launches measured on this card, instead of the built-in ones.
-        rope_q, rope_k: rotate q and k as they are quantized.
-
-    Returns:
-        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
-        if ``return_lse``, else None.
-
-    Raises:
-        ValueError: the spec is not one of this kernel's.
-    """
-    reason = unsupported_spec(spec)
-    if reason is not None:
-        raise ValueError(f"{spec}: {reason}")
-    dtype = q.dtype
-    if dtype == torch.float64:
-        q, k, v = q.float(), k.float(), v.float()
-    x = quantize_operands(q, k, v, spec, scale, permuted=True, rope_q=rope_q, rope_k=rope_k)
-    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
-    bias, key_mask = None, None
-    if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
-        # One mask for all queries costs nothing as part of the bias.
-        key_mask = mask.expand(q.shape[0], q.shape[1], 1, k.shape[2])
-        mask = None
-    if x.q_mean is not None or key_mask is not None:
-
-        def bias(first: int, count: int) -> Tensor:
-            smooth = x.q_mean is not None
-            added = key_bias(
-                q.shape[1],
-                k,
-                q_mean=x.q_mean,
-                k_mean=x.k_mean,
-                multiplier=x.multiplier,
-                rope=rope_k if smooth else None,
-                mask=key_mask,
-                first_block=first if smooth else 0,
-                blocks=count if smooth else 1,
-            )
-            return added if smooth else added.expand(-1, -1, count, -1)
-
-    out, lse = attend_quantized(
-        x.q,
-        x.k,
-        x.v,
-        bias=bias,
-        mask=mask,
-        is_causal=is_causal,
-        fp16_accumulator=spec.pv_accumulator == "fp16",
-        out_dtype=dtype,
-        return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
-    )
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
-    return out, lse
+attention = attention_of(KERNELS)

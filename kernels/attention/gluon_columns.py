@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, padded_dim, padded_length
 from ..quantize.permute import column_order
-from ..quantize.rope import load_rotated_rows, rope_arguments
+from ..quantize.rope import Tables, load_rotated_rows, rope_arguments
 from ..rope import Rope
-from .reference import MASK_FLOOR
+from .terms import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
 #: What an integer sum of the kernel starts from, as a float (``gluon_asm.MAGIC_BITS``).
@@ -125,6 +125,7 @@ def _bias_kernel(
     bias = tl.zeros([BLOCKS, _TILE_N], tl.float32)
     if p_q_mean is not None:
         p_k += i_b * stride_kb + (i_h // group) * stride_kh
+        rope = Tables(p_cos, p_sin, rope_b, rope_l, rope_d)
         for first in tl.static_range(0, DP, _CHANNELS):
             o_d = first + tl.arange(0, _CHANNELS)
             k, inside = load_rotated_rows(
@@ -134,11 +135,7 @@ def _bias_kernel(
                 stride_kl,
                 stride_kd,
                 i_b,
-                p_cos,
-                p_sin,
-                rope_b,
-                rope_l,
-                rope_d,
+                rope,
                 D,
                 first,
                 _CHANNELS,

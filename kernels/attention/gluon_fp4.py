@@ -13,7 +13,7 @@ import math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY
 from ..versions import distributed_type, inline_asm
 from .gluon_asm import MAGIC_BITS, regs, seen
 from .gluon_layouts import p_micro_layout

@@ -7,24 +7,14 @@ the register layouts.
 
 from __future__ import annotations
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..formats import LOG2E, TILE_N
 from ..versions import async_load, barrier, distributed_type, inline_asm
-from .gluon_asm import (
-    add_row,
-    hide_columns,
-    magic_words,
-    scores_int4,
-    scores_int8,
-    values_fp8,
-    values_int8,
-)
-from .gluon_fp4 import RANGE_FP4, scores_fp4, values_fp4, weigh_fp4
+from .gluon_asm import magic_words
+from .gluon_fp4 import RANGE_FP4
 from .gluon_layouts import (
     channel_micro_layout,
     copy_layout,
@@ -34,7 +24,6 @@ from .gluon_layouts import (
     thread_layout,
 )
 from .gluon_program import (
-    add_mask,
     extent,
     lane_columns,
     mask_span,
@@ -44,9 +33,9 @@ from .gluon_program import (
     program_number,
     to_output,
 )
+from .gluon_tile import RANGE_FP8, RANGE_INT8, State, attend_tile, copied
 
 _TILE_N, _LOG2E = gl.constexpr(TILE_N), gl.constexpr(LOG2E)
-_MINUS_MAGIC = gl.constexpr(12582912.0)
 
 #: Moved from K's scales to Q's: what the kernel leaves unscaled, because a mask hides it, is then
 #: beyond every score.
@@ -60,13 +49,6 @@ _NOTHING = gl.constexpr(-3.3e38)
 #: Scores don't come near half of it: a product is at most 2^22 of K's steps, and K's largest scale
 #: by 2^-60 is below 2^-20.
 _SMALLEST_SCALE, _HIDDEN = gl.constexpr(1024.0), gl.constexpr(-6.0e6)
-
-#: log2 of P's largest code.
-_RANGE_FP8, _RANGE_INT8 = gl.constexpr(math.log2(448.0)), gl.constexpr(math.log2(127.0))
-
-#: An INT8 tile's own maximum serves as reference down to 2^-32 of the row's largest weight; below
-#: that its codes don't reach float32's last bit.
-_LAG = gl.constexpr(32.0)
 
 
 @gluon.jit
@@ -99,27 +81,12 @@ def _attend_range(
     for j in range(first, last):
         async_copy.wait_group(STAGES - 2)
         barrier()
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = (
-            state
-        )
         p_k, p_v = _copy_step(
-            p_k, p_v, k_ring, v_ring, j, STAGES - 1, k_limit, limit, D, STEP, STAGES
+            state.p_k, state.p_v, k_ring, v_ring, j, STAGES - 1, k_limit, limit, D, STEP, STAGES
         )
-        state = (
-            acc,
-            total,
-            top,
-            reference,
-            p_k,
-            p_v,
-            p_k_scale,
-            p_bias,
-            p_k_micro,
-            p_v_micro,
-            p_mask,
-        )
+        state = copied(state, p_k, p_v)
         for i in gl.static_range(STEP):
-            state = _attend_tile(
+            state = attend_tile(
                 state,
                 j * STEP + i,
                 k_ring.index((j % STAGES) * STEP + i),
@@ -140,163 +107,6 @@ def _attend_range(
                 mma,
             )
     return state
-
-
-@gluon.jit
-def _attend_tile(
-    state,
-    tile,
-    k_tile,
-    v_tile,
-    k_len,
-    q,
-    q_micro,
-    q_scale,
-    o_m,
-    magic,
-    EDGE: gl.constexpr,
-    QK: gl.constexpr,
-    PV: gl.constexpr,
-    BIAS: gl.constexpr,
-    MASK: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    D: gl.constexpr,
-    mma: gl.constexpr,
-):
-    """64 keys of the online softmax."""
-    rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
-    FP8: gl.constexpr = PV == "fp8"
-    RANGE: gl.constexpr = _RANGE_FP8 if FP8 else _RANGE_INT8
-    ADDITIVE: gl.constexpr = MASK != "none" and MASK != "bool"
-    SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
-
-    s_type: gl.constexpr = distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
-    k = k_tile.permute((1, 0)).load(rhs)
-    k_scale = gl.load(p_k_scale)
-    p_k_scale += 2 * _TILE_N
-    if BIAS:
-        bias = gl.load(p_bias)
-        p_bias += _TILE_N
-    bits = ()
-    if MASK == "bool":
-        bits = (gl.load(p_mask),)  # type: ignore[assignment]
-        p_mask += 32
-    smoothing = (q_scale, bias) if BIAS else ()
-    if QK == "fp4":
-        if EDGE:
-            rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
-            inside = tile * _TILE_N + gl.arange(0, _TILE_N, rows) < k_len
-            k_micro = gl.load(p_k_micro, mask=inside[:, None], other=0)
-        else:
-            k_micro = gl.load(p_k_micro)
-        p_k_micro += _TILE_N * p_k_micro.shape[1]
-        s = inline_asm(
-            scores_fp4,
-            _constraints("=&f", 4, 1, BIAS, MASK == "bool"),
-            (q, k, q_micro, k_micro, k_scale) + smoothing + bits,  # noqa: RUF005
-            s_type,
-            is_pure=True,
-        )
-    else:
-        # Issue slots are dearer than loads where a tile has more tensor-core work.
-        WIDE: gl.constexpr = v_tile.shape[0] >= 128 and (FP8 or MASK == "none")
-        offset = gl.load(p_k_scale - _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
-        # Scales leave two mantissa bits free, so that the magic term cancels exactly.
-        s = inline_asm(
-            scores_int4 if QK == "int4" else scores_int8,
-            _constraints("=&f", 3, 2, BIAS, MASK == "bool"),
-            (q, k, magic, k_scale, offset) + smoothing + bits,  # noqa: RUF005
-            s_type,
-            is_pure=True,
-        )
-    if SCALED and not BIAS:
-        s = s * q_scale[:, None]
-    start = tile * _TILE_N
-    if ADDITIVE:
-        s, p_mask = add_mask(s, p_mask, MASK)
-    if EDGE:
-        visible = gl.full([q.shape[0]], 0, gl.int32, gl.SliceLayout(1, mma)) + k_len
-        if CAUSAL:
-            visible = gl.minimum(visible, o_m + 1)
-        s = inline_asm(hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True)
-
-    if PV == "fp4":
-        words, p_micro, total, alpha, top, reference = weigh_fp4(
-            s, q_scale, total, top, reference, _LAG, SCALED
-        )
-        if EDGE or v_tile.shape[0] != D:
-            channel = gl.arange(0, v_tile.shape[0], p_v_micro.type.layout)
-            v_micro = gl.load(p_v_micro, mask=(channel < D) & (start < k_len), other=0)
-        else:
-            v_micro = gl.load(p_v_micro)
-        p_v_micro += D
-        v = v_tile.permute((1, 0)).load(rhs)
-        acc = inline_asm(
-            values_fp4,
-            ("=&f", "r", "r", "r", "r", "f", "f"),
-            [words, p_micro, v, v_micro, acc, alpha],
-            acc.type,
-            is_pure=True,
-        )
-        return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
-    tile_top = gl.max(s, 1)
-    if not SCALED:
-        tile_top = tile_top * q_scale
-    before = top if FP8 else reference
-    top = gl.maximum(top, tile_top)
-    now = top
-    if not FP8:
-        # P relative to the tile's own maximum fills the 127 codes, whatever came before.
-        now = gl.maximum(tile_top, top - _LAG)
-        reference = now
-    alpha = gl.exp2(before - now)
-    shift = now - RANGE
-    if SCALED:
-        p = gl.exp2(s - shift[:, None])
-    else:
-        p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
-    # Of INT4 Q and K the rounded codes are added, together with P V.
-    ROUNDED: gl.constexpr = QK == "int4" and PV == "int8"
-    if not ROUNDED:
-        total = inline_asm(
-            add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
-        )
-    v = v_tile.permute((1, 0)).load(rhs)
-    if FP8:
-        acc = inline_asm(
-            values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
-        )
-    elif ROUNDED:
-        types: gl.constexpr = (acc.type, total.type)
-        acc, total = inline_asm(
-            values_int8,
-            ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
-            [p, v, acc, alpha, magic, total],
-            types,
-            is_pure=True,
-        )
-    else:
-        acc = inline_asm(
-            values_int8,
-            ("=&f", "f", "r", "f", "f", "r"),
-            [p, v, acc, alpha, magic],
-            acc.type,
-            is_pure=True,
-        )
-    return acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
-
-
-@gluon.constexpr_function
-def _constraints(out, words, floats, bias, bits):
-    """Of the score functions: what they always take, then Q's scale and the bias, then the bits."""
-    return (out, *["r"] * words, *["f"] * (floats + 2 * bias), *["r"] * bits)
-
-
-@gluon.jit
-def _down(x, like):
-    """[M] -> [M, N]"""
-    return gl.broadcast(x[:, None], like)[0]
 
 
 @gluon.jit
@@ -457,7 +267,7 @@ def attention_kernel(
     k_limit -= (STAGES - 1) * STEP * _TILE_N
     limit -= (STAGES - 1) * STEP * _TILE_N
 
-    state = (
+    state = State(
         gl.zeros([BM, DP], gl.float32, mma),
         gl.zeros([BM, 4], gl.float32, partial_layout(num_warps)),
         gl.full([BM], _NOTHING, gl.float32, row),
@@ -508,11 +318,11 @@ def attention_kernel(
             STAGES,
             mma,
         )
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
+    acc, total, top, reference = state.acc, state.total, state.top, state.reference
     async_copy.wait_group(0)
 
     total = gl.convert_layout(gl.sum(total, 1), row, assert_trivial=True)
-    i_bh, i_b, i_h, i_bkv, i_m = place(program_at_end(p_k), blocks, heads, group, CAUSAL)
+    i_bh, i_b, i_h, i_bkv, i_m = place(program_at_end(state.p_k), blocks, heads, group, CAUSAL)
     o_m = (first_block + i_m) * BM + gl.arange(0, BM, row)
     seen = total > 0.0
     if MASK == "bool":
@@ -533,9 +343,7 @@ def attention_kernel(
         mask=inside,
     )
     if p_lse is not None:
-        RANGE: gl.constexpr = (
-            _RANGE_FP8 if PV == "fp8" else RANGE_FP4 if PV == "fp4" else _RANGE_INT8
-        )
+        RANGE: gl.constexpr = RANGE_FP8 if PV == "fp8" else RANGE_FP4 if PV == "fp4" else RANGE_INT8
         lse = gl.where(
             seen,
             ((top if PV == "fp8" else reference) + (gl.log2(total) - RANGE)) / _LOG2E,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import LOG2E, Q_BLOCK, TILE_N
-from .reference import MASK_FLOOR
+from .terms import MASK_FLOOR
 
 #: Query rows of a warp.
 ROWS = 16

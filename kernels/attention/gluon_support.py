@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import NamedTuple
-
-import torch
 
 from ..formats import Precision
 from ..spec import AttentionSpec
+from .record import Kernels
 
 
 class GluonLaunch(NamedTuple):
@@ -30,9 +29,6 @@ class GluonLaunch(NamedTuple):
         return 16 * self.num_warps
 
 
-#: As :data:`.tuning.Tuned`, for this kernel.
-Tuned = Callable[[torch.device, AttentionSpec, int], "GluonLaunch | None"]
-
 #: By padded head dim.  ``stages`` is a power of two, which makes a ring's slot one instruction.
 _LAUNCHES = {64: GluonLaunch(8, 1, 4), 128: GluonLaunch(8, 1, 4), 256: GluonLaunch(8, 1, 2)}
 
@@ -49,6 +45,12 @@ TRITON_VERSION = (3, 6)
 def launch(dim: int) -> GluonLaunch:
     """The configuration for a padded head dim."""
     return _LAUNCHES[dim]
+
+
+def candidates() -> list[GluonLaunch]:
+    """Launches that a card may prefer."""
+    rings = ((1, 2), (1, 4), (2, 2))
+    return [GluonLaunch(warps, *ring) for warps, ring in itertools.product((4, 8), rings)]
 
 
 def unsupported_spec(spec: AttentionSpec) -> str | None:
@@ -92,3 +94,16 @@ def unsupported(
     if head_dim is not None and head_dim > MAX_INT8_HEAD_DIM and spec.qk is Precision.INT8:
         return f"int8 fits into registers up to head_dim {MAX_INT8_HEAD_DIM}, got {head_dim}"
     return None
+
+
+KERNELS = Kernels(
+    "gluon",
+    "this package's kernels whose P stays in registers: INT4, FP4, 8 bit on NVIDIA cards",
+    f"{__package__}.gluon",
+    unsupported_spec,
+    unsupported,
+    launch=lambda arch, dim, spec: launch(dim),
+    candidates=lambda arch, dim, spec: candidates(),
+    knobs=("num_warps", "step", "stages"),
+    triton_version=lambda spec: TRITON_VERSION,
+)

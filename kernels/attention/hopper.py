@@ -10,20 +10,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..formats import (
-    Precision,
-    QuantizedTensor,
-    QuantizedValue,
-    padded_length,
-)
-from ..rope import Rope
-from ..spec import AttentionSpec
-from .gluon_columns import key_bias, key_scales
+from ..formats import Precision, QuantizedTensor, QuantizedValue, padded_length
+from .entry import Bias, attention_of, outputs, readable
+from .gluon_columns import key_scales
 from .hopper_kernel import attention_kernel
-from .hopper_support import TILE_KEYS, HopperLaunch, Tuned, unsupported_spec
+from .hopper_support import KERNELS, TILE_KEYS, HopperLaunch
 from .hopper_support import launch as launch_for
-from .operands import quantize_operands
-from .reference import smoothed_lse
 
 
 def attend_quantized(
@@ -32,7 +24,7 @@ def attend_quantized(
     v: QuantizedValue,
     *,
     delta_s: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
@@ -46,8 +38,7 @@ def attend_quantized(
         q, k: INT8 or FP8; q's scales must be positive.
         v: FP8 with permuted tokens (:func:`..quantize.permute.permute_value`).
         delta_s: must be None, this kernel's Q is not smoothed.
-        bias: a mask of the keys in column order (:func:`.gluon_columns.key_bias`),
-            ``[B, H, 1, columns]``.
+        bias: computes a mask of the keys in column order, the same for all queries.
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         fp16_accumulator: must be False, ``wgmma`` gains nothing from it.
         out_dtype: of the output.
@@ -70,22 +61,18 @@ def attend_quantized(
         raise ValueError("delta_s must be None: smooth_q is not part of this kernel")
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
-    head_dim, device = v.data.shape[2], q.data.device
+    head_dim = v.data.shape[2]
     config = launch_for(dim, mask is not None or bias is not None, launch)
     kind, mask_strides = 0, [0, 0, 0]
     if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-        mask = mask.float() if mask.dtype == torch.float64 else mask
+        kind, mask = readable(mask)
         if mask.shape[-1] != k_len or mask.stride(-1) != 1:
             mask = mask.expand(*mask.shape[:-1], k_len).contiguous()
         mask = mask.expand(batch, heads, q_len, k_len)
         mask_strides = list(mask.stride()[:3])
-    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
-    lse = None
-    if return_lse:
-        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    out, lse = outputs(q, head_dim, out_dtype, return_lse)
     scales = key_scales(k)
+    added = None if bias is None else bias(0, 1)
     with torch.cuda.device_of(q.data):
         attention_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
             rows(q.data, config.block_m),
@@ -95,7 +82,7 @@ def attend_quantized(
             scales,
             v.scale.contiguous(),
             None if v.mean is None else v.mean.contiguous(),
-            bias,
+            added,
             mask,
             out,
             lse,
@@ -105,7 +92,7 @@ def attend_quantized(
             k_len,
             q.scale.shape[2],
             padded_length(k_len),
-            *((0, 0) if bias is None else bias.stride()[:2]),
+            *((0, 0) if added is None else added.stride()[:2]),
             *mask_strides,
             D=head_dim,
             DP=dim,
@@ -141,57 +128,4 @@ def _swizzled(width: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(width, 8, 2)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    tuned: Tuned | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`.reference.attention` for what :func:`.hopper_support.unsupported` passes.
-
-    Args:
-        tuned: launches measured on this card, instead of the built-in ones.
-        rope_q, rope_k: rotate q and k as they are quantized.
-
-    Returns:
-        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
-        if ``return_lse``, else None.
-
-    Raises:
-        ValueError: the spec is not one of this kernel's.
-    """
-    reason = unsupported_spec(spec)
-    if reason is not None:
-        raise ValueError(f"{spec}: {reason}")
-    dtype = q.dtype
-    if dtype == torch.float64:
-        q, k, v = q.float(), k.float(), v.float()
-    x = quantize_operands(q, k, v, spec, scale, permuted=True, rope_q=rope_q, rope_k=rope_k)
-    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
-    bias = None
-    if mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
-        # One mask for all queries: an addition per element.
-        bias = key_bias(q.shape[1], k, mask=mask.expand(q.shape[0], q.shape[1], 1, k.shape[2]))
-        mask = None
-    out, lse = attend_quantized(
-        x.q,
-        x.k,
-        x.v,
-        bias=bias,
-        mask=mask,
-        is_causal=is_causal,
-        out_dtype=dtype,
-        return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
-    )
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
-    return out, lse
+attention = attention_of(KERNELS)

@@ -23,7 +23,7 @@ from ..versions import barrier, tma_load
 from .gluon_layouts import partial_layout
 from .gluon_program import to_output
 from .hopper_support import TILE_KEYS
-from .reference import MASK_FLOOR
+from .terms import MASK_FLOOR
 
 _LOG2E, _MASK_FLOOR = gl.constexpr(LOG2E), gl.constexpr(MASK_FLOOR)
 
@@ -96,8 +96,8 @@ def _copy_tile(tiles_of_k, tiles_of_v, rings, tile, tiles, k_row, v_row, MORE: g
 
 
 @gluon.jit
-def _scores(q_tile, k_tile, layout: gl.constexpr, IS_ASYNC: gl.constexpr):
-    """Q K^T of one tile, not scaled."""
+def _scores(q_tile, k_tile, layout: gl.constexpr):
+    """Q K^T of one tile, not scaled, begun."""
     INTEGER: gl.constexpr = q_tile.dtype == gl.int8
     return warpgroup_mma(
         q_tile,
@@ -105,7 +105,7 @@ def _scores(q_tile, k_tile, layout: gl.constexpr, IS_ASYNC: gl.constexpr):
         gl.full([q_tile.shape[0], _KEYS], 0, gl.int32 if INTEGER else gl.float32, layout),
         use_acc=False,
         max_num_imprecise_acc=0 if INTEGER else q_tile.shape[1],
-        is_async=IS_ASYNC,
+        is_async=True,
     )
 
 
@@ -131,7 +131,7 @@ def _attend_range(
     HIDES: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
-    """Tiles of the online softmax; the scores of the next tile are computed meanwhile."""
+    """Tiles of the online softmax, one after the other: other programs fill the waits."""
     scores: gl.constexpr = o_m.type.layout.parent
     col: gl.constexpr = gl.SliceLayout(0, scores)
     k_ring, v_ring, ready = rings
@@ -140,7 +140,7 @@ def _attend_range(
         acc, total, top, p_k_scale, p_bias = state
         slot = tile % STAGES
         mbarrier.wait(ready.index(slot), (tile // STAGES) & 1)
-        s = _scores(q_tile, k_ring.index(slot), scores, True)
+        s = _scores(q_tile, k_ring.index(slot), scores)
         k_scale = gl.load(p_k_scale)
         p_k_scale += 2 * _KEYS
         start = tile * _KEYS

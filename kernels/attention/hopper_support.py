@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from ..formats import Precision
 from ..spec import AttentionSpec
+from .record import Kernels
 
 #: Of a thread.
 MOST_REGISTERS = 255
@@ -32,9 +30,6 @@ class HopperLaunch(NamedTuple):
         """Query rows of a program."""
         return 16 * self.num_warps
 
-
-#: As :data:`.tuning.Tuned`, for this kernel.
-Tuned = Callable[[torch.device, AttentionSpec, int], "HopperLaunch | None"]
 
 #: Keys of a tile.
 TILE_KEYS = 128
@@ -62,6 +57,12 @@ def launch(dim: int, masked: bool = False, measured: HopperLaunch | None = None)
     """
     found = measured or _LAUNCHES[dim]
     return found._replace(registers=MOST_REGISTERS) if masked else found
+
+
+def candidates() -> list[HopperLaunch]:
+    """Launches that a card may prefer."""
+    tried = ((4, 2, 255), (4, 2, 168), (4, 2, 128), (4, 4, 255), (8, 2, 255))
+    return [HopperLaunch(*fields) for fields in tried]
 
 
 def unsupported_spec(spec: AttentionSpec) -> str | None:
@@ -99,3 +100,17 @@ def unsupported(
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
         return f"accumulators fit into registers up to head_dim {MAX_HEAD_DIM}, got {head_dim}"
     return None
+
+
+KERNELS = Kernels(
+    "hopper",
+    "this package's kernel on wgmma whose P stays in registers: INT8 or FP8 with FP8",
+    f"{__package__}.hopper",
+    unsupported_spec,
+    unsupported,
+    launch=lambda arch, dim, spec: launch(dim),
+    candidates=lambda arch, dim, spec: candidates(),
+    knobs=("num_warps", "stages", "registers"),
+    triton_version=lambda spec: TRITON_VERSION,
+    tile_keys=TILE_KEYS,
+)

@@ -25,12 +25,11 @@ from ..formats import (
     encode_fp4,
 )
 from ..quantize import reference as quantize
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY, finite
 from ..quantize.permute import group_tokens, ungroup_tokens
 from ..rope import Rope, apply_rope
 from ..spec import AttentionSpec
-
-#: An additive mask is clamped to this, so that a row of ``finfo.min`` stays finite in base 2.
-MASK_FLOOR = -3.0e38
+from .terms import MASK_FLOOR, half_value, smoothed_lse
 
 
 def attention(
@@ -61,8 +60,8 @@ def attention(
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype
-    q = q if rope_q is None else apply_rope(quantize.finite(q), rope_q)
-    k = k if rope_k is None else apply_rope(quantize.finite(k), rope_k)
+    q = q if rope_q is None else apply_rope(finite(q), rope_q)
+    k = k if rope_k is None else apply_rope(finite(k), rope_k)
     if not spec.quantized:
         out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
         return out.to(dtype), lse
@@ -117,16 +116,9 @@ def delta_s(q_mean: Tensor, k: Tensor, k_mean: Tensor | None, multiplier: float)
     Returns:
         ``[B, H, ceil(Lq / 128), Lk]`` float32 (SageAttention2, 2411.10958 equation 5).
     """
-    rows = quantize.finite(k) if k_mean is None else quantize.finite(k) - k_mean[:, :, None]
+    rows = finite(k) if k_mean is None else finite(k) - k_mean[:, :, None]
     group = q_mean.shape[1] // k.shape[1]
     return (q_mean * multiplier) @ rows.repeat_interleave(group, 1).transpose(2, 3)
-
-
-def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float, rope_q: Rope | None = None) -> Tensor:
-    """The part of the log-sum-exp that smooth_k removed, ``[B, H, Lq]`` float32."""
-    group = q.shape[1] // k_mean.shape[1]
-    means = k_mean.repeat_interleave(group, 1)[..., None]
-    return (apply_rope(quantize.finite(q), rope_q) @ means)[..., 0] * sm_scale
 
 
 def attend_quantized(
@@ -276,10 +268,10 @@ class _ValueTiles:
 
         The row's scale is that of the tile's own maximum, as for INT8.
         """
-        whole = quantize.FP4_MAX * quantize.FP8_MAX
+        whole = FP4_MAX * FP8_MAX
         local = F.pad(torch.exp2(s - tile_top) * whole, (0, TILE_N - s.shape[-1]))
         groups = group_tokens(local)
-        micro = (groups.amax(-1, keepdim=True) / quantize.FP4_MAX).clamp(min=quantize.FP8_TINY)
+        micro = (groups.amax(-1, keepdim=True) / FP4_MAX).clamp(min=FP8_TINY)
         micro = micro.to(torch.float8_e4m3fn).float()
         codes = ungroup_tokens(decode_fp4(encode_fp4(groups / micro)) * micro)
         back = torch.exp2(tile_top - top) * (1.0 / whole)
@@ -291,20 +283,6 @@ class _ValueTiles:
         if self.mean is not None:
             out = torch.where(seen, out + self.mean, 0.0)
         return out
-
-
-def half_value(v: Tensor) -> tuple[Tensor, Tensor]:
-    """V in a half type and a power-of-two scale ``[B, H, D]`` float32 per channel.
-
-    fp16 and bf16 are returned as they are with scale 1; float32 becomes FP16, scaled where a
-    channel's largest value exceeds FP16's range.
-    """
-    ones = torch.ones(v.shape[0], v.shape[1], v.shape[3], device=v.device)
-    if v.dtype in (torch.float16, torch.bfloat16):
-        return v, ones
-    amax = v.float().abs().amax(2)
-    scale = torch.where(amax > 32768.0, torch.exp2(torch.ceil(torch.log2(amax / 32768.0))), ones)
-    return (v.float() / scale.unsqueeze(2)).half(), scale
 
 
 def _exact(

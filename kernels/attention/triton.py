@@ -9,6 +9,7 @@ P's format (448 for E4M3, 127 for INT8) is folded into the exponent and cancels 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,13 +25,11 @@ from ..formats import (
     QuantizedValue,
     padded_length,
 )
-from ..rope import Rope
-from ..spec import AttentionSpec
 from ..tiles import int_to_float, round_to_int, to_output
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
-from .operands import quantize_operands
-from .reference import MASK_FLOOR, half_value, smoothed_lse
+from .entry import Bias, attention_of, outputs, readable
+from .terms import MASK_FLOOR, half_value
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
@@ -316,12 +315,48 @@ def _reads_elements(mask: Tensor, k_len: int) -> bool:
     return mask.stride(-1) != 1 or any(step % 16 for step in steps)
 
 
+class _Value(NamedTuple):
+    """V as the kernel reads it: codes or halves, scale, mean, D, strides of ``[B, H, L, D]``."""
+
+    data: Tensor
+    scale: Tensor | None
+    mean: Tensor | None
+    head_dim: int
+    strides: tuple[int, ...]
+    format: str
+
+
+def _value(v: Tensor | QuantizedValue) -> _Value:
+    if not isinstance(v, QuantizedValue):
+        values, scale = v, None
+        if v.dtype not in (torch.float16, torch.bfloat16):
+            values, scale = half_value(v)
+        return _Value(values, scale, None, v.shape[-1], values.stride(), "half")
+    if v.precision not in (Precision.INT8, Precision.FP8):
+        raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
+    values, mean = v.data.contiguous(), None if v.mean is None else v.mean.contiguous()
+    strides = (*values.stride()[:2], 1, values.stride(2))
+    return _Value(values, v.scale.contiguous(), mean, values.shape[2], strides, v.precision.value)
+
+
+def _mask(mask: Tensor, k_len: int) -> tuple[int, Tensor]:
+    """Its kind, and the mask as the kernel reads it, with all keys or padded to whole tiles."""
+    kind, mask = readable(mask)
+    # The kernel's offsets within a tile have 32 bits.
+    if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
+        mask = mask.contiguous()
+    if _reads_elements(mask, k_len):
+        return kind, torch.nn.functional.pad(mask, (0, padded_length(k_len) - k_len))
+    return kind, mask.expand(*mask.shape[:-1], k_len)
+
+
 def attend_quantized(
     q: QuantizedTensor,
     k: QuantizedTensor,
     v: Tensor | QuantizedValue,
     *,
     delta_s: Tensor | None = None,
+    bias: Bias | None = None,
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
@@ -335,7 +370,7 @@ def attend_quantized(
         q: INT8; its scales must be positive.  FP4 goes to :func:`.triton_fp4.attend_quantized`.
         k: as q.
         v: any float, or INT8 or FP8.
-        delta_s: must be None, the INT8 kernel adds nothing to S.
+        delta_s, bias: must be None, the INT8 kernel adds nothing to S.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
         launch: instead of the one for the card and head dim.
@@ -349,6 +384,7 @@ def attend_quantized(
             k,
             v,
             delta_s=delta_s,
+            bias=bias,
             mask=mask,
             is_causal=is_causal,
             fp16_accumulator=fp16_accumulator,
@@ -359,24 +395,12 @@ def attend_quantized(
     for name, x in (("q", q), ("k", k)):
         if x.precision is not Precision.INT8:
             raise ValueError(f"{name} must be int8, got {x.precision.value}")
-    if delta_s is not None:
+    if delta_s is not None or bias is not None:
         raise ValueError("delta_s must be None: smooth_q is not part of this kernel")
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
     device = q.data.device
-    if isinstance(v, QuantizedValue):
-        if v.precision not in (Precision.INT8, Precision.FP8):
-            raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
-        values, v_scale = v.data.contiguous(), v.scale.contiguous()
-        v_mean = None if v.mean is None else v.mean.contiguous()
-        head_dim = values.shape[2]
-        v_strides = (*values.stride()[:2], 1, values.stride(2))
-        pv = v.precision.value
-    else:
-        values, v_scale = v, None
-        if v.dtype not in (torch.float16, torch.bfloat16):
-            values, v_scale = half_value(v)
-        v_mean, head_dim, v_strides, pv = None, v.shape[-1], values.stride(), "half"
+    values, v_scale, v_mean, head_dim, v_strides, pv = _value(v)
     p_range = _P_RANGE[pv]
     if fp16_accumulator:
         if pv != "fp8":
@@ -384,23 +408,13 @@ def attend_quantized(
         pv = "fp8-fast"
     kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-        mask = mask.float() if mask.dtype == torch.float64 else mask
-        # The kernel's offsets within a tile have 32 bits.
-        if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
-            mask = mask.contiguous()
-        if _reads_elements(mask, k_len):
-            mask_len = padded_length(k_len)
-            mask = torch.nn.functional.pad(mask, (0, mask_len - k_len))
+        kind, mask = _mask(mask, k_len)
+        mask_len = mask.shape[-1]
         mask = mask.expand(batch, heads, q_len, mask_len)
         strides = list(mask.stride())
     reads = "" if mask is None else "rows" if strides[2] else "keys"
     config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv)
-    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
-    lse = None
-    if return_lse:
-        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    out, lse = outputs(q, head_dim, out_dtype, return_lse)
     blocks = triton.cdiv(q_len, config.block_m)
     with torch.cuda.device_of(q.data):
         _attention_fwd_kernel[(blocks * batch * heads,)](
@@ -444,66 +458,4 @@ def attend_quantized(
     return out, lse
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    tuned: tuning.Tuned | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`.reference.attention` for the specs that :func:`.tuning.unsupported` lets pass.
-
-    Args:
-        tuned: launches measured on this card, instead of the built-in ones.
-        rope_q, rope_k: rotate q and k as they are quantized.
-
-    Returns:
-        Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
-        if ``return_lse``, else None.
-
-    Raises:
-        ValueError: the spec is not one of this kernel's.
-    """
-    reason = tuning.unsupported_spec(spec)
-    if reason is not None:
-        raise ValueError(f"{spec}: {reason}")
-    dtype = q.dtype
-    if dtype == torch.float64:
-        q, k, v = q.float(), k.float(), v.float()
-    if spec.qk is Precision.FP4:
-        out, lse = triton_fp4.attention(
-            q,
-            k,
-            v,
-            spec,
-            mask,
-            is_causal,
-            scale,
-            return_lse,
-            tuned=tuned,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
-        return out.to(dtype), lse
-    x = quantize_operands(q, k, v, spec, scale, rope_q=rope_q, rope_k=rope_k)
-    out, lse = attend_quantized(
-        x.q,
-        x.k,
-        x.v,
-        mask=mask,
-        is_causal=is_causal,
-        fp16_accumulator=spec.pv_accumulator == "fp16",
-        out_dtype=dtype,
-        return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, x.q.data.shape[-1]),
-    )
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
-    return out, lse
+attention = attention_of(tuning.KERNELS)

@@ -8,7 +8,6 @@ P's format is folded into the exponent and cancels in ``acc / total``.  On sm_10
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import triton
@@ -23,18 +22,14 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
-    padded_dim,
 )
-from ..quantize.reference import FP4_MAX, FP8_MAX, FP8_TINY
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
-from ..rope import Rope
-from ..spec import AttentionSpec
 from ..tiles import to_output
 from ..versions import to_e4m3
 from . import tuning
-from .gluon_columns import as_columns, columns_length, key_bias
-from .operands import quantize_operands
-from .reference import MASK_FLOOR, smoothed_lse
+from .entry import Bias, in_columns, in_parts, outputs, readable
+from .terms import MASK_FLOOR
 
 _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 _TILE_N, _GROUP = tl.constexpr(TILE_N), tl.constexpr(FP4_GROUP)
@@ -42,12 +37,6 @@ _FP4_MAX, _FP8_TINY = tl.constexpr(FP4_MAX), tl.constexpr(FP8_TINY)
 
 #: log2 of P's largest value.
 _P_RANGE = {"fp8": math.log2(FP8_MAX), "fp4": math.log2(FP4_MAX * FP8_MAX)}
-
-#: Delta-S of smoothed Q exists for this many bytes of query blocks at a time.
-BIAS_BYTES = 64 * 2**20
-
-#: ``bias(first_block, blocks)`` -> ``[B, H, blocks, columns]`` for blocks of 128 query rows.
-Bias = Callable[[int, int], Tensor]
 
 
 @triton.jit
@@ -367,36 +356,21 @@ def attend_quantized(
     assert q.micro is not None and k.micro is not None
     batch, heads, q_len = q.data.shape[:3]
     kv_heads, k_len = k.data.shape[1:3]
-    head_dim, dim, device = v.data.shape[2], 2 * q.data.shape[3], q.data.device
+    head_dim, dim = v.data.shape[2], 2 * q.data.shape[3]
     kind, strides = 0, [0, 0, 0, 0]
     if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-        mask = mask.float() if mask.dtype == torch.float64 else mask
+        kind, mask = readable(mask)
         mask = mask.expand(batch, heads, q_len, k_len)
         strides = list(mask.stride())
     if delta_s is not None:
-        columns = as_columns(delta_s)
-
-        def bias(first: int, count: int) -> Tensor:
-            return columns[:, :, first : first + count].contiguous()
-
+        bias = in_columns(delta_s)
     pv, p_range = v.precision.value, _P_RANGE[v.precision.value]
     if fp16_accumulator:
         pv = "fp8-fast"
     config = tuning.fp4_launch(dim, strides[2] != 0, launch)
-    out = torch.empty(batch, heads, q_len, head_dim, dtype=out_dtype, device=device)
-    lse = None
-    if return_lse:
-        lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
-    chunk = blocks = triton.cdiv(q_len, Q_BLOCK)
-    if bias is not None:
-        rows = BIAS_BYTES // (4 * batch * heads * columns_length(k_len))
-        chunk = min(blocks, max(1, rows))
+    out, lse = outputs(q, head_dim, out_dtype, return_lse)
     with torch.cuda.device_of(q.data):
-        for first in range(0, blocks, chunk):
-            count = min(chunk, blocks - first)
-            added = None if bias is None else bias(first, count)
+        for first, count, added, bias_strides in in_parts(q, k_len, Q_BLOCK, bias):
             _attention_fp4_kernel[(count * batch * heads,)](
                 q.data.contiguous(),
                 k.data.contiguous(),
@@ -419,7 +393,7 @@ def attend_quantized(
                 triton.cdiv(k_len, TILE_N),
                 first,
                 count,
-                *((0, 0, 0) if added is None else added.stride()[:3]),
+                *bias_strides,
                 *strides,
                 D=head_dim,
                 DP=dim,
@@ -433,55 +407,4 @@ def attend_quantized(
                 num_stages=config.num_stages,
                 enable_fp_fusion=True,
             )
-    return out, lse
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-    tuned: tuning.Tuned | None = None,
-    *,
-    rope_q: Rope | None = None,
-    rope_k: Rope | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`.triton.attention` for FP4 Q and K in q's, k's and v's dtype."""
-    x = quantize_operands(
-        q, k, v, spec, scale, permuted=spec.pv is Precision.FP4, rope_q=rope_q, rope_k=rope_k
-    )
-    assert isinstance(x.v, QuantizedValue)  # the kernel takes no spec whose V is not
-    bias = None
-    if x.q_mean is not None:
-
-        def bias(first: int, count: int) -> Tensor:
-            return key_bias(
-                q.shape[1],
-                k,
-                q_mean=x.q_mean,
-                k_mean=x.k_mean,
-                multiplier=x.multiplier,
-                rope=rope_k,
-                first_block=first,
-                blocks=count,
-            )
-
-    out, lse = attend_quantized(
-        x.q,
-        x.k,
-        x.v,
-        bias=bias,
-        mask=mask,
-        is_causal=is_causal,
-        fp16_accumulator=spec.pv_accumulator == "fp16",
-        out_dtype=q.dtype,
-        return_lse=return_lse,
-        launch=None if tuned is None else tuned(q.device, spec, padded_dim(q.shape[-1])),
-    )
-    if lse is not None and x.k_mean is not None:
-        lse = lse + smoothed_lse(q, x.k_mean, x.sm_scale, rope_q)
     return out, lse

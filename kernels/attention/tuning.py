@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
 from typing import NamedTuple
 
 import torch
 
 from ..formats import Q_BLOCK, Precision
 from ..spec import AttentionSpec
+from .record import Kernels
 
 
 class Launch(NamedTuple):
@@ -26,10 +27,6 @@ class Launch(NamedTuple):
     num_stages: int
     shift: bool = False
 
-
-#: Launches that were measured on a card: ``tuned(device, spec, padded head dim)``, None where
-#: nothing was.  Who keeps them in a file hands them to a kernel's entry.
-Tuned = Callable[[torch.device, AttentionSpec, int], "Launch | None"]
 
 #: Launches by prefix of the architecture, the first that matches, and padded head dim.  Fewer warps
 #: spill at head dim 128, on sm_120 at 64 too; on RDNA, whose matrix operands take twice the
@@ -139,6 +136,26 @@ def fp4_launch(dim: int, row_mask: bool = False, measured: Launch | None = None)
     return found._replace(num_stages=min(found.num_stages, 2)) if row_mask else found
 
 
+def built_in(arch: str, dim: int, spec: AttentionSpec | None = None) -> Launch:
+    """The launch of a call without mask: for a spec, as some formats have one of their own."""
+    if spec is None:
+        return launch(arch, dim)
+    if spec.qk is Precision.FP4:
+        return fp4_launch(dim)
+    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
+    return launch(arch, dim, pv="half" if spec.pv is Precision.FP16 else f"{spec.pv.value}{fast}")
+
+
+def candidates(arch: str, dim: int, spec: AttentionSpec | None = None) -> list[Launch]:
+    """Launches that a card may prefer to :func:`built_in`."""
+    first, amd = built_in(arch, dim, spec), arch.startswith("gfx")
+    blocks = (64,) if dim > 128 else (64, 128)
+    if spec is not None and spec.qk is Precision.FP4:
+        blocks = (first.block_m,)
+    warps, stages = ((4, 8, 16), (1,)) if amd else ((4, 8), (2, 3, 4))
+    return [Launch(*fields, first.shift) for fields in itertools.product(blocks, warps, stages)]
+
+
 @functools.lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """ "sm_89", "gfx942"; "cpu" where there is no GPU (Triton's interpreter)."""
@@ -173,13 +190,17 @@ def unsupported_spec(spec: AttentionSpec) -> str | None:
 
 
 def unsupported(
-    spec: AttentionSpec, capability: tuple[int, int] | None, hip_arch: str | None
+    spec: AttentionSpec,
+    capability: tuple[int, int] | None,
+    hip_arch: str | None,
+    head_dim: int | None = None,
 ) -> str | None:
     """Why a GPU cannot run a spec natively, or None if it can.
 
     Args:
         capability: CUDA compute capability, None on AMD.
         hip_arch: e.g. "gfx1201", None on NVIDIA.
+        head_dim: any will do.
     """
     reason = unsupported_spec(spec)
     if reason is not None:
@@ -201,3 +222,19 @@ def unsupported(
     if spec.pv is Precision.FP8 and capability < _FP8_CAPABILITY:
         return f"fp8 needs sm_89 or newer, found {found}"
     return None
+
+
+KERNELS = Kernels(
+    "triton",
+    "this package's kernels",
+    f"{__package__}.triton",
+    unsupported_spec,
+    unsupported,
+    launch=built_in,
+    candidates=candidates,
+    knobs=("block_m", "num_warps", "num_stages"),
+    permuted=lambda spec: spec.pv is Precision.FP4,
+    triton_version=triton_version,
+    adds_key_masks=False,
+    devices="CUDA or ROCm",
+)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..formats import (
     FP4_GROUP,
     MAX_SCALE,
-    MAX_VALUE,
     MIN_SCALE,
     Q_BLOCK,
     Precision,
@@ -30,25 +29,17 @@ from ..formats import (
     unpack_fp4,
     unpack_int4,
 )
+from .limits import (
+    CLIP_CANDIDATES,
+    CLIP_LIMIT,
+    CLIP_RESOLUTION,
+    FP4_MAX,
+    FP8_FAST_VALUE_MAX,
+    FP8_MAX,
+    FP8_TINY,
+    finite,
+)
 from .permute import group_tokens, ungroup_tokens
-
-#: Shares of a row's largest value that clipping tries as the top of the 4-bit range.
-CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-
-#: Squared errors are summed as integers of this resolution: the sum then has no order, and kernel
-#: and twin choose the same candidate.
-CLIP_RESOLUTION = 2.0**14
-
-#: Scaled values beyond this count as this: only rows that saturate (:data:`MAX_SCALE`) have any,
-#: and the integer sum of 256 squared errors fits 32 bits.
-CLIP_LIMIT = 16.0
-
-#: E4M3's largest and smallest positive number, between which micro scales lie, and E2M1's largest.
-FP8_MAX, FP8_TINY, FP4_MAX = 448.0, 2.0**-9, 6.0
-
-#: Largest |V| code where P V accumulates in FP16: 448 * 2.25 * 64 keys < 65504
-#: (SageAttention2++, 2505.21136 section 3.2; their code's split of the range, not the paper's).
-FP8_FAST_VALUE_MAX = 2.25
 
 
 def token_mean(x: Tensor) -> Tensor:
@@ -227,11 +218,6 @@ def value_codes(v: QuantizedValue) -> Tensor:
         return v.data.float()
     assert v.micro is not None
     return ungroup_tokens(group_tokens(unpack_fp4(v.data)) * v.micro.float()[..., None])
-
-
-def finite(x: Tensor) -> Tensor:
-    """float32, clamped so that sums and products of it stay finite."""
-    return x.float().clamp(-MAX_VALUE, MAX_VALUE)
 
 
 def _scale(amax: Tensor, top: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,6 +12,16 @@ from ..formats import MAX_VALUE
 from ..rope import Rope
 
 _MAX_VALUE = tl.constexpr(MAX_VALUE)
+
+
+class Tables(NamedTuple):
+    """A rotation as a kernel's functions hand it on."""
+
+    cos: Any  # [B, L, ROPE], or None
+    sin: Any
+    stride_b: Any
+    stride_l: Any
+    stride_d: Any
 
 
 @triton.jit
@@ -26,9 +36,10 @@ def load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D: tl.constexpr):
 
 
 @triton.jit
-def _load_table(p_table, o_l, column, length, rope_l, rope_d, WIDTH: tl.constexpr):
-    inside = (o_l[:, None] < length) & (column[None, :] < WIDTH)
-    offsets = o_l[:, None].to(tl.int64) * rope_l + column[None, :].to(tl.int64) * rope_d
+def _load_table(p_table, rope, o_l, column, length, ROPE: tl.constexpr):
+    inside = (o_l[:, None] < length) & (column[None, :] < ROPE)
+    offsets = o_l[:, None].to(tl.int64) * rope.stride_l
+    offsets += column[None, :].to(tl.int64) * rope.stride_d
     return tl.load(p_table + offsets, mask=inside, other=0.0)
 
 
@@ -37,10 +48,9 @@ def _rotate_neighbours(
     x,  # [BLOCK, COLUMNS]
     p_cos,
     p_sin,
+    rope,
     o_l,
     length,
-    rope_l,
-    rope_d,
     D: tl.constexpr,
     FIRST: tl.constexpr,
     ROPE: tl.constexpr,
@@ -50,14 +60,14 @@ def _rotate_neighbours(
     a, b = tl.split(tl.reshape(x, [ROWS, COLUMNS // 2, 2]))
     if ROPE == D:
         o_d = FIRST + tl.arange(0, COLUMNS)
-        cos = _load_table(p_cos, o_l, o_d, length, rope_l, rope_d, ROPE)
-        sin = _load_table(p_sin, o_l, o_d, length, rope_l, rope_d, ROPE)
+        cos = _load_table(p_cos, rope, o_l, o_d, length, ROPE)
+        sin = _load_table(p_sin, rope, o_l, o_d, length, ROPE)
         cos_a, cos_b = tl.split(tl.reshape(cos, [ROWS, COLUMNS // 2, 2]))
         sin_a, sin_b = tl.split(tl.reshape(sin, [ROWS, COLUMNS // 2, 2]))
     else:
         o_pair = FIRST // 2 + tl.arange(0, COLUMNS // 2)
-        cos_a = _load_table(p_cos, o_l, o_pair, length, rope_l, rope_d, ROPE)
-        sin_a = _load_table(p_sin, o_l, o_pair, length, rope_l, rope_d, ROPE)
+        cos_a = _load_table(p_cos, rope, o_l, o_pair, length, ROPE)
+        sin_a = _load_table(p_sin, rope, o_l, o_pair, length, ROPE)
         cos_b, sin_b = cos_a, sin_a
     return tl.reshape(tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b), [ROWS, COLUMNS])
 
@@ -70,11 +80,7 @@ def load_rotated_rows(
     stride_l,
     stride_d,
     i_b,
-    p_cos,  # [B, L, ROPE], or None
-    p_sin,
-    rope_b,
-    rope_l,
-    rope_d,
+    rope,  # Tables
     D: tl.constexpr,
     FIRST: tl.constexpr,  # channel, even
     COLUMNS: tl.constexpr,  # how many channels
@@ -89,10 +95,10 @@ def load_rotated_rows(
     o_d = FIRST + tl.arange(0, COLUMNS)
     x, inside = load_rows(p_x, o_l, o_d, length, stride_l, stride_d, D)
     if ROPE != 0:
-        p_cos += i_b * rope_b
-        p_sin += i_b * rope_b
+        p_cos = rope.cos + i_b * rope.stride_b
+        p_sin = rope.sin + i_b * rope.stride_b
         if INTERLEAVED:
-            x = _rotate_neighbours(x, p_cos, p_sin, o_l, length, rope_l, rope_d, D, FIRST, ROPE)
+            x = _rotate_neighbours(x, p_cos, p_sin, rope, o_l, length, D, FIRST, ROPE)
         else:
             HALF: tl.constexpr = D // 2
             first = o_d < HALF
@@ -103,8 +109,8 @@ def load_rotated_rows(
                 column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
             turned, _ = load_rows(p_x, o_l, partner, length, stride_l, stride_d, D)
             turned = tl.where(first[None, :], -turned, turned)
-            cos = _load_table(p_cos, o_l, column, length, rope_l, rope_d, ROPE)
-            sin = _load_table(p_sin, o_l, column, length, rope_l, rope_d, ROPE)
+            cos = _load_table(p_cos, rope, o_l, column, length, ROPE)
+            sin = _load_table(p_sin, rope, o_l, column, length, ROPE)
             x = tl.where(inside, x * cos + turned * sin, 0.0)
         x = tl.minimum(tl.maximum(x, -_MAX_VALUE), _MAX_VALUE)
     return x, inside

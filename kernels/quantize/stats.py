@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import tuning as cards
 from ..formats import padded_dim
 from ..rope import Rope
-from .rope import load_rotated_rows, rope_arguments
+from .rope import Tables, load_rotated_rows, rope_arguments
 
 #: Tokens whose statistics one program finds; the parts are joined by Torch, in one launch each for
 #: means and for extremes, in none where there is one part.  Short ones fill a card at 1K tokens.
@@ -56,6 +56,7 @@ def _stats_kernel(
     i_c = tl.program_id(0) % chunks
     i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
+    rope = Tables(p_cos, p_sin, rope_b, rope_l, rope_d)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
     # Of every row of a block, so that nothing crosses a warp within the loop.
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -71,11 +72,7 @@ def _stats_kernel(
             stride_l,
             stride_d,
             i_bh // heads,
-            p_cos,
-            p_sin,
-            rope_b,
-            rope_l,
-            rope_d,
+            rope,
             D,
             0,
             BLOCK_D,

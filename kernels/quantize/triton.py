@@ -21,11 +21,11 @@ from ..formats import (
 from ..rope import Rope
 from ..tiles import round_even, round_to_int
 from ..versions import to_e4m3
-from .reference import (
+from .limits import (
     CLIP_LIMIT,
     CLIP_RESOLUTION,
 )
-from .rope import load_rotated_rows, rope_arguments
+from .rope import Tables, load_rotated_rows, rope_arguments
 from .stats import ChannelStats, block_mean, channel_stats, token_mean
 from .triton_fp4 import fp4_groups, pack_codes
 from .triton_value import STORAGE, code_top, quantize_value, scale_of, shares
@@ -177,6 +177,7 @@ def _quantize_rows_kernel(
     i_l = tl.program_id(0) % blocks
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+    rope = Tables(p_cos, p_sin, rope_b, rope_l, rope_d)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
     x, inside = load_rotated_rows(
         p_x,
@@ -185,11 +186,7 @@ def _quantize_rows_kernel(
         stride_l,
         stride_d,
         i_bh // heads,
-        p_cos,
-        p_sin,
-        rope_b,
-        rope_l,
-        rope_d,
+        rope,
         D,
         0,
         DP,
@@ -262,6 +259,7 @@ def _quantize_smoothed_rows_kernel(
     i_group = tl.program_id(0) % groups
     i_bh = (tl.program_id(0) // groups).to(tl.int64)
     o_d = tl.arange(0, DP)
+    rope = Tables(p_cos, p_sin, rope_b, rope_l, rope_d)
     p_x += (i_bh // heads) * stride_b + (i_bh % heads) * stride_h
     first = i_group * MEAN_BLOCK
     stop = tl.minimum(length, first + MEAN_BLOCK)
@@ -275,11 +273,7 @@ def _quantize_smoothed_rows_kernel(
             stride_l,
             stride_d,
             i_bh // heads,
-            p_cos,
-            p_sin,
-            rope_b,
-            rope_l,
-            rope_d,
+            rope,
             D,
             0,
             DP,
@@ -298,11 +292,7 @@ def _quantize_smoothed_rows_kernel(
             stride_l,
             stride_d,
             i_bh // heads,
-            p_cos,
-            p_sin,
-            rope_b,
-            rope_l,
-            rope_d,
+            rope,
             D,
             0,
             DP,

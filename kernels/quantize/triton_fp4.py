@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..tiles import round_to_int
 from ..versions import to_e4m3
-from .reference import CLIP_LIMIT, CLIP_RESOLUTION, FP4_MAX, FP8_MAX, FP8_TINY
+from .limits import CLIP_LIMIT, CLIP_RESOLUTION, FP4_MAX, FP8_MAX, FP8_TINY
 
 _CLIP_LIMIT, _CLIP_RESOLUTION = tl.constexpr(CLIP_LIMIT), tl.constexpr(CLIP_RESOLUTION)
 _FP4_MAX, _FP8_MAX, _FP8_TINY = (

@@ -23,7 +23,7 @@ from ..formats import (
 )
 from ..tiles import round_to_int, stored_token
 from ..versions import to_e4m3
-from .reference import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
+from .limits import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
 from .rope import load_rows
 from .stats import ChannelStats, extremes
 from .triton_fp4 import fp4_groups, fp4_token, pack_codes

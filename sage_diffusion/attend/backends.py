@@ -7,44 +7,18 @@ user never falls back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sage_diffusion import machine
 from sage_diffusion.attend import installation, providers, verdicts
+from sage_diffusion.attend.backend import Backend, backend_of
 from sage_diffusion.attend.calls import AttentionCall, Call, Run, torch_native
+from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
+from sage_diffusion.kernels.attention.record import Kernels
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
-from sage_diffusion.machine import triton_version
-
-#: Where our kernels are.
-_KERNELS = "sage_diffusion.kernels.attention"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation.
-
-    Attributes:
-        name: what users write in ``backend=``.
-        describes: one line for ``doctor``.
-        refuse: None if it can run the call, else the reason in words.
-        load: imports the implementation on first use.
-        folds_rope: it rotates q and k as it quantizes them; for the others PyTorch does before.
-        finite: of finite inputs it makes finite outputs, scores beyond float32's resolution (2^27
-            in log2 units) excepted; the others' outputs lose their NaN before a model sees them.
-        automatic: False if "auto" must not choose it on a GPU (slow or not ours to prefer).
-    """
-
-    name: str
-    describes: str
-    refuse: Callable[[AttentionCall], str | None]
-    load: Callable[[], Run]
-    automatic: Callable[[AttentionCall], bool] = lambda call: True
-    folds_rope: bool = False
-    finite: bool = False
 
 
 class BackendUnavailable(RuntimeError):
@@ -54,86 +28,6 @@ class BackendUnavailable(RuntimeError):
         self.reasons = reasons
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         super().__init__(f"no backend can run {spec}: {listed}")
-
-
-# ---------------------------------------------------------------------- our kernels
-def _refuse_triton(call: AttentionCall) -> str | None:
-    if not call.spec.quantized:
-        return "fp16 is not quantized: PyTorch's own attention runs it"
-    if call.device != "cuda":
-        return f"needs a CUDA or ROCm device, the tensors are on {call.device}"
-    from sage_diffusion.kernels.attention import tuning
-
-    needed = tuning.triton_version(call.spec)
-    return _refuse_triton_version(needed, "triton") or tuning.unsupported(
-        call.spec, call.capability, call.hip_arch
-    )
-
-
-def _refuse_triton_version(needed: tuple[int, int], kernels: str) -> str | None:
-    """Of a kernel that needs this version of Triton or a newer one."""
-    return installation.refuse_triton(triton_version(), needed, f"{_KERNELS}.{kernels}")
-
-
-def _refuse_without_gluon(call: AttentionCall, needed: tuple[int, int], kernels: str) -> str | None:
-    """What both kernels in Gluon need."""
-    if not call.spec.quantized:
-        return "fp16 is not quantized: PyTorch's own attention runs it"
-    if call.device != "cuda":
-        return f"needs a CUDA device, the tensors are on {call.device}"
-    return _refuse_triton_version(needed, kernels)
-
-
-def _refuse_gluon(call: AttentionCall) -> str | None:
-    from sage_diffusion.kernels.attention import gluon_support
-
-    needed = gluon_support.TRITON_VERSION
-    return _refuse_without_gluon(call, needed, "gluon") or gluon_support.unsupported(
-        call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
-    )
-
-
-def _refuse_hopper(call: AttentionCall) -> str | None:
-    from sage_diffusion.kernels.attention import hopper_support
-
-    needed = hopper_support.TRITON_VERSION
-    return _refuse_without_gluon(call, needed, "hopper") or hopper_support.unsupported(
-        call.spec, call.capability, call.hip_arch, head_dim=call.q_shape[-1]
-    )
-
-
-def run_kernel(
-    attention: Callable[..., tuple[Tensor, Tensor | None]],
-    call: Call,
-    spec: AttentionSpec,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """A kernel's entry on a call; kernels know no calls."""
-    q, k, v, mask, is_causal, scale, *ropes = call
-    return attention(
-        q, k, v, spec, mask, is_causal, scale, return_lse, rope_q=ropes[0], rope_k=ropes[1]
-    )
-
-
-def _load_gluon() -> Run:
-    from sage_diffusion.attend import launches
-    from sage_diffusion.kernels.attention import gluon
-
-    return functools.partial(run_kernel, launches.bound(gluon.attention, "gluon"))
-
-
-def _load_hopper() -> Run:
-    from sage_diffusion.attend import launches
-    from sage_diffusion.kernels.attention import hopper
-
-    return functools.partial(run_kernel, launches.bound(hopper.attention, "hopper"))
-
-
-def _load_triton() -> Run:
-    from sage_diffusion.attend import launches
-    from sage_diffusion.kernels.attention import triton
-
-    return functools.partial(run_kernel, launches.bound(triton.attention, "triton"))
 
 
 # ---------------------------------------------------------------------- PyTorch
@@ -177,67 +71,65 @@ def _twin_is_automatic(call: AttentionCall) -> bool:
     return call.device != "cuda" or not call.spec.quantized
 
 
-def _backends() -> tuple[Backend, ...]:
-    return (
-        Backend(
-            "gluon",
-            "this package's kernels whose P stays in registers: INT4, FP4, 8 bit on NVIDIA cards",
-            _refuse_gluon,
-            _load_gluon,
-            folds_rope=True,
-            finite=True,
-        ),
-        Backend(
-            "hopper",
-            "this package's kernel on wgmma whose P stays in registers: INT8 or FP8 with FP8",
-            _refuse_hopper,
-            _load_hopper,
-            folds_rope=True,
-            finite=True,
-        ),
-        Backend(
-            "triton",
-            "this package's kernels",
-            _refuse_triton,
-            _load_triton,
-            folds_rope=True,
-            finite=True,
-        ),
-        Backend(
-            "sageattention",
-            "the sageattention package, where its numerics equal the spec",
-            providers.refuse_sageattention,
-            providers.load_sageattention,
-        ),
-        Backend(
-            "comfy_kitchen",
-            "the comfy-kitchen package's INT8 attention",
-            providers.refuse_comfy_kitchen,
-            providers.load_comfy_kitchen,
-        ),
-        Backend("sdpa", "PyTorch's scaled_dot_product_attention", _refuse_sdpa, lambda: _sdpa),
-        Backend(
-            "reference",
-            "the Torch twin: every spec on any device, for accuracy and not for speed",
-            lambda call: None,
-            _load_reference,
-            _twin_is_automatic,
-            folds_rope=True,
-            finite=True,
-        ),
-    )
+_SDPA = Backend(
+    "sdpa",
+    "PyTorch's scaled_dot_product_attention",
+    _refuse_sdpa,
+    lambda: _sdpa,
+    quantizes=False,
+    timed=False,  # its kernels are, one by one
+)
+
+_REFERENCE = Backend(
+    "reference",
+    "the Torch twin: every spec on any device, for accuracy and not for speed",
+    lambda call: None,
+    _load_reference,
+    _twin_is_automatic,
+    folds_rope=True,
+    finite=True,
+    timed=False,
+)
+
+#: In the order in which "auto" asks them.
+BACKENDS: tuple[Backend, ...] = (
+    backend_of(gluon_support.KERNELS),
+    backend_of(hopper_support.KERNELS),
+    backend_of(tuning.KERNELS),
+    providers.SAGEATTENTION,
+    providers.COMFY_KITCHEN,
+    _SDPA,
+    _REFERENCE,
+)
 
 
-BACKENDS: tuple[Backend, ...] = _backends()
+def names() -> tuple[str, ...]:
+    """What ``backend=`` takes."""
+    return ("auto", *(b.name for b in BACKENDS))
 
-BACKEND_NAMES = ("auto", *(b.name for b in BACKENDS))
+
+def ours() -> dict[str, Kernels]:
+    """This package's kernels by their backend's name."""
+    return {b.name: b.kernels for b in BACKENDS if b.kernels is not None}
+
+
+def named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for record in BACKENDS:
+        if record.name == name:
+            return record
+    listed = ", ".join(b.name for b in BACKENDS)
+    raise ValueError(f"backend must be one of {listed}, got {name!r}")
 
 
 def problems() -> list[str]:
     """What is to be done before our kernels run on this machine, a line each."""
-    from sage_diffusion.kernels.attention import tuning
-
-    return installation.problems(triton_version(), tuning.TRITON_VERSION, f"{_KERNELS}.triton")
+    version = machine.triton_version()
+    return installation.problems(version, tuning.TRITON_VERSION, tuning.KERNELS.module)
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
@@ -305,8 +197,8 @@ def select(
         ValueError: no backend has that name.
         BackendUnavailable: nobody can, or the named one can't.
     """
-    if backend not in BACKEND_NAMES:
-        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
+    if backend not in names():
+        raise ValueError(f"backend must be one of {', '.join(names())}, got {backend!r}")
     reasons: dict[str, str] = {}
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: What may differ between launches of a backend's kernel.
-KNOBS = {
-    "triton": ("block_m", "num_warps", "num_stages"),
-    "gluon": ("num_warps", "step", "stages"),
-    "hopper": ("num_warps", "stages"),
-}
-
 
 class TableError(ValueError):
     """A file is no table of launches; the message says what is wrong with it."""
@@ -24,10 +17,10 @@ class Entry:
         gpu: PyTorch's name of the card, or the cost model's for a prediction ("rtx4090").
         triton: the version that compiled it; another one may want another launch.
         arch: "sm_89", "gfx942".
-        backend: "triton", "gluon" or "hopper".
+        backend: whose kernel.
         formats: of Q and K, P and V: "int8/fp8-fast".
         head_dim: padded, 64, 128 or 256.
-        launch: values of the backend's :data:`KNOBS`.
+        launch: values of the backend's :attr:`.Kernels.knobs`.
         source: "measured" or "predicted bound".
         value: milliseconds, or cycles of the predicted bound.
     """

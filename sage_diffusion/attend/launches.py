@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sage_diffusion.attend.launch import KNOBS, Entry, TableError
+from sage_diffusion.attend.launch import Entry, TableError
 from sage_diffusion.files import user_cache, write_text
-from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
-from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.attention import tuning
+from sage_diffusion.kernels.attention.record import Kernels
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import version
 
@@ -71,31 +71,21 @@ def formats(spec: AttentionSpec) -> str:
     return f"{spec.qk.value}/{spec.pv.value}{fast}"
 
 
-def as_launch(backend: str, arch: str, head_dim: int, knobs: dict[str, int]) -> Any:
-    """A backend's launch with these knobs; the rest is the architecture's own.
+def as_launch(kernels: Kernels, arch: str, head_dim: int, knobs: dict[str, int]) -> Any:
+    """A launch with these knobs; the rest is the architecture's own.
 
     Args:
-        backend: "triton", "gluon" or "hopper".
+        kernels: whose.
         arch: "sm_89".
         head_dim: padded.
-        knobs: values of :data:`KNOBS`.
+        knobs: values of :attr:`.Kernels.knobs`.
     """
-    return built_in(backend, arch, head_dim)._replace(**knobs)
+    return kernels.launch(arch, head_dim, None)._replace(**knobs)
 
 
-def built_in(backend: str, arch: str, head_dim: int, spec: AttentionSpec | None = None) -> Any:
-    """The launch that ships: for a spec, as some cards have one of their own for some formats."""
-    if backend == "triton":
-        if spec is not None and spec.qk is Precision.FP4:
-            return tuning.fp4_launch(head_dim)
-        pv = "half" if spec is None else formats(spec).split("/")[1].replace("fp16", "half")
-        return tuning.launch(arch, head_dim, pv=pv)
-    return (hopper_support if backend == "hopper" else gluon_support).launch(head_dim)
-
-
-def knobs_of(backend: str, launch: NamedTuple) -> dict[str, int]:
+def knobs_of(kernels: Kernels, launch: NamedTuple) -> dict[str, int]:
     """The other way round."""
-    return {name: getattr(launch, name) for name in KNOBS[backend]}
+    return {name: getattr(launch, name) for name in kernels.knobs}
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,14 +94,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def lookup(entries: list[Entry], backend: str) -> Callable[..., Any] | None:
+def lookup(entries: list[Entry], kernels: Kernels) -> Callable[..., Any] | None:
     """What a kernel's entry takes as ``tuned``; None where nothing is known of the backend.
 
     A launch that was measured on a card of this very name comes first, then one that was predicted
     for its kind: "rtx4090" stands for "NVIDIA GeForce RTX 4090" and its variants.
     """
     here = version("triton") or version("triton-windows")
-    known = [e for e in entries if e.backend == backend and e.triton == here]
+    known = [
+        e for e in entries if (e.backend, e.triton) == (kernels.name, here) and _fits(e, kernels)
+    ]
     if not known:
         return None
 
@@ -124,12 +116,25 @@ def lookup(entries: list[Entry], backend: str) -> Callable[..., Any] | None:
             if (entry.arch, entry.formats, entry.head_dim) != (arch, formats(spec), head_dim):
                 continue
             if entry.source == "measured" and entry.gpu == name:
-                return as_launch(backend, arch, head_dim, entry.launch)
+                return as_launch(kernels, arch, head_dim, entry.launch)
             if entry.source == "predicted bound" and kind.startswith(entry.gpu):
-                predicted = as_launch(backend, arch, head_dim, entry.launch)
+                predicted = as_launch(kernels, arch, head_dim, entry.launch)
         return predicted
 
     return tuned
+
+
+def _fits(entry: Entry, kernels: Kernels) -> bool:
+    """Whether a launch has the backend's knobs; a warning where it hasn't."""
+    if set(entry.launch) == set(kernels.knobs):
+        return True
+    log.warning(
+        "a launch of %s must have %s, got %s; it is not used",
+        kernels.name,
+        ", ".join(kernels.knobs),
+        ", ".join(entry.launch),
+    )
+    return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -142,7 +147,7 @@ def user_entries(path: Path | None = None) -> tuple[Entry, ...]:
         return ()
 
 
-def bound(run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def bound(run: Callable[..., Any], kernels: Kernels) -> Callable[..., Any]:
     """A kernel's entry that uses the user's table."""
-    tuned = lookup(list(user_entries()), backend)
+    tuned = lookup(list(user_entries()), kernels)
     return run if tuned is None else functools.partial(run, tuned=tuned)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sage_diffusion.attend.backend import Backend
 from sage_diffusion.attend.calls import AttentionCall, Call, Run
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
@@ -132,3 +133,19 @@ def load_comfy_kitchen() -> Run:
 
 def _sm(capability: tuple[int, int]) -> str:
     return f"{capability[0]}{capability[1]}"
+
+
+SAGEATTENTION = Backend(
+    "sageattention",
+    "the sageattention package, where its numerics equal the spec",
+    refuse_sageattention,
+    load_sageattention,
+)
+
+COMFY_KITCHEN = Backend(
+    "comfy_kitchen",
+    "the comfy-kitchen package's INT8 attention",
+    refuse_comfy_kitchen,
+    load_comfy_kitchen,
+    library="comfy_kitchen",
+)

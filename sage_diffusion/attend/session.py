@@ -71,8 +71,8 @@ class AttentionSession:
         observers: Sequence[Observer] = (),
         guard: Guard | None = None,
     ):
-        if backend not in backends.BACKEND_NAMES:
-            names = ", ".join(backends.BACKEND_NAMES)
+        if backend not in backends.names():
+            names = ", ".join(backends.names())
             raise ValueError(f"backend must be one of {names}, got {backend!r}")
         self._plan = PrecisionPlan.of(plan)
         self.backend = backend

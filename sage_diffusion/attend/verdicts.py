@@ -50,7 +50,7 @@ class Known:
     """What is known of one kernel on one stand.
 
     Attributes:
-        backend: "gluon", "hopper" or "triton".
+        backend: one whose kernels are ours.
         formats: "int4/fp8-fast"; smoothing and rotation are not in an attention kernel.
         status: "right", "wrong", "failed", "not compiled" or "not run".
         reason: "" if it is right.

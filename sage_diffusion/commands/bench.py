@@ -39,9 +39,8 @@ def bench(
     backend: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Backend, repeatable: gluon, hopper, triton, sageattention, comfy_kitchen, "
-            "sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa or reference. "
-            "[default: all but the last two]"
+            help="Backend as doctor lists them, or sdpa-flash, sdpa-cudnn, sdpa-efficient; "
+            "repeatable. [default: all but sdpa and reference]"
         ),
     ] = None,
     gpu: Annotated[
@@ -67,17 +66,17 @@ def bench(
     from sage_diffusion.speed.bench import (
         DEFAULT_HEAD_DIMS,
         DEFAULT_LENGTHS,
-        DEFAULT_NAMES,
         MEASURED,
         PREDICTED,
         contestants,
+        default_names,
         default_specs,
         measure,
     )
     from sage_diffusion.speed.bench_report import NOTES, document, plot, predict
     from sage_diffusion.speed.timing import find_card
 
-    names = tuple(backend or DEFAULT_NAMES)
+    names = tuple(backend or default_names())
     shapes: dict[str, Any] = {
         "lengths": tuple(length or DEFAULT_LENGTHS),
         "head_dims": tuple(head_dim or DEFAULT_HEAD_DIMS),

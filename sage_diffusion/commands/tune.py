@@ -29,7 +29,7 @@ def tune(
     ] = None,
     backend: Annotated[
         Optional[list[str]],
-        typer.Option(help="gluon, hopper or triton, repeatable. [default: all]"),
+        typer.Option(help="Backend with kernels of ours, repeatable. [default: all]"),
     ] = None,
     predict: Annotated[
         bool, typer.Option("--predict", help="Choose by predicted bounds, without a GPU.")
@@ -50,7 +50,7 @@ def tune(
     Measures on the GPU that is here.  With --predict it compiles every candidate for the named
     card and compares predicted bounds, which are no timings.
     """
-    from sage_diffusion.attend import launches
+    from sage_diffusion.attend import backends, launches
     from sage_diffusion.kernels.attention import tuning
     from sage_diffusion.kernels.spec import LADDER
     from sage_diffusion.speed import tune as tuner
@@ -58,10 +58,11 @@ def tune(
     from sage_diffusion.speed.cost import gpu_named
     from sage_diffusion.speed.timing import find_card
 
-    names = tuple(backend or launches.KNOBS)
+    ours = backends.ours()
+    names = tuple(backend or ours)
     for name in names:
-        if name not in launches.KNOBS:
-            raise CommandError(f"backend must be gluon, hopper or triton, got {name!r}")
+        if name not in ours:
+            raise CommandError(f"backend must be one of {', '.join(ours)}, got {name!r}")
     card = None
     if predict:
         if gpu is None:

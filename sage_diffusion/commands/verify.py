@@ -30,7 +30,7 @@ def verify(
     ] = None,
     backend: Annotated[
         Optional[list[str]],
-        typer.Option(help="gluon, hopper or triton, repeatable. [default: all]"),
+        typer.Option(help="Backend with kernels of ours, repeatable. [default: all]"),
     ] = None,
     device: Annotated[
         Optional[str], typer.Option(help="Which card, cuda:1. [default: the current one]")

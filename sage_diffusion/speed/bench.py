@@ -42,19 +42,6 @@ SDPA_KERNELS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
-#: Everything that ``--backend`` takes.  The twin only by name: it is there for accuracy.
-NAMES = (
-    "gluon",
-    "hopper",
-    "triton",
-    "sageattention",
-    "comfy_kitchen",
-    *SDPA_KERNELS,
-    "sdpa",
-    "reference",
-)
-DEFAULT_NAMES = NAMES[:-2]
-
 DEFAULT_LENGTHS = tuple(1024 * 2**i for i in range(8))  # 1K .. 128K
 DEFAULT_HEAD_DIMS = (64, 128)
 
@@ -65,7 +52,7 @@ class Contestant:
 
     Attributes:
         spec: what it computes.
-        backend: a name of :data:`NAMES`.
+        backend: one of :func:`names`.
         refuse: None if it can run the call, else the reason.
         run: ``run(q, k, v, is_causal)`` -> output, quantization included.
     """
@@ -141,6 +128,16 @@ def operations(batch: int, heads: int, length: int, head_dim: int, is_causal: bo
     return 4 * batch * heads * length**2 * head_dim / (2 if is_causal else 1)
 
 
+def default_names() -> tuple[str, ...]:
+    """Who is timed unless told otherwise."""
+    return (*(record.name for record in backends.BACKENDS if record.timed), *SDPA_KERNELS)
+
+
+def names() -> tuple[str, ...]:
+    """Everything that ``--backend`` takes."""
+    return (*default_names(), *(record.name for record in backends.BACKENDS if not record.timed))
+
+
 def default_specs() -> tuple[str, ...]:
     """The ladder, and what an installed sageattention 1 computes."""
     first = (installed("sageattention") or "").startswith("1.")
@@ -148,23 +145,28 @@ def default_specs() -> tuple[str, ...]:
 
 
 def contestants(
-    specs: Iterable[AttentionSpec | str], names: Sequence[str] = DEFAULT_NAMES
+    specs: Iterable[AttentionSpec | str], chosen: Sequence[str] | None = None
 ) -> list[Contestant]:
     """Every spec on every backend that could compute it; who can't says so when asked.
 
+    Args:
+        specs: what to compute.
+        chosen: some of :func:`names`; :func:`default_names` if None.
+
     Raises:
-        ValueError: a name is none of :data:`NAMES`, or a text is no spec.
+        ValueError: a name is none of :func:`names`, or a text is no spec.
     """
-    for name in names:
-        if name not in NAMES:
-            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    chosen = default_names() if chosen is None else chosen
+    for name in chosen:
+        if name not in names():
+            raise ValueError(f"backend must be one of {', '.join(names())}, got {name!r}")
     records = {record.name: record for record in backends.BACKENDS}
     found = []
     for spec in map(AttentionSpec.parse, specs):
-        for name in names:
+        for name in chosen:
             if name in SDPA_KERNELS and not spec.quantized:
                 found.append(Contestant(spec, name, lambda call: None, _sdpa(SDPA_KERNELS[name])))
-            elif name in records and (name == "sdpa") != spec.quantized:
+            elif name in records and records[name].quantizes == spec.quantized:
                 record = records[name]
                 found.append(Contestant(spec, name, record.refuse, _backend(record, spec)))
     return found

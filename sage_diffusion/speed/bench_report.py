@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.calls import Call
+from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.machine import installed
 from sage_diffusion.speed.bench import (
     DEFAULT_HEAD_DIMS,
     DEFAULT_LENGTHS,
@@ -75,7 +74,8 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
     from sage_diffusion.speed.cost import CostError, cubin_cost, gpu_named, library_costs
     from sage_diffusion.speed.cost_compile import compile_attention
 
-    if name in ("gluon", "hopper", "triton") and spec.quantized:
+    record = next((b for b in backends.BACKENDS if b.name == name), None)
+    if record is not None and record.kernels is not None:
         reasons: dict[str, str] = {}
         kernel = compile_attention(
             spec,
@@ -88,14 +88,14 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
         if kernel is None:
             return reasons[str(spec)]
         return cubin_cost(kernel.cubin, gpu, str(spec), head_dim).tops
-    if name != "comfy_kitchen":
+    if record is None or record.library is None:
         return "a bound needs its machine code, which is not in a file here"
-    if installed(name) is None:
-        return "comfy-kitchen is not installed"
-    if str(spec) != "int8/int8" or is_causal:
-        return "comfy-kitchen computes int8/int8, not causal"
+    arch = gpu_named(gpu).arch
+    refused = record.refuse(AttentionCall.typical(spec, arch, head_dim, is_causal=is_causal))
+    if refused is not None:
+        return refused
     try:
-        return max(cost.tops for cost in library_costs(name, [gpu], [head_dim]))
+        return max(cost.tops for cost in library_costs(record.library, [gpu], [head_dim]))
     except CostError as error:
         return str(error)
 
@@ -103,8 +103,7 @@ def _tops(spec: AttentionSpec, name: str, gpu: str, head_dim: int, is_causal: bo
 def twin_distance(spec: AttentionSpec, head_dim: int, is_causal: bool) -> float:
     """Relative L1 distance of the spec's twin from exact attention, on the CPU."""
     q, k, v = inputs(1, 1, TWIN_TOKENS, head_dim, torch.device("cpu"), torch.float32)
-    twin = next(record for record in backends.BACKENDS if record.name == "reference")
-    out, _ = backends.load(twin)(Call(q, k, v, None, is_causal), spec, False)
+    out, _ = backends.load(backends.named("reference"))(Call(q, k, v, None, is_causal), spec, False)
     return distance(out, F.scaled_dot_product_attention(q, k, v, is_causal=is_causal))
 
 

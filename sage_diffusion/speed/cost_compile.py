@@ -7,7 +7,6 @@ real call would run: same signature, same specialization, same tiles.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from sage_diffusion.attend.backends import BACKENDS
+from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.formats import (
@@ -37,9 +36,6 @@ from sage_diffusion.kernels.spec import AttentionSpec
 
 #: Tokens and heads of the call that is compiled: as divisible as real ones, none equal to one.
 LENGTH, HEADS, KV_HEADS, BATCH = 1024, 4, 2, 2
-
-#: Backends of this package: modules of ``kernels.attention`` by the same name.
-_MODULES = ("gluon", "hopper", "triton")
 
 
 class Kernel(NamedTuple):
@@ -169,7 +165,7 @@ def compile_attention(
         mask: None, "bool" or "additive": one of its own for every query.
         is_causal: the causal variant.
         reasons: told why a card can't run a spec.
-        backend: "gluon", "hopper" or "triton"; None takes the one that "auto" would.
+        backend: one whose kernels are ours; None takes the one that "auto" would.
         launch: of the named backend, instead of its own choice.
 
     Returns:
@@ -179,8 +175,8 @@ def compile_attention(
     call = AttentionCall.typical(
         spec, arch, head_dim, LENGTH, dtype=torch.float16, mask=mask, is_causal=is_causal
     )
-    for record in BACKENDS:
-        if record.name not in ((backend,) if backend else _MODULES):
+    for record in backends.BACKENDS:
+        if record.kernels is None or backend not in (None, record.name):
             continue
         reason = record.refuse(call)
         if reason is not None:
@@ -211,14 +207,14 @@ def compile_backend(
     """A backend's attention kernel for an architecture, whether or not it would refuse the call.
 
     Args:
-        backend: "gluon", "hopper" or "triton".
+        backend: one whose kernels are ours.
         arch: "sm_89", "gfx942".
         mask: broadcastable to ``[BATCH, HEADS, LENGTH, LENGTH]``, its strides as they will be.
         spec, head_dim, is_causal, launch: as in :func:`compile_attention`.
         return_lse: the variant that writes the log-sum-exp.
     """
     q, k, v, delta_s = _operands(spec, head_dim)
-    module = importlib.import_module(f"sage_diffusion.kernels.attention.{backend}")
+    module = backends.ours()[backend].load()
     with compiling_for(arch) as driver:
         module.attend_quantized(
             q,

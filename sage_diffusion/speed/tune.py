@@ -7,8 +7,6 @@ reason.  The launches that ship were chosen by the same predictions (``tune --pr
 from __future__ import annotations
 
 import functools
-import importlib
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,7 @@ from sage_diffusion.attend import backends, launches
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.attend.launches import Entry
-from sage_diffusion.kernels.attention import gluon_support, hopper_support, tuning
-from sage_diffusion.kernels.formats import Precision, padded_dim
+from sage_diffusion.kernels.formats import padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.machine import version
 from sage_diffusion.speed.bench import distance, inputs
@@ -98,41 +95,20 @@ def candidates(
     """Launches to try, the built-in one (for the spec) first.
 
     Args:
-        backend: "triton", "gluon" or "hopper".
+        backend: one whose kernels are ours.
         arch: "sm_89", "gfx942".
         head_dim: padded.
     """
-    first = launches.built_in(backend, arch, head_dim, spec)
-    found = [first]
-    if backend == "gluon":
-        for warps, (step, stages) in itertools.product((4, 8), ((1, 2), (1, 4), (2, 2))):
-            found.append(gluon_support.GluonLaunch(warps, step, stages))
-    elif backend == "hopper":
-        for warps, stages, registers in (
-            (4, 2, 255),
-            (4, 2, 168),
-            (4, 2, 128),
-            (4, 4, 255),
-            (8, 2, 255),
-        ):
-            found.append(hopper_support.HopperLaunch(warps, stages, registers))
-    else:
-        amd = arch.startswith("gfx")
-        blocks = (64,) if head_dim > 128 else (64, 128)
-        if spec is not None and spec.qk is Precision.FP4:
-            blocks = (first.block_m,)
-        warps_of = (4, 8, 16) if amd else (4, 8)
-        stages_of = (1,) if amd else (2, 3, 4)
-        for block, warps, depth in itertools.product(blocks, warps_of, stages_of):
-            found.append(tuning.Launch(block, warps, depth, first.shift))
-    return list(dict.fromkeys(found))
+    kernels = backends.ours()[backend]
+    shape = (arch, head_dim, spec)
+    return list(dict.fromkeys([kernels.launch(*shape), *kernels.candidates(*shape)]))
 
 
 def specs_of(backend: str, names: Iterable[str] = LADDER) -> list[AttentionSpec]:
     """One spec for every kernel of the backend."""
-    support = {"triton": tuning, "gluon": gluon_support, "hopper": hopper_support}[backend]
+    kernels = backends.ours()[backend]
     parsed = [spec for spec in map(AttentionSpec.parse, names) if spec.quantized]
-    return [spec for spec in parsed if support.unsupported_spec(spec) is None]
+    return [spec for spec in parsed if kernels.unsupported_spec(spec) is None]
 
 
 def measure(
@@ -170,7 +146,7 @@ def measure(
     for candidate in candidates(backend, arch, padded_dim(head_dim), spec):
         call = functools.partial(run, q, k, v, spec, candidate)
         value, why, out = _time(call, card.timer, expected)
-        knobs = launches.knobs_of(backend, candidate)
+        knobs = launches.knobs_of(backends.ours()[backend], candidate)
         trial = Trial(knobs, value, note=why, built_in=not trials)
         expected = out if expected is None else expected
         trials.append(trial)
@@ -183,7 +159,7 @@ def measure(
 def _attend(
     backend: str, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, launch: Any
 ) -> Tensor:
-    module = importlib.import_module(f"sage_diffusion.kernels.attention.{backend}")
+    module = backends.ours()[backend].load()
     return module.attention(q, k, v, spec, tuned=lambda *_: launch)[0]
 
 
@@ -225,7 +201,7 @@ def predict(
     card = gpu_named(gpu)
     trials: list[Trial] = []
     for candidate in candidates(backend, card.arch, padded_dim(head_dim), spec):
-        knobs = launches.knobs_of(backend, candidate)
+        knobs = launches.knobs_of(backends.ours()[backend], candidate)
         reasons: dict[str, str] = {}
         value, second, note = None, None, ""
         try:
@@ -286,5 +262,4 @@ def entries(choices: Sequence[Choice], gpu: str, arch: str, source: str) -> list
 def refusal(backend: str, spec: AttentionSpec, head_dim: int, arch: str) -> str | None:
     """Why a card has no such kernel, or None."""
     call = AttentionCall.typical(spec, arch, head_dim, TOKENS, dtype=torch.float16)
-    record = next(record for record in backends.BACKENDS if record.name == backend)
-    return record.refuse(call)
+    return backends.named(backend).refuse(call)

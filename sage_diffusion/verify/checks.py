@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sage_diffusion.kernels.attention import reference
+from sage_diffusion.kernels.attention import reference, terms
 from sage_diffusion.kernels.formats import Precision, QuantizedTensor, QuantizedValue
 from sage_diffusion.kernels.quantize import reference as twin
 from sage_diffusion.kernels.quantize.permute import permute_value
@@ -221,7 +221,7 @@ def check_attention(
         reasons += _far_from_exact(spec, case, x, distances.exact)
     if lse is not None and not reasons:
         if operands.k_mean is not None:
-            want_lse = want_lse + reference.smoothed_lse(
+            want_lse = want_lse + terms.smoothed_lse(
                 x.q, operands.k_mean, operands.sm_scale, x.rope
             )
         error = (lse - want_lse).masked_fill(hidden & torch.isneginf(lse), 0.0).abs().max().item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,17 +10,14 @@ from torch import Tensor
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import Call
-from sage_diffusion.kernels.attention import hopper_support
-from sage_diffusion.kernels.formats import TILE_N, QuantizedValue, padded_dim
+from sage_diffusion.kernels.attention.record import Kernels
+from sage_diffusion.kernels.formats import QuantizedValue, padded_dim
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.verify.cases import Case, Inputs
 from sage_diffusion.verify.places import Place
 
 if TYPE_CHECKING:
     from sage_diffusion.kernels.attention.operands import Operands
-
-#: Backends whose kernels are this package's.
-OURS = ("gluon", "hopper", "triton")
 
 #: The quantized ladder, and what a kernel computes beyond it.
 SPECS = (*LADDER[1:], "fp8/fp8")
@@ -48,17 +44,22 @@ class Kernel(NamedTuple):
     @property
     def record(self) -> backends.Backend:
         """The backend."""
-        return next(b for b in backends.BACKENDS if b.name == self.backend)
+        return backends.named(self.backend)
+
+    @property
+    def ours(self) -> Kernels:
+        """What is known of it."""
+        return backends.ours()[self.backend]
 
     @property
     def permuted(self) -> bool:
         """Whether V's tokens are in the order of P's registers."""
-        return self.backend != "triton" or self.spec.pv == "fp4"
+        return self.ours.permuted(self.spec)
 
     @property
     def tile(self) -> int:
         """Keys of a tile."""
-        return hopper_support.TILE_KEYS if self.backend == "hopper" else TILE_N
+        return self.ours.tile_keys
 
     def run(self, x: Inputs, case: Case) -> tuple[Tensor, Tensor | None]:
         """A whole call, as ``backend=`` with this name runs it."""
@@ -75,37 +76,27 @@ class Kernel(NamedTuple):
 
     def attend(self, operands: Operands, x: Inputs) -> Tensor:
         """The attention kernel alone, no mask; with smoothed Q also the bias that belongs to it."""
-        module = importlib.import_module(f"sage_diffusion.kernels.attention.{self.backend}")
-        options: dict[str, Any] = {"out_dtype": x.q.dtype, "return_lse": False}
-        if self.backend != "hopper":
-            options["fp16_accumulator"] = self.spec.pv_accumulator == "fp16"
+        options: dict[str, Any] = {
+            "out_dtype": x.q.dtype,
+            "return_lse": False,
+            "fp16_accumulator": self.spec.pv_accumulator == "fp16",
+        }
         if operands.q_mean is not None:
-            from sage_diffusion.kernels.attention.gluon_columns import key_bias
+            from sage_diffusion.kernels.attention.entry import bias_of
 
-            def bias(first: int, count: int) -> Tensor:
-                return key_bias(
-                    x.q.shape[1],
-                    x.k,
-                    q_mean=operands.q_mean,
-                    k_mean=operands.k_mean,
-                    multiplier=operands.multiplier,
-                    first_block=first,
-                    blocks=count,
-                )
-
-            options["bias"] = bias
-        launch = _tuned(self.backend, x.q.device, self.spec, padded_dim(x.q.shape[-1]))
-        out: Tensor = module.attend_quantized(
+            options["bias"] = bias_of(operands, x.q.shape[1], x.k)
+        launch = _tuned(self.ours, x.q.device, self.spec, padded_dim(x.q.shape[-1]))
+        out: Tensor = self.ours.load().attend_quantized(
             operands.q, operands.k, operands.v, **options, launch=launch
         )[0]
         return out
 
 
-def _tuned(backend: str, device: torch.device, spec: AttentionSpec, dim: int) -> Any:
+def _tuned(kernels: Kernels, device: torch.device, spec: AttentionSpec, dim: int) -> Any:
     """The launch of the user's table, as :meth:`Kernel.run` uses it, or None."""
     from sage_diffusion.attend import launches
 
-    tuned = launches.lookup(list(launches.user_entries()), backend)
+    tuned = launches.lookup(list(launches.user_entries()), kernels)
     return None if tuned is None else tuned(device, spec, dim)
 
 
@@ -130,14 +121,15 @@ def find(
         specs, names: only these specs and backends, all if empty.
 
     Raises:
-        ValueError: a text is no spec, or a backend not one of :data:`OURS`.
+        ValueError: a text is no spec, or a backend has no kernels of ours.
     """
+    ours = backends.ours()
     for name in names:
-        if name not in OURS:
-            raise ValueError(f"--backend must be one of {', '.join(OURS)}, got {name!r}")
+        if name not in ours:
+            raise ValueError(f"--backend must be one of {', '.join(ours)}, got {name!r}")
     found, refused = [], {}
     for spec in map(AttentionSpec.parse, specs or SPECS):
-        for backend in names or OURS:
+        for backend in names or ours:
             kernel = Kernel(backend, spec)
             reason = kernel.record.refuse(place.call(spec, _PLAIN))
             if reason is None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sage_diffusion import LADDER, AttentionSpec, BackendUnavailable, attention
+from sage_diffusion import LADDER, AttentionSpec, BackendUnavailable, attention, machine
 from sage_diffusion.attend import backends, providers
 from sage_diffusion.attend.backends import select
 from sage_diffusion.attend.calls import AttentionCall
@@ -165,7 +165,7 @@ def gpu_call(spec, capability=(8, 9), **changes):
 def packages(monkeypatch):
     versions = {}
     monkeypatch.setattr(providers, "installed", versions.get)
-    monkeypatch.setattr(backends, "triton_version", lambda: (3, 9))
+    monkeypatch.setattr(machine, "triton_version", lambda: (3, 9))
     select.cache_clear()
     yield versions
     select.cache_clear()

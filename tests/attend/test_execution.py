@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 
-from sage_diffusion import AttentionSession, AttentionSpec, attention
+from sage_diffusion import AttentionSession, AttentionSpec, attention, machine
 from sage_diffusion.attend import backends
-from sage_diffusion.attend.backends import Backend
+from sage_diffusion.attend.backend import Backend, run_kernel
 from sage_diffusion.attend.calls import AttentionCall, Call
 from sage_diffusion.attend.execution import KernelCompilationError
 
@@ -60,7 +60,6 @@ def broken(request, monkeypatch):
     kernel = Broken(error)
     record = Backend("broken", "never compiles", lambda call: None, lambda: kernel.attention)
     monkeypatch.setattr(backends, "BACKENDS", (record, *backends.BACKENDS))
-    monkeypatch.setattr(backends, "BACKEND_NAMES", (*backends.BACKEND_NAMES, "broken"))
     backends.select.cache_clear()
     kernel.says = {
         "compilation": "no such dot",
@@ -174,7 +173,7 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
     kernel_entry = functools.partial(
         gluon.attention, tuned=lambda *call: GluonLaunch(8, 2, tiles // 2)
     )
-    attend = functools.partial(backends.run_kernel, kernel_entry)
+    attend = functools.partial(run_kernel, kernel_entry)
     record = Backend("gluon", "refuses nothing", lambda call: None, lambda: attend)
     monkeypatch.setattr(backends, "BACKENDS", (record,))
     backends.select.cache_clear()
@@ -209,7 +208,7 @@ def test_a_gluon_kernel_is_named_too(monkeypatch, cc, tiles, kernel, says):
 )
 def test_refused_before_anything_is_compiled(monkeypatch, backend, spec, changes, version, reason):
     """Card, Triton version and head dim; ``load`` would import the kernel."""
-    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    monkeypatch.setattr(machine, "triton_version", lambda: version)
     backends.select.cache_clear()
     major, minor = changes.get("capability", (8, 9))
     parsed, head_dim = AttentionSpec.parse(spec), changes.get("head_dim", 128)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from sage_diffusion import machine
 from sage_diffusion.attend import backends, installation
 from sage_diffusion.attend.installation import problems, refuse_triton, triton_requirement
 from sage_diffusion.cli import main
@@ -87,7 +88,7 @@ def test_a_triton_without_a_name_that_the_kernels_use(monkeypatch, tmp_path):
 def test_a_triton_that_works():
     triton = pytest.importorskip("triton")
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    assert backends.triton_version() == version
+    assert machine.triton_version() == version
     assert refuse_triton(version, (3, 6), KERNELS) is None
 
 
@@ -134,7 +135,7 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 def test_the_doctors_say_it_first(monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", None)  # so that there is no driver to miss
     monkeypatch.setattr(installation.shutil, "which", lambda name: None)
-    monkeypatch.setattr(backends, "triton_version", lambda: None)
+    monkeypatch.setattr(machine, "triton_version", lambda: None)
     assert main(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("to do: triton is not installed: pip install 'triton==")

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from helpers import card, fused_view, relative_l1
 
-from sage_diffusion.kernels.attention import reference, triton, triton_fp4
+from sage_diffusion.kernels.attention import entry, reference, triton, triton_fp4
 from sage_diffusion.kernels.formats import LOG2E, Precision
 from sage_diffusion.kernels.quantize import reference as quantize
 from sage_diffusion.kernels.quantize.permute import permute_value
@@ -89,7 +89,7 @@ def test_equals_the_twin(case):
 
 def test_whole_call(monkeypatch):
     """Quantizers, delta-S by chunks and attention in a row, on views of fused projections."""
-    monkeypatch.setattr(triton_fp4, "BIAS_BYTES", 0)
+    monkeypatch.setattr(entry, "BIAS_BYTES", 0)
     spec = AttentionSpec.parse("fp4/fp4-rotate-clip+smooth_v")
     q = fused_view(1, 1, 130, 64, 3)
     k, v = fused_view(1, 1, 70, 64, 4) + 2, fused_view(1, 1, 70, 64, 5) + 4

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from helpers import card, fused_view, relative_l1
 
-from sage_diffusion.kernels.attention import gluon, gluon_columns, reference
+from sage_diffusion.kernels.attention import entry, gluon, gluon_columns, reference
 from sage_diffusion.kernels.attention.gluon_support import GluonLaunch
 from sage_diffusion.kernels.formats import LOG2E, Precision
 from sage_diffusion.kernels.quantize import reference as quantize
@@ -224,7 +224,7 @@ def test_tiles_of_falling_maxima(cc, precision):
 )
 def test_whole_call(cc, name, q_len, scale, mask, monkeypatch):
     """Quantizers, delta-S by chunks and attention in a row, on views of fused projections."""
-    monkeypatch.setattr(gluon, "BIAS_BYTES", 0)
+    monkeypatch.setattr(entry, "BIAS_BYTES", 0)
     monkeypatch.setattr(gluon, "_MIN_BIAS_BLOCKS", 1)
     spec = AttentionSpec.parse(name)
     q = fused_view(1, 2, q_len, 64, 3)

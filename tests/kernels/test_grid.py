@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import grid
 from helpers import card, fused_view, relative_l1, same_bits
 
-from sage_diffusion.kernels.attention import reference
+from sage_diffusion.kernels.attention import entry, reference, terms
 from sage_diffusion.kernels.attention.hopper_support import TILE_KEYS
 from sage_diffusion.kernels.formats import LOG2E, TILE_N, QuantizedValue
 from sage_diffusion.kernels.quantize import permute
@@ -139,7 +139,7 @@ def check_bias(args: tuple, options: dict, got: Tensor) -> None:
     if mask is not None and mask.dtype == torch.bool:
         want = torch.where(mask, want, -math.inf)
     elif mask is not None:
-        added = (mask.float() * LOG2E).clamp(reference.MASK_FLOOR, -reference.MASK_FLOOR)
+        added = (mask.float() * LOG2E).clamp(terms.MASK_FLOOR, -terms.MASK_FLOOR)
         want = want + torch.where(torch.isneginf(mask), -math.inf, added)
     torch.testing.assert_close(in_token_order(got, k.shape[2]), want, rtol=1e-5, atol=1e-4)
 
@@ -166,7 +166,7 @@ def test_call(call: grid.Call):
         card(call.kernel.cc),
         recorded(quantize, *quantizers) as quantized,
         recorded(module, "attend_quantized") as attended,
-        recorded(module, "key_bias") as biased,
+        recorded(entry, "key_bias") as biased,
     ):
         out, lse = module.attention(
             q, k, v, spec, mask=mask, is_causal=call.is_causal, return_lse=call.return_lse
@@ -175,10 +175,10 @@ def test_call(call: grid.Call):
         bias = options.get("bias")
         if callable(bias):
             bias = bias(0, -(-call.q_len // 128))
-    for entry in quantized:
-        check_quantizer(*entry)
-    for _, *entry in biased:
-        check_bias(*entry)
+    for made in quantized:
+        check_quantizer(*made)
+    for _, *made in biased:
+        check_bias(*made)
 
     q_codes, k_codes, values = operands
     if call.kernel.backend != "triton" and isinstance(values, QuantizedValue):
@@ -210,5 +210,5 @@ def test_call(call: grid.Call):
         return
     torch.testing.assert_close(got_lse, want_lse, rtol=1e-5, atol=1e-4)
     if spec.smooth_k:
-        got_lse = got_lse + reference.smoothed_lse(q, twin.token_mean(k), call.head_dim**-0.5)
+        got_lse = got_lse + terms.smoothed_lse(q, twin.token_mean(k), call.head_dim**-0.5)
     torch.testing.assert_close(lse, got_lse, rtol=1e-5, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sage_diffusion import machine
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention.hopper_support import unsupported
@@ -38,7 +39,7 @@ def test_unsupported(spec, capability, hip, head_dim, reason):
     ],
 )
 def test_triton_serves_the_rest(monkeypatch, spec, head_dim, version, chosen):
-    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    monkeypatch.setattr(machine, "triton_version", lambda: version)
     backends.select.cache_clear()
     call = AttentionCall.typical(AttentionSpec.parse(spec), "sm_90", head_dim)
     assert backends.select(call).name == chosen

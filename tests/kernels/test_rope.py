@@ -8,7 +8,7 @@ from helpers import card, fused_view, relative_l1, same_bits
 
 from sage_diffusion.kernels.attention import reference as attention
 from sage_diffusion.kernels.formats import Precision
-from sage_diffusion.kernels.quantize import reference
+from sage_diffusion.kernels.quantize import limits, reference
 from sage_diffusion.kernels.rope import Rope, apply_rope, check_rope, rotated
 from sage_diffusion.kernels.spec import AttentionSpec
 
@@ -140,7 +140,7 @@ def test_rows_are_bit_exact(name, interleaved):
     x = fused_view(2, 1, length, dim, len(name), dtype)
     x[:, :, length // 2] *= 1e30 if dtype is torch.bfloat16 else 100.0
     rope = tables(length, dim, interleaved, full=full, batch=batch)
-    turned = apply_rope(reference.finite(x), rope)
+    turned = apply_rope(limits.finite(x), rope)
     options = {**options, "precision": Precision(precision), "mean": reference.token_mean(turned)}
     with card(cc):
         got = triton.quantize_rows(x, rope=rope, **options)

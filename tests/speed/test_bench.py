@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sage_diffusion import LADDER, AttentionSpec, cli
+from sage_diffusion.attend import backends
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.speed import bench, timing
 from sage_diffusion.speed.bench import Contestant, contestants, measure
@@ -318,10 +319,10 @@ def test_command_without_a_gpu_predicts(capsys, tmp_path, titles):
     assert "TOPS <=" in printed and "(predicted bound)" in printed
 
 
-def test_help_names_every_backend(capsys):
-    assert cli.main(["bench", "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in bench.NAMES)
+def test_a_wrong_name_is_answered_with_every_right_one(capsys):
+    assert cli.main(["bench", "--backend", "nobody"]) == 1
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in (*backends.names()[1:], *bench.SDPA_KERNELS))
 
 
 def test_command_says_why_there_is_nothing(capsys):

@@ -9,7 +9,7 @@ import torch
 from sage_diffusion import AttentionSpec, cli
 from sage_diffusion.attend import backends, launches
 from sage_diffusion.attend.launches import Entry, TableError
-from sage_diffusion.kernels.attention import tuning
+from sage_diffusion.kernels.attention import gluon_support, tuning
 from sage_diffusion.kernels.attention.tuning import Launch
 from sage_diffusion.machine import version
 from sage_diffusion.speed import timing, tune
@@ -18,6 +18,7 @@ from sage_diffusion.speed.tune import Trial, best_bound
 
 INT8 = AttentionSpec.parse("int8/fp8")
 CPU = torch.device("cpu")
+TRITON = tuning.KERNELS
 
 
 def entry(**changes):
@@ -54,10 +55,6 @@ def test_a_table_is_written_merged_and_read(tmp_path):
             lambda d: json.dumps(d).replace('"block_m": 64', '"block_m": 0'),
             "entries.0.launch.block_m: Input should be greater",
         ),
-        (
-            lambda d: json.dumps(d).replace("block_m", "rows"),
-            "must have block_m, num_warps, num_stages, got rows",
-        ),
     ],
 )
 def test_a_broken_table_is_ignored_with_one_warning_and_kept(tmp_path, change, message, caplog):
@@ -89,32 +86,40 @@ def test_lookup_prefers_what_was_measured_on_this_card(monkeypatch):
     )
     measured = entry(gpu="NVIDIA GeForce RTX 4090 Laptop GPU", arch="sm_89")
     desktop = entry(gpu="NVIDIA GeForce RTX 4090", arch="sm_89")
-    find = lambda *entries: launches.lookup(list(entries), "triton")(CPU, INT8, 64)  # noqa: E731
+    find = lambda *entries: launches.lookup(list(entries), TRITON)(CPU, INT8, 64)  # noqa: E731
     assert find(measured, predicted) == find(predicted, measured) == Launch(64, 8, 2)
     assert find(desktop, predicted) == Launch(128, 4, 4)
     assert find(desktop) is None
     assert find(entry(gpu="h100", arch="sm_89", source="predicted bound")) is None
-    tuned = launches.lookup([measured], "triton")
+    tuned = launches.lookup([measured], TRITON)
     assert tuned(CPU, INT8, 128) is None
     assert tuned(CPU, AttentionSpec.parse("int8/fp8-fast"), 64) is None
     assert tuned(CPU, AttentionSpec.parse("int8/fp8+rotate"), 64) == Launch(64, 8, 2)
-    assert launches.lookup([measured], "gluon") is None
-    assert launches.lookup([entry(triton="1.0")], "triton") is None
+    assert launches.lookup([measured], gluon_support.KERNELS) is None
+    assert launches.lookup([entry(triton="1.0")], TRITON) is None
+
+
+def test_a_launch_with_other_knobs_is_not_used_and_said_so(caplog):
+    """Of another version of this package, say."""
+    with caplog.at_level(logging.WARNING):
+        assert launches.lookup([entry(launch={"rows": 64, "num_warps": 8})], TRITON) is None
+    (record,) = caplog.records
+    assert "must have block_m, num_warps, num_stages, got rows, num_warps" in record.getMessage()
 
 
 def test_what_belongs_to_the_architecture_stays():
     knobs = {"block_m": 64, "num_warps": 8, "num_stages": 2}
-    assert launches.as_launch("triton", "sm_80", 64, knobs).shift
-    assert not launches.as_launch("triton", "sm_89", 64, knobs).shift
+    assert launches.as_launch(TRITON, "sm_80", 64, knobs).shift
+    assert not launches.as_launch(TRITON, "sm_89", 64, knobs).shift
 
 
 def test_a_backend_hands_the_users_table_to_its_kernel(monkeypatch):
     monkeypatch.setattr(launches, "user_entries", lambda: (entry(),))
     seen = {}
-    launches.bound(lambda *args, tuned=None: seen.update(tuned=tuned), "triton")()
+    launches.bound(lambda *args, tuned=None: seen.update(tuned=tuned), TRITON)()
     assert seen["tuned"](CPU, INT8, 64) == Launch(64, 8, 2)
     monkeypatch.setattr(launches, "user_entries", lambda: ())
-    assert launches.bound(print, "triton") is print
+    assert launches.bound(print, TRITON) is print
     pytest.importorskip("triton")
     record = next(b for b in backends.BACKENDS if b.name == "triton")
     monkeypatch.setattr(launches, "user_entries", lambda: (entry(),))
@@ -171,7 +176,7 @@ def test_the_fastest_right_launch_wins():
     assert choice.best.value == 6.0
     built_in = [trial for trial in choice.trials if trial.built_in]
     assert built_in == [choice.trials[0]]
-    assert built_in[0].launch == launches.knobs_of("triton", tuning.launch("sm_89", 128))
+    assert built_in[0].launch == launches.knobs_of(TRITON, tuning.launch("sm_89", 128))
     notes = {tuple(t.launch.values()): t.note for t in choice.trials if t.value is None}
     assert set(notes) == {(b, w, 4) for b in (64, 128) for w in (4, 8)} | {(64, 8, 2), (64, 8, 3)}
     assert "shared memory" in notes[64, 4, 4] and "something else" in notes[64, 8, 2]
@@ -272,7 +277,7 @@ def test_a_card_is_measured_and_its_table_protected(monkeypatch, tmp_path, capsy
         (["--predict"], "--predict needs --gpu, one of rtx2080ti"),
         (["--gpu", "a100"], "--gpu needs --predict"),
         (["--predict", "--gpu", "rtx1"], "gpu must be one of"),
-        (["--backend", "sdpa"], "backend must be gluon, hopper or triton, got 'sdpa'"),
+        (["--backend", "sdpa"], "backend must be one of gluon, hopper, triton, got 'sdpa'"),
         (["--predict", "--gpu", "rtx2080ti", "--dry-run"], "Triton needs sm_80 or newer"),
     ],
 )

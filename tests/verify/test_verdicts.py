@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
     """The user's file, empty; Triton counts as installed."""
     path = tmp_path / "cache" / "verdicts.json"
     monkeypatch.setattr(verdicts, "default_path", lambda: path)
-    monkeypatch.setattr(backends, "triton_version", lambda: (3, 9))
+    monkeypatch.setattr(machine, "triton_version", lambda: (3, 9))
     forget()
     yield path
     forget()

@@ -1,0 +1,213 @@
+"""One tile of the Gluon attention kernel: 64 keys of the online softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..formats import TILE_N
+from ..versions import distributed_type, inline_asm
+from .gluon_asm import add_row, hide_columns, scores_int4, scores_int8, values_fp8, values_int8
+from .gluon_fp4 import scores_fp4, values_fp4, weigh_fp4
+from .gluon_program import add_mask
+
+_TILE_N, _MINUS_MAGIC = gl.constexpr(TILE_N), gl.constexpr(12582912.0)
+
+#: log2 of P's largest code.
+RANGE_FP8, RANGE_INT8 = gl.constexpr(math.log2(448.0)), gl.constexpr(math.log2(127.0))
+
+#: An INT8 tile's own maximum serves as reference down to 2^-32 of the row's largest weight; below
+#: that its codes don't reach float32's last bit.
+_LAG = gl.constexpr(32.0)
+
+
+class State(NamedTuple):
+    """What goes from tile to tile, and where the next tile's operands lie.
+
+    Pointers to what a kernel does not have are any others.
+    """
+
+    acc: Any  # [BM, DP] float32
+    total: Any  # [BM, 4] float32, each lane's own part
+    top: Any  # [BM] float32, log2 units
+    reference: Any  # [BM], what P of INT8 or FP4 is relative to
+    p_k: Any  # to copy from, steps ahead
+    p_v: Any
+    p_k_scale: Any
+    p_bias: Any
+    p_k_micro: Any
+    p_v_micro: Any
+    p_mask: Any
+
+
+@gluon.jit
+def copied(state, p_k, p_v):
+    """The state when another step's K and V are on their way."""
+    acc, total, top, reference, _, _, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
+    return State(
+        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+    )
+
+
+@gluon.jit
+def attend_tile(
+    state,
+    tile,
+    k_tile,
+    v_tile,
+    k_len,
+    q,
+    q_micro,
+    q_scale,
+    o_m,
+    magic,
+    EDGE: gl.constexpr,
+    QK: gl.constexpr,
+    PV: gl.constexpr,
+    BIAS: gl.constexpr,
+    MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    D: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """64 keys of the online softmax."""
+    rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
+    FP8: gl.constexpr = PV == "fp8"
+    RANGE: gl.constexpr = RANGE_FP8 if FP8 else RANGE_INT8
+    ADDITIVE: gl.constexpr = MASK != "none" and MASK != "bool"
+    SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
+    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
+
+    s_type: gl.constexpr = distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
+    k = k_tile.permute((1, 0)).load(rhs)
+    k_scale = gl.load(p_k_scale)
+    p_k_scale += 2 * _TILE_N
+    if BIAS:
+        bias = gl.load(p_bias)
+        p_bias += _TILE_N
+    bits = ()
+    if MASK == "bool":
+        bits = (gl.load(p_mask),)  # type: ignore[assignment]
+        p_mask += 32
+    smoothing = (q_scale, bias) if BIAS else ()
+    if QK == "fp4":
+        if EDGE:
+            rows: gl.constexpr = gl.SliceLayout(1, p_k_micro.type.layout)
+            inside = tile * _TILE_N + gl.arange(0, _TILE_N, rows) < k_len
+            k_micro = gl.load(p_k_micro, mask=inside[:, None], other=0)
+        else:
+            k_micro = gl.load(p_k_micro)
+        p_k_micro += _TILE_N * p_k_micro.shape[1]
+        s = inline_asm(
+            scores_fp4,
+            _constraints("=&f", 4, 1, BIAS, MASK == "bool"),
+            (q, k, q_micro, k_micro, k_scale) + smoothing + bits,  # noqa: RUF005
+            s_type,
+            is_pure=True,
+        )
+    else:
+        # Issue slots are dearer than loads where a tile has more tensor-core work.
+        WIDE: gl.constexpr = v_tile.shape[0] >= 128 and (FP8 or MASK == "none")
+        offset = gl.load(p_k_scale - _TILE_N) if WIDE else k_scale * _MINUS_MAGIC
+        # Scales leave two mantissa bits free, so that the magic term cancels exactly.
+        s = inline_asm(
+            scores_int4 if QK == "int4" else scores_int8,
+            _constraints("=&f", 3, 2, BIAS, MASK == "bool"),
+            (q, k, magic, k_scale, offset) + smoothing + bits,  # noqa: RUF005
+            s_type,
+            is_pure=True,
+        )
+    if SCALED and not BIAS:
+        s = s * q_scale[:, None]
+    start = tile * _TILE_N
+    if ADDITIVE:
+        s, p_mask = add_mask(s, p_mask, MASK)
+    if EDGE:
+        visible = gl.full([q.shape[0]], 0, gl.int32, gl.SliceLayout(1, mma)) + k_len
+        if CAUSAL:
+            visible = gl.minimum(visible, o_m + 1)
+        s = inline_asm(hide_columns, ("=f", "f", "r"), [s, visible - start], s_type, is_pure=True)
+
+    if PV == "fp4":
+        words, p_micro, total, alpha, top, reference = weigh_fp4(
+            s, q_scale, total, top, reference, _LAG, SCALED
+        )
+        if EDGE or v_tile.shape[0] != D:
+            channel = gl.arange(0, v_tile.shape[0], p_v_micro.type.layout)
+            v_micro = gl.load(p_v_micro, mask=(channel < D) & (start < k_len), other=0)
+        else:
+            v_micro = gl.load(p_v_micro)
+        p_v_micro += D
+        v = v_tile.permute((1, 0)).load(rhs)
+        acc = inline_asm(
+            values_fp4,
+            ("=&f", "r", "r", "r", "r", "f", "f"),
+            [words, p_micro, v, v_micro, acc, alpha],
+            acc.type,
+            is_pure=True,
+        )
+        return State(
+            acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+        )
+    tile_top = gl.max(s, 1)
+    if not SCALED:
+        tile_top = tile_top * q_scale
+    before = top if FP8 else reference
+    top = gl.maximum(top, tile_top)
+    now = top
+    if not FP8:
+        # P relative to the tile's own maximum fills the 127 codes, whatever came before.
+        now = gl.maximum(tile_top, top - _LAG)
+        reference = now
+    alpha = gl.exp2(before - now)
+    shift = now - RANGE
+    if SCALED:
+        p = gl.exp2(s - shift[:, None])
+    else:
+        p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
+    # Of INT4 Q and K the rounded codes are added, together with P V.
+    ROUNDED: gl.constexpr = QK == "int4" and PV == "int8"
+    if not ROUNDED:
+        total = inline_asm(
+            add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
+        )
+    v = v_tile.permute((1, 0)).load(rhs)
+    if FP8:
+        acc = inline_asm(
+            values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
+        )
+    elif ROUNDED:
+        types: gl.constexpr = (acc.type, total.type)
+        acc, total = inline_asm(
+            values_int8,
+            ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
+            [p, v, acc, alpha, magic, total],
+            types,
+            is_pure=True,
+        )
+    else:
+        acc = inline_asm(
+            values_int8,
+            ("=&f", "f", "r", "f", "f", "r"),
+            [p, v, acc, alpha, magic],
+            acc.type,
+            is_pure=True,
+        )
+    return State(
+        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+    )
+
+
+@gluon.constexpr_function
+def _constraints(out, words, floats, bias, bits):
+    """Of the score functions: what they always take, then Q's scale and the bias, then the bits."""
+    return (out, *["r"] * words, *["f"] * (floats + 2 * bias), *["r"] * bits)
+
+
+@gluon.jit
+def _down(x, like):
+    """[M] -> [M, N]"""
+    return gl.broadcast(x[:, None], like)[0]
