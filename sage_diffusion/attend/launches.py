@@ -37,7 +37,7 @@ def read(path: Path) -> list[Entry]:
         TableError: the file is no table.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:

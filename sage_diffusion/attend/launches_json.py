@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.attend.launch import KNOBS, Entry, TableError
+from sage_diffusion.json_files import JSONError, parse_json, shown
+from sage_diffusion.plan.plan_json import error_message, error_path
 
 VERSION: Literal[1] = 1
 
@@ -25,7 +27,7 @@ class _Entry(BaseModel):
     head_dim: Literal[64, 128, 256]
     launch: dict[str, Small]
     source: Literal["measured", "predicted bound"]
-    value: Annotated[float, Field(gt=0, strict=True)]
+    value: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
 class _File(BaseModel):
@@ -42,17 +44,22 @@ def parse_table(text: str) -> list[Entry]:
         TableError: the text is no table; the message names the JSON path.
     """
     try:
-        read = _File.model_validate_json(text).entries
+        data = parse_json(text)
+    except JSONError as error:
+        raise TableError(str(error)) from None
+    if isinstance(data, dict) and isinstance(data.get("version"), bool):
+        raise TableError(f"version: must be 1, got {data['version']}")  # Python: True == 1
+    try:
+        read = _File.model_validate(data).entries
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise TableError(f"{where}: {first['msg']}") from None
+        first = error.errors(include_url=False)[0]
+        raise TableError(f"{error_path(first['loc'])}: {error_message(first)}") from None
     entries = [Entry(**entry.model_dump()) for entry in read]
-    for entry in entries:
+    for i, entry in enumerate(entries):
         if set(entry.launch) != set(KNOBS[entry.backend]):
             raise TableError(
-                f"a launch of {entry.backend} must have {', '.join(KNOBS[entry.backend])}, "
-                f"got {', '.join(entry.launch)}"
+                f"entries[{i}].launch of {entry.backend} must have "
+                f"{', '.join(KNOBS[entry.backend])}, got {shown(', '.join(entry.launch))}"
             )
     return entries
 

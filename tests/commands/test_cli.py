@@ -171,6 +171,15 @@ def test_options_are_json_or_text() -> None:
     assert parse_option("height=512") == ("height", 512)
     assert parse_option("output_type=pt") == ("output_type", "pt")
     assert parse_option("negative_prompt=a=b") == ("negative_prompt", "a=b")
+    assert parse_option("prompt=[a cat] sits") == ("prompt", "[a cat] sits")
+    for text, message in (
+        ("guidance_scale=NaN", "--set guidance_scale: the document must be a finite number"),
+        ("sigmas=[1, 1e999]", r"--set sigmas: \[1\] must be a finite number"),
+        (f"seed={'9' * 5000}", "--set seed: the document must be a finite number"),
+        (f"prompt={'[' * 20_000}", r"--set prompt: \[0\].* must have at most 64"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            parse_option(text)
 
 
 # ---------------------------------------------------------------------- plan
