@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models import attention_processor
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
@@ -629,6 +630,40 @@ def test_a_model_s_own_method_takes_the_marker():
     assert sum(marker.summary().specs.values()) == 8
     tiny.denoiser.set_attn_processor(dict(zip(tiny.denoiser.attn_processors, before, strict=True)))
     assert torch.equal(tiny(steps=2), plain("sd3"))
+
+
+MARKED = {
+    "all": lambda model: SageAttnProcessor("int8/fp8"),
+    # The plan is held against the whole model.
+    "rules": lambda model: SageAttnProcessor(
+        PrecisionPlan("fp16", (Rule("int8", "down_blocks.*"),)), strict=True
+    ),
+    "some": lambda model: (
+        dict.fromkeys(model.attn_processors, SageAttnProcessor("int8/fp8"))
+        | {key: own for key, own in model.attn_processors.items() if ".attn1." not in key}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_the_first_marker_of_a_program_is_understood(kind, monkeypatch):
+    """Python looks the method up before it makes the argument."""
+    SageAttnProcessor("fp16")
+    for cls in (AttentionMixin, AttentionModuleMixin, attention_processor.Attention):
+        name = "set_attn_processor" if cls is AttentionMixin else "set_processor"
+        monkeypatch.setattr(cls, name, vars(cls)[name]._sage_original)  # as diffusers has it
+    tiny = build("sd15")
+    tiny.denoiser.set_attn_processor(MARKED[kind](tiny.denoiser))
+    taken = [key for key, p in tiny.denoiser.attn_processors.items() if is_routed(p)]
+    every = list(tiny.denoiser.attn_processors)
+    assert taken == (every if kind != "some" else [key for key in every if ".attn1." in key])
+    assert not torch.equal(tiny(steps=1), build("sd15")(steps=1))
+    sessions = {tiny.denoiser.attn_processors[key]._sage_slot.session for key in taken}
+    (session,) = sessions
+    ran = {layer.name for layer in session.summary().layers if layer.quantized}
+    assert ran == {
+        key.removesuffix(".processor") for key in taken if kind != "rules" or "down_blocks" in key
+    }
 
 
 def test_a_marker_may_be_given_to_some_layers_only():
