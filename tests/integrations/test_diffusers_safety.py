@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import json
 import pickle
 import subprocess
@@ -261,6 +262,56 @@ def test_ip_adapters(before):
     parameters = dict(tiny.denoiser.named_parameters())
     key = next(k for k in parameters if "to_k_ip" in k)
     assert key in dict(reference.denoiser.named_parameters())
+
+
+def test_ip_adapters_with_masks_of_regions():
+    tiny, reference = build("sd15"), build("sd15")
+    torch.manual_seed(1)
+    weights = ip_adapter_state(tiny.denoiser)
+    left = torch.zeros(1, 1, 16, 16)
+    left[..., :8] = 1
+    image = {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
+    masked = {**image, "cross_attention_kwargs": {"ip_adapter_masks": [left]}}
+    for pipe in (tiny.pipe, reference.pipe):
+        pipe.unet._load_ip_adapter_weights([copy.deepcopy(weights)])
+    expected = reference(steps=2, **masked)
+    assert not torch.equal(expected, reference(steps=2, **image))
+    enable(tiny.pipe, "fp16", strict=True)
+    assert torch.equal(tiny(steps=2, **masked), expected)
+    tiny.pipe.set_attn_processor("int8/fp8", strict=True)
+    got = tiny(steps=2, **masked)
+    assert 0 < (got - expected).norm() / expected.norm() < 0.05
+    ran = [layer for layer in tiny.pipe.sage.summary().layers if layer.name.endswith("attn2.1")]
+    assert ran and all(layer.quantized == 2 for layer in ran)
+
+
+def test_perturbed_attention_guidance_of_sd3():
+    """It changes processors of its layers while it samples, and has a third part in its batch."""
+    tiny = build("sd3")
+    parts = inspect.signature(diffusers.StableDiffusion3PAGPipeline.__init__).parameters
+    known = {key: part for key, part in tiny.pipe.components.items() if key in parts}
+    pipe = diffusers.StableDiffusion3PAGPipeline(**known, pag_applied_layers=["0"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(**more):
+        generator = torch.Generator().manual_seed(0)
+        options = {**tiny.kwargs, "num_inference_steps": 2, "output_type": "latent", **more}
+        return pipe(**options, generator=generator).images
+
+    expected = sample(pag_scale=3.0)
+    assert not torch.equal(expected, sample(pag_scale=0.0))
+    before = dict(pipe.transformer.attn_processors)
+    enable(pipe, "fp16")
+    assert torch.equal(sample(pag_scale=3.0), expected)
+    pipe.set_attn_processor("int8/fp8", strict=True)
+    got = sample(pag_scale=3.0)
+    assert 0 < (got - expected).norm() / expected.norm() < 0.01
+    layers = {layer.name: layer.quantized for layer in pipe.sage.summary().layers}
+    # The perturbed part attends the text alone, in a call of its own.
+    assert layers == {f"transformer_blocks.{name}": 2 for name in ("0.attn", "1.attn", "0.attn.1")}
+    pipe.set_attn_processor(None)
+    assert pipe.transformer.attn_processors == before
+    assert torch.equal(sample(pag_scale=3.0), expected)
 
 
 def test_ip_adapters_can_be_unloaded_while_patched():
