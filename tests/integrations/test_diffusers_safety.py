@@ -7,11 +7,13 @@ import functools
 import gc
 import inspect
 import json
+import os
 import pickle
 import subprocess
 import sys
 import threading
 import weakref
+from typing import Any
 
 import diffusers
 import pytest
@@ -763,3 +765,45 @@ def test_a_missing_diffusers_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'sage-diffusion[diffusers]'" in done.stdout
+
+
+# ---------------------------------------------------------------------- several processes
+def _half_of_the_prompts(rank: int, address: str, found: Any) -> None:
+    """One of two processes, each with a pipeline of its own, as accelerate launches them."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({key: str(value) for key, value in here.items()})  # of this process alone
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for; they have met already
+    try:
+        state = accelerate.PartialState(cpu=True)
+        tiny = build("flux")
+        enable(tiny.pipe, "int8/fp8")
+        with state.split_between_processes(["a", "b"]) as prompts:
+            out = tiny(steps=1)
+        state.wait_for_everyone()
+        found.put((rank, prompts, tiny.pipe.sage.summary().quantized, float(out.norm())))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
+def test_two_processes_of_accelerate(tmp_path):
+    pytest.importorskip("accelerate")
+    tiny = build("flux")
+    enable(tiny.pipe, "int8/fp8")
+    expected = tiny(steps=1)
+    context = torch.multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    address = f"file://{tmp_path / 'meeting'}"
+    several = [
+        context.Process(target=_half_of_the_prompts, args=(rank, address, found)) for rank in (0, 1)
+    ]
+    for each in several:
+        each.start()
+    for each in several:
+        each.join(60)
+    assert [each.exitcode for each in several] == [0, 0]
+    results = sorted(found.get() for _ in several)
+    assert [(rank, prompts, n) for rank, prompts, n, _ in results] == [(0, ["a"], 4), (1, ["b"], 4)]
+    assert [norm for *_, norm in results] == pytest.approx([float(expected.norm())] * 2, rel=1e-5)
