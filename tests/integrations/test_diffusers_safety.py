@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from integrations.tiny_adapters import ip_adapter_state
 from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
@@ -210,26 +211,6 @@ def test_one_routed_processor_put_into_every_module_is_reported_apart():
     tiny.denoiser.set_attn_processor(processors(tiny.denoiser)[0])
     tiny(steps=1)
     assert [layer.calls for layer in patch.summary().layers] == [1] * 8
-
-
-def ip_adapter_state(unet: nn.Module, tokens: int = 4) -> dict[str, dict[str, Tensor]]:
-    """Weights of an IP-Adapter for the tiny U-Net."""
-    state: dict[str, Tensor] = {}
-    number = 1
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            for part in ("k", "v"):
-                key = f"{number}.to_{part}_ip.weight"
-                state[key] = torch.randn(module.inner_dim, unet.config.cross_attention_dim)
-            number += 2
-    width = unet.config.cross_attention_dim
-    projection = {
-        "proj.weight": torch.randn(width * tokens, 16),
-        "proj.bias": torch.zeros(width * tokens),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": projection, "ip_adapter": state}
 
 
 @pytest.mark.parametrize("before", [True, False])
