@@ -51,6 +51,9 @@ class Lookup:
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._group_of: dict[tuple[str, ...], _Group] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lookup, (self._rules,)  # copies and pickles find again what they need
+
     def named(self, layer: str) -> tuple[int, ...]:
         """Indices of the rules whose glob means a layer, in their order."""
         return self._group(layer).rules

@@ -1,6 +1,8 @@
 """Rules found without trying each: the same answers, and quickly for thousands."""
 
+import copy
 import json
+import pickle
 import random
 import time
 from fnmatch import fnmatchcase
@@ -48,6 +50,17 @@ def test_the_first_rule_that_matches_is_found(seed):
                     call = layer, progress, branch, tokens
                     first = next((rule.spec for rule in rules if rule.matches(*call)), None)
                     assert lookup.find(*call) == first
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_plan_that_has_resolved_is_copied_without_what_it_remembers(copied):
+    plan = PrecisionPlan("fp16", (Rule("int8/fp8", "a.*", end=0.5), Rule("int8/int8", "a.*")))
+    size = len(pickle.dumps(plan))
+    for i in range(1000):
+        plan.resolve(LayerName(f"a.{i}", "unet"), 0.7)
+    again = copied(plan)
+    assert again == plan and len(pickle.dumps(plan)) == size
+    assert str(again.resolve("a.1", 0.7)) == "int8/int8"
 
 
 @pytest.mark.parametrize("seed", range(3))
