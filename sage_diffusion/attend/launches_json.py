@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.attend.launch import KNOBS, Entry, TableError
-from sage_diffusion.json_files import JSONError, parse_json, shown
+from sage_diffusion.json_files import shown
 from sage_diffusion.plan.plan_json import error_message, error_path
 
 VERSION: Literal[1] = 1
@@ -37,16 +37,12 @@ class _File(BaseModel):
     entries: list[_Entry]
 
 
-def parse_table(text: str) -> list[Entry]:
+def parse_table(data: Any) -> list[Entry]:
     """Entries of a table.
 
     Raises:
-        TableError: the text is no table; the message names the JSON path.
+        TableError: the data are no table; the message names the JSON path.
     """
-    try:
-        data = parse_json(text)
-    except JSONError as error:
-        raise TableError(str(error)) from None
     if isinstance(data, dict) and isinstance(data.get("version"), bool):
         raise TableError(f"version: must be 1, got {data['version']}")  # Python: True == 1
     try:
@@ -65,7 +61,7 @@ def parse_table(text: str) -> list[Entry]:
 
 
 def format_table(entries: list[Entry]) -> str:
-    """Text that :func:`parse_table` reads back.
+    """Text whose data :func:`parse_table` reads back.
 
     Raises:
         ValidationError: an entry that could not be read back.
