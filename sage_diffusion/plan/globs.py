@@ -38,10 +38,10 @@ class GlobIndex:
 
     def match(self, text: str, glob: str) -> bool:
         """``fnmatchcase``, which remembers every glob."""
-        if not _WILD.search(glob):
-            return text == glob
         pattern = self._patterns.get(glob)
         if pattern is None:
+            if not _WILD.search(glob):
+                return text == glob
             pattern = self._patterns[glob] = re.compile(translate(glob))
         return pattern.match(text) is not None
 
