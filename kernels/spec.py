@@ -65,16 +65,18 @@ class AttentionSpec:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {_text(value)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {_quoted(value)}"
                 )
             set_field(self, name, Precision(value))
         if self.pv_accumulator not in ("fp32", "fp16"):
-            raise ValueError(f"pv_accumulator must be fp32 or fp16, got {self.pv_accumulator!r}")
+            raise ValueError(
+                f"pv_accumulator must be fp32 or fp16, got {_quoted(self.pv_accumulator)}"
+            )
         if self.granularity not in ("token", "block"):
-            raise ValueError(f"granularity must be token or block, got {self.granularity!r}")
+            raise ValueError(f"granularity must be token or block, got {_quoted(self.granularity)}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be True or False, got {_quoted(getattr(self, name))}")
         if self.qk is Precision.FP16:
             if self.pv is not Precision.FP16:
                 raise ValueError(f"pv must be fp16 when qk is fp16, got {self.pv}")
@@ -122,7 +124,7 @@ class AttentionSpec:
         """A spec from JSON fields; missing ones come from ``default``."""
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+            raise ValueError(f"unknown field {_quoted(min(unknown))}")
         return replace(default, **data)
 
     def __str__(self) -> str:
@@ -137,8 +139,10 @@ class AttentionSpec:
         return base + changes + ("+block" if self.granularity == "block" else "")
 
 
-def _text(value: object) -> str:
-    return value.value if isinstance(value, Precision) else str(value)
+def _quoted(value: object) -> str:
+    """What a message quotes of a value: no megabytes."""
+    text = repr(value.value if isinstance(value, Precision) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _base_name(spec: AttentionSpec) -> str:
@@ -165,10 +169,10 @@ def _parse(text: str) -> AttentionSpec:
         name = ALIASES.get(match["qk"], match["qk"]) + match["switches"]
         match = _NAME.fullmatch(name)
     if match is None or (match["pv"] is None and match["qk"] != "fp16"):
-        raise ValueError(f"{text!r} is not an attention spec; {hint}")
+        raise ValueError(f"{_quoted(text)} is not an attention spec; {hint}")
     pv = match["pv"] or "fp16"
     if match["qk"] not in _QK or pv not in _PV:
-        raise ValueError(f"{text!r} is not an attention spec; {hint}")
+        raise ValueError(f"{_quoted(text)} is not an attention spec; {hint}")
     try:
         spec = _preset(Precision(match["qk"]), Precision(pv), "fp16" if match["fast"] else "fp32")
         changes: dict[str, Any] = {}
@@ -179,11 +183,11 @@ def _parse(text: str) -> AttentionSpec:
                 changes["granularity"] = "block"
             else:
                 raise ValueError(
-                    f"unknown switch {sign + name!r}, known are {', '.join(_FLAGS)}, block"
+                    f"unknown switch {_quoted(sign + name)}, known are {', '.join(_FLAGS)}, block"
                 )
         return replace(spec, **changes)
     except ValueError as error:
-        raise ValueError(f"{text!r} is not an attention spec: {error}; {hint}") from None
+        raise ValueError(f"{_quoted(text)} is not an attention spec: {error}; {hint}") from None
 
 
 _PARSED: dict[str, AttentionSpec] = {}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Folders in their order: each imports only what stands in a row above its own, or itself.
 ORDER = (
     ("kernels",),
-    ("sage_diffusion.files", "sage_diffusion.machine"),
+    ("sage_diffusion.files", "sage_diffusion.json_files", "sage_diffusion.machine"),
     ("sage_diffusion.plan",),
     ("sage_diffusion.attend",),
     ("sage_diffusion.accuracy", "sage_diffusion.speed"),
@@ -30,7 +30,10 @@ ORDER = (
 )
 
 #: What may lie beside the folders in ``sage_diffusion/``; anything else belongs into one.
-BESIDE = {"__init__.py", "__main__.py", "cli.py", "files.py", "machine.py", "py.typed"}
+BESIDE = {
+    *("__init__.py", "__main__.py", "cli.py", "files.py", "json_files.py", "machine.py"),
+    "py.typed",
+}
 
 #: What each layer must not import: the arrow is kernels <- core <- integrations <- nodes.
 FORBIDDEN = {

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sage_diffusion.accuracy.findings import Findings, ReportError
 from sage_diffusion.accuracy.metrics import json_number, number_from_json
 from sage_diffusion.accuracy.records import EndToEnd, Row, Variant
+from sage_diffusion.json_files import JSONError, parse_json, shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
-from sage_diffusion.plan.plan_json import error_path
+from sage_diffusion.plan.plan_json import error_message, error_path, plan_fields
 
 VERSION = 1
 
@@ -30,7 +31,12 @@ COLUMNS = (
 )
 
 Number = Annotated[float, Field(strict=True)] | Literal["inf", "-inf", "nan"]
-RowTuple = tuple[str, int, float, str | None, str, Number, Number, Number, Number]
+#: What pydantic calls the members of the union.
+_MEMBERS = ("float", "constrained-float", "literal['inf','-inf','nan']")
+
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Progress = Annotated[float, Field(strict=True)]
+RowTuple = tuple[str, Whole, Progress, str | None, str, Number, Number, Number, Number]
 
 
 class _Strict(BaseModel):
@@ -53,8 +59,8 @@ class _Variant(_Strict):
     ssim: Number | None
     latent_cosine: Number | None
     rel_l1: Number | None
-    specs: dict[str, int]
-    predicted_time: float | None = None
+    specs: dict[str, Whole]
+    predicted_time: Annotated[float, Field(strict=True)] | None = None
 
 
 class _Report(_Strict):
@@ -117,26 +123,26 @@ def dump(report: Findings) -> str:
 def parse(text: str) -> dict[str, Any]:
     """The fields of a report; raises as :meth:`.AccuracyReport.from_json` says."""
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ReportError(f"is not JSON: {error.msg} ({where})") from None
+        data = parse_json(text)
+    except JSONError as error:
+        raise ReportError(str(error)) from None
     if not isinstance(data, dict):
         raise ReportError(f"a report must be a JSON object, got {type(data).__name__}")
     version = data.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
         raise ReportError(
-            f"version: this report has version {version}, this program reads up to {VERSION}"
+            f"version: this report has version {shown(version)}, this program reads up to {VERSION}"
         )
     try:
         parsed = _Report.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ReportError(f"{error_path(first['loc'])}: {first['msg']}") from None
+        path = error_path(tuple(part for part in first["loc"] if part not in _MEMBERS))
+        raise ReportError(f"{path}: {error_message(first)}") from None
     if parsed.version != VERSION:
-        raise ReportError(f"version: must be {VERSION}, got {parsed.version}")
+        raise ReportError(f"version: must be {VERSION}, got {shown(parsed.version)}")
     if tuple(parsed.columns) != COLUMNS:
-        raise ReportError(f"columns: must be {', '.join(COLUMNS)}, got {parsed.columns}")
+        raise ReportError(f"columns: must be {', '.join(COLUMNS)}, got {shown(parsed.columns)}")
     end = parsed.end_to_end
     return {
         "name": parsed.name,
@@ -185,6 +191,6 @@ def _plan(data: dict[str, Any] | None) -> PrecisionPlan | None:
     if data is None:
         return None
     try:
-        return PrecisionPlan.from_json(json.dumps(data))
+        return PrecisionPlan(**plan_fields(data))
     except PlanError as error:
         raise ReportError(f"plan.{error}") from None

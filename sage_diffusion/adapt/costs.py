@@ -10,11 +10,11 @@ be given instead (:func:`load_costs`).
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from sage_diffusion.json_files import JSONError, json_path, read_json, shown
 from sage_diffusion.kernels.spec import AttentionSpec
 
 #: End of a spec's name in a cost table: for head dims up to 64 only, where a product costs half and
@@ -105,20 +105,27 @@ def load_costs(source: str | Path | Mapping[str, float]) -> dict[str, float]:
         data = dict(source)
     elif str(source).endswith(".json"):
         try:
-            data = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            data = read_json(source)
+        except (OSError, JSONError) as error:
             raise CostTableError(f"{source}: cannot be read: {error}") from None
     else:
         return card_costs(str(source))
     if not isinstance(data, dict):
-        raise CostTableError(f"costs must be an object of spec -> number, got {data!r}")
-    costs = {}
+        raise CostTableError(f"costs must be an object of spec -> number, got {shown(data)}")
+    costs: dict[str, float] = {}
     for name, value in data.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise CostTableError(f"the cost of {name} must be a positive number, got {value!r}")
+        if not number or not 0 < value <= sys.float_info.max:
+            raise CostTableError(
+                f"{json_path((str(name),))} must be a positive number, got {shown(value)}"
+            )
         small = SMALL if str(name).endswith(SMALL) else ""
-        costs[str(AttentionSpec.parse(str(name).removesuffix(SMALL))) + small] = float(value)
+        try:
+            spec = AttentionSpec.parse(str(name).removesuffix(SMALL))
+        except ValueError as error:
+            raise CostTableError(f"{json_path((str(name),))}: {error}") from None
+        if costs.setdefault(f"{spec}{small}", float(value)) != value:
+            raise CostTableError(f"{json_path((str(name),))} must be one cost of {spec}, got two")
     if "fp16" not in costs:
         raise CostTableError("costs must name fp16: every other cost is relative to it")
     return costs

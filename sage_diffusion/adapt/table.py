@@ -14,6 +14,7 @@ import numpy as np
 from sage_diffusion.adapt.table_json import VERSION, TableError, parse_table
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
+from sage_diffusion.json_files import JSONError, read_json
 from sage_diffusion.plan.fingerprint import mismatch
 
 #: Branch of calls that serve both or where the host doesn't say.
@@ -206,14 +207,10 @@ class ScoreTable:
             TableError: unreadable, no table, or of a later version; the message names the file.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(read_json(path))
         except OSError as error:
             raise TableError(f"{path}: cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TableError(f"{path}: is not JSON: {error}") from None
-        try:
-            return cls.from_dict(data)
-        except TableError as error:
+        except (JSONError, TableError) as error:
             raise TableError(f"{path}: {error}") from None
 
     @classmethod

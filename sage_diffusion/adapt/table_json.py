@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from sage_diffusion.attend.rows import METRICS
+from sage_diffusion.json_files import json_path, shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.rules import UNITS
 
 VERSION = 1
+
+_LARGE = 10**9  # of steps and head dims
 
 
 class TableError(ValueError):
@@ -41,7 +44,9 @@ def parse_table(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not isinstance(data, Mapping) or not _whole(data.get("version")):
         raise TableError("is not a score table: version is missing")
     if data["version"] != VERSION:
-        raise TableError(f"score table of version {data['version']}, this program reads {VERSION}")
+        raise TableError(
+            f"score table of version {shown(data['version'])}, this program reads {VERSION}"
+        )
     try:
         return _parse(data)
     except KeyError as error:
@@ -58,7 +63,7 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
             raise TableError(f"specs[{i}]: {error}") from None
     layers, branches = _names(data["layers"], "layers"), _names(data["branches"], "branches")
     steps = data["steps"]
-    _need(_whole(steps) and steps >= 0, "steps", "a whole number", steps)
+    _need(_whole(steps) and 0 <= steps <= _LARGE, "steps", "a whole number", steps)
     sizes = {"k": len(specs), "m": len(METRICS), "t": 3}
     cells = (len(layers), steps, len(branches))
     arrays = {
@@ -137,7 +142,8 @@ def _fingerprint(data: Any) -> dict[str, Any]:
     _need(model is None or isinstance(model, str), "fingerprint.model", "a name", model)
     _need(isinstance(dims, Mapping), "fingerprint.head_dims", "an object", dims)
     for name, dim in dims.items():
-        _need(_whole(dim) and dim > 0, f"fingerprint.head_dims.{name}", "a whole number", dim)
+        where = json_path(("fingerprint", "head_dims", name))
+        _need(_whole(dim) and 0 < dim <= _LARGE, where, "a whole number", dim)
     return dict(data)
 
 
@@ -190,9 +196,16 @@ def _numbers(
 ) -> np.ndarray:
     """A float64 array of this shape, null as NaN, between these (of the last axis's entries)."""
     try:
+        kinds = set(map(type, np.array(data, dtype=object).ravel().tolist()))
+        if not kinds <= {int, float, type(None)}:  # numpy would take "1" and true for numbers
+            raise TypeError
         array = np.array(data, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise TableError(f"{path} must be numbers in lists of {_text(shape)}") from None
+        where, what = _no_number(data, path)
+        came = "lists of different lengths" if what is None else shown(what)
+        raise TableError(
+            f"{where} must be numbers in lists of {_text(shape)}, got {came}"
+        ) from None
     if not array.size and 0 in shape:
         return np.zeros(shape)
     _need(array.shape == shape, path, f"numbers in lists of {_text(shape)}", _text(array.shape))
@@ -200,6 +213,17 @@ def _numbers(
     must = "not negative and finite" if high > 1 else f"within {low} .. {high}"
     _need(not wrong.size, path, must, wrong[:1].tolist())
     return array
+
+
+def _no_number(data: Any, path: str) -> tuple[str, Any]:
+    """Where the first value stands that is neither number nor list of numbers, and what it is."""
+    if isinstance(data, list):
+        for i, each in enumerate(data):
+            where, what = _no_number(each, f"{path}[{i}]")
+            if what is not None:
+                return where, what
+        return path, None
+    return path, None if data is None or _real(data) else data
 
 
 def _whole(value: Any) -> bool:
@@ -216,6 +240,4 @@ def _text(shape: tuple[int, ...]) -> str:
 
 def _need(condition: bool, path: str, must: str, got: Any) -> None:
     if not condition:
-        text = repr(got)
-        shown = text if len(text) <= 80 else text[:77] + "..."
-        raise TableError(f"{path} must be {must}, got {shown}")
+        raise TableError(f"{path} must be {must}, got {shown(got)}")

@@ -17,6 +17,7 @@ import torch
 
 from sage_diffusion.attend.launch import Entry, TableError
 from sage_diffusion.files import user_cache, write_text
+from sage_diffusion.json_files import JSONError, read_json
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.record import Kernels
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -37,10 +38,10 @@ def read(path: Path) -> list[Entry]:
         TableError: the file is no table.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_json(path)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, JSONError) as error:
         raise TableError(f"{path} can't be read: {error}") from None
     # Only who has a table needs what checks it: PyTorch and Triton alone run every kernel.
     try:
@@ -48,7 +49,7 @@ def read(path: Path) -> list[Entry]:
     except ImportError as error:
         raise TableError(f"{path} can't be read: {error}") from None
     try:
-        return parse_table(text)
+        return parse_table(data)
     except TableError as error:
         raise TableError(f"{path} is no table of launches: {error}") from None
 

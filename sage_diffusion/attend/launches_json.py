@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.attend.launch import Entry, TableError
+from sage_diffusion.plan.plan_json import error_message, error_path
 
 VERSION: Literal[1] = 1
 
@@ -25,7 +26,7 @@ class _Entry(BaseModel):
     head_dim: Literal[64, 128, 256]
     launch: dict[str, Small]
     source: Literal["measured", "predicted bound"]
-    value: Annotated[float, Field(gt=0, strict=True)]
+    value: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
 class _File(BaseModel):
@@ -35,23 +36,24 @@ class _File(BaseModel):
     entries: list[_Entry]
 
 
-def parse_table(text: str) -> list[Entry]:
+def parse_table(data: Any) -> list[Entry]:
     """Entries of a table.
 
     Raises:
-        TableError: the text is no table; the message names the JSON path.
+        TableError: the data are no table; the message names the JSON path.
     """
+    if isinstance(data, dict) and isinstance(data.get("version"), bool):
+        raise TableError(f"version: must be 1, got {data['version']}")  # Python: True == 1
     try:
-        read = _File.model_validate_json(text).entries
+        read = _File.model_validate(data).entries
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise TableError(f"{where}: {first['msg']}") from None
+        first = error.errors(include_url=False)[0]
+        raise TableError(f"{error_path(first['loc'])}: {error_message(first)}") from None
     return [Entry(**entry.model_dump()) for entry in read]
 
 
 def format_table(entries: list[Entry]) -> str:
-    """Text that :func:`parse_table` reads back.
+    """Text whose data :func:`parse_table` reads back.
 
     Raises:
         ValidationError: an entry that could not be read back.

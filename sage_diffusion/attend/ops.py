@@ -11,6 +11,7 @@ recompilation per layer.
 from __future__ import annotations
 
 import itertools
+import secrets
 import weakref
 from typing import Any, Protocol
 
@@ -36,7 +37,8 @@ class Attends(Protocol):
 # Handles must be looked up from inside the operator, which only tensors and constants reach: the
 # one registry of this package.  It keeps nothing alive.
 _LAYERS: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
-_NEXT = itertools.count(1)
+# A program that was exported and is loaded by another process must find nobody, not somebody else.
+_NEXT = itertools.count(secrets.randbelow(1 << 62))
 
 
 # What ``mode="reduce-overhead"`` makes of an operator that decides in Python: from PyTorch 2.9 on
@@ -59,8 +61,8 @@ def _find(handle: Tensor) -> Attends:
     found = _LAYERS.get(number)
     if found is None:
         raise RuntimeError(
-            f"attention layer {number} no longer exists: the compiled model outlived its "
-            "session, compile it again"
+            "the session of this attention layer is not here: a compiled or exported model has "
+            "outlived it, or was loaded by another process; compile or export it again"
         )
     return found
 

@@ -8,7 +8,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 from sage_diffusion.plan import PrecisionPlan
@@ -163,14 +162,15 @@ def quantizes(plan: PrecisionPlan) -> bool:
 
 def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
     """The plan itself said fp16 of every call."""
-    rules = [rule for rule in plan.rules if rule.spec.quantized]
     names = [name for log in logs for name in log.layers]
     tokens = max((layer.tokens for log in logs for layer in log.layers.values()), default=0)
     times = {at for log in logs for at in log.progress}
     branches = {branch for log in logs for branch in log.branches}
-    here = [r for r in rules if any(fnmatchcase(name, r.layers) for name in names)]
+    rules = {i: rule for i, rule in enumerate(plan.rules) if rule.spec.quantized}
+    missed = set(plan.unmatched(names))
+    here = [rule for i, rule in rules.items() if i not in missed]
     if not here and not plan.default.quantized:
-        globs = ", ".join(repr(rule.layers) for rule in rules[:3])
+        globs = ", ".join(repr(rule.layers) for rule in [*rules.values()][:3])
         return f"its rules name {globs}, the layers are {', '.join(names[:3])}; rename the rules"
     long = [rule for rule in here if rule.min_tokens <= tokens]
     if here and not long:
@@ -179,7 +179,7 @@ def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
             f"they have at most {tokens} keys, and the plan quantizes from {least} on; sample a "
             "larger picture or lower min_tokens"
         )
-    timely = [r for r in long if any(r.matches(r.layers, at, r.branch) for at in times)]
+    timely = [r for r in long if any(r.applies(at, r.branch) for at in times)]
     if long and not timely:
         return (
             f"the run had {len(times)} steps from progress {min(times):.2f} to {max(times):.2f}, "

@@ -11,13 +11,14 @@ import functools
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sage_diffusion.files import user_cache, write_text
+from sage_diffusion.json_files import JSONError, json_path, read_json, shown
 from sage_diffusion.kernels.formats import padded_dim
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import driver_version, version
@@ -90,32 +91,57 @@ def read(path: Path) -> list[Entry]:
         VerdictError: the file holds no verdicts.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, JSONError) as error:
         raise VerdictError(f"{path} can't be read: {error}") from None
     try:
-        if document["version"] != VERSION:
-            raise ValueError(f"version must be {VERSION}, got {document['version']!r}")
-        return [_entry(data) for data in document["cards"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise VerdictError(f"{path} holds no verdicts: {said}") from None
+        found = _object(document, {"version": int, "cards": list})
+        if found["version"] != VERSION:
+            raise VerdictError(f"version must be {VERSION}, got {shown(found['version'])}")
+        return [_entry(data, ("cards", i)) for i, data in enumerate(found["cards"])]
+    except VerdictError as error:
+        raise VerdictError(f"{path} holds no verdicts: {error}") from None
 
 
-def _entry(data: dict[str, Any]) -> Entry:
-    stand = Stand(**data["stand"])
-    kernels = [Known(**{**k, "head_dims": tuple(k["head_dims"])}) for k in data["kernels"]]
-    texts = [*vars(stand).values(), data["date"]]
-    for known in kernels:
-        texts += [known.backend, known.formats, known.status, known.reason]
-        if not set(known.head_dims) <= {64, 128, 256}:
-            raise ValueError(f"head_dims must be 64, 128 or 256, got {known.head_dims}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a text must stand where {text!r} does")
-    return Entry(stand, data["date"], tuple(kernels))
+def _entry(data: Any, at: tuple[str | int, ...]) -> Entry:
+    entry = _object(data, {"stand": dict, "date": str, "kernels": list}, at)
+    stand = _object(entry["stand"], dict.fromkeys(_names(Stand), str), (*at, "stand"))
+    kernels = []
+    for i, each in enumerate(entry["kernels"]):
+        here = (*at, "kernels", i)
+        known = _object(each, {**dict.fromkeys(_names(Known), str), "head_dims": list}, here)
+        for j, dim in enumerate(known["head_dims"]):
+            if type(dim) is not int or dim not in (64, 128, 256):
+                where = json_path((*here, "head_dims", j))
+                raise VerdictError(f"{where} must be 64, 128 or 256, got {shown(dim)}")
+        kernels.append(Known(**{**known, "head_dims": tuple(known["head_dims"])}))
+    return Entry(Stand(**stand), entry["date"], tuple(kernels))
+
+
+def _names(kind: type[Stand] | type[Known]) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+
+
+def _object(
+    data: Any, kinds: dict[str, type[Any]], at: tuple[str | int, ...] = ()
+) -> dict[str, Any]:
+    """An object of exactly these keys, whose values are of these types."""
+    if not isinstance(data, dict):
+        raise VerdictError(f"{json_path(at)} must be an object, got {shown(data)}")
+    for key in (*kinds, *data):
+        where = json_path((*at, key))
+        if key not in kinds:
+            raise VerdictError(f"{where} must not be there: unknown key")
+        if key not in data:
+            raise VerdictError(f"{where} is missing")
+        if type(data[key]) is not kinds[key]:
+            raise VerdictError(f"{where} must be {_KINDS[kinds[key]]}, got {shown(data[key])}")
+    return data
 
 
 def write(path: Path, stand: Stand, date: str, kernels: Iterable[Known]) -> None:

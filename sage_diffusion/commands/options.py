@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from sage_diffusion.commands.common import CommandError
+from sage_diffusion.json_files import JSONError, NotJSON, parse_json
 
 #: Pictures per call of a class-conditional model.
 _BATCH = 4
@@ -57,9 +57,11 @@ def parse_option(text: str) -> tuple[str, Any]:
     if not separator or not name.isidentifier():
         raise CommandError(f"--set needs NAME=VALUE, got {text!r}")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, parse_json(value)
+    except NotJSON:
         return name, value
+    except JSONError as error:
+        raise CommandError(f"--set {name}: {error}") from None
 
 
 def prompts_of(sampler: Any, given: list[str] | None, count: int = 4, first: int = 0) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan.fingerprint import mismatch
+from sage_diffusion.plan.lookup import without_shadowed
 from sage_diffusion.plan.noise import NoiseScale
 from sage_diffusion.plan.plan import PrecisionPlan
 from sage_diffusion.plan.rules import PlanError, Rule
@@ -51,14 +52,10 @@ def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
             "plans with different schedules can't be merged: their rules count progress "
             f"differently ({len(first.schedule)} and {len(second.schedule)} sigmas)"
         )
-    rules: list[Rule] = []
-    for rule in (*first.rules, *second.rules):
-        if not any(earlier.covers(rule) for earlier in rules):
-            rules.append(rule)
     same = first.fingerprint == second.fingerprint
     return replace(
         second,
-        rules=tuple(rules),
+        rules=without_shadowed((*first.rules, *second.rules)),
         name=second.name or first.name,
         model=second.model or first.model,
         schedule=second.schedule or first.schedule,
@@ -112,10 +109,8 @@ def remap_plan(
             continue
         start = 0.0 if inside[0] == 0 else (inside[0] - 0.5) / last
         end = 1.0 if inside[-1] == last else (inside[-1] + 0.5) / last
-        moved = replace(rule, start=start, end=end)
-        if not any(earlier.covers(moved) for earlier in rules):
-            rules.append(moved)
-    return replace(plan, rules=tuple(rules), schedule=target, schedule_unit=unit)
+        rules.append(replace(rule, start=start, end=end))
+    return replace(plan, rules=without_shadowed(rules), schedule=target, schedule_unit=unit)
 
 
 def custom(

@@ -1,13 +1,64 @@
-"""Layer names as few globs, and step ranges as progress: the two coordinates of a plan's rules."""
+"""Layer names as few globs, globs found by name, and step ranges as progress."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase, translate
 
 _NUMBER = re.compile(r"(\d+)")
+
+#: What stands between the literal pieces of a glob.
+_WILD = re.compile(r"\[!?\]?[^]]*\]|[*?]")
+
+
+class GlobIndex:
+    """Many globs, found by a text that they match without trying each of them.
+
+    What a glob matches contains all of the glob's literal pieces, so each is tried only where its
+    rarest piece occurs.  Patterns are compiled once, when they are first tried: ``fnmatch`` forgets
+    all but the last 256 before Python 3.13.
+    """
+
+    def __init__(self, globs: Iterable[str]):
+        pieces = {glob: [x for x in _WILD.split(glob) if x] for glob in globs}
+        common = Counter(x for each in pieces.values() for x in set(each))
+        self._by_piece: dict[str, list[str]] = defaultdict(list)
+        #: Those without a literal piece, by the length of what they match; None of any length.
+        self._by_length: dict[int | None, list[str]] = defaultdict(list)
+        self._patterns: dict[str, re.Pattern[str]] = {}
+        for glob, each in pieces.items():
+            if each:
+                self._by_piece[min(each, key=lambda x: (common[x], -len(x)))].append(glob)
+            else:
+                parts = _WILD.findall(glob)
+                self._by_length[None if "*" in parts else len(parts)].append(glob)
+        self._lengths = sorted(set(map(len, self._by_piece)))
+
+    def match(self, text: str, glob: str) -> bool:
+        """``fnmatchcase``, which remembers every glob."""
+        pattern = self._patterns.get(glob)
+        if pattern is None:
+            if not _WILD.search(glob):
+                return text == glob
+            pattern = self._patterns[glob] = re.compile(translate(glob))
+        return pattern.match(text) is not None
+
+    def candidates(self, text: str) -> list[str]:
+        """The globs that may match a text, each once; no other does."""
+        by_piece = self._by_piece
+        if len(text) * len(self._lengths) > len(by_piece):
+            found = [piece for piece in by_piece if piece in text]
+        else:
+            parts = (
+                text[i : i + length]
+                for length in self._lengths
+                for i in range(len(text) - length + 1)
+            )
+            found = [part for part in dict.fromkeys(parts) if part in by_piece]
+        anywhere = self._by_length.get(None, ()), self._by_length.get(len(text), ())
+        return [*anywhere[0], *anywhere[1], *(glob for piece in found for glob in by_piece[piece])]
 
 
 def escape(name: str) -> str:

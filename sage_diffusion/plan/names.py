@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 
@@ -33,17 +34,24 @@ class LayerName(str):
         return LayerName(f"{self.path}.{call}", self.component, main)
 
 
-def means(glob: str, name: str) -> bool:
-    """Does a glob mean a layer?  Any string may be a name."""
-    if fnmatchcase(name, glob):
+def texts(name: str) -> tuple[str, ...]:
+    """What a glob may match of a layer's name."""
+    if not isinstance(name, LayerName):
+        return (name,)
+    return str(name), name.path, f"{name.component}.{name.path}"
+
+
+def means(glob: str, name: str, match: Callable[[str, str], bool] = fnmatchcase) -> bool:
+    """Does a glob mean a layer?  Any string may be a name; ``match`` says how globs match texts."""
+    if match(name, glob):
         return True
     if not isinstance(name, LayerName):
         return False
-    if fnmatchcase(name.path, glob):
+    if match(name.path, glob):
         return True
     head, dot, _ = glob.partition(".")
     named = bool(dot) and fnmatchcase(name.component, head)
-    return named and fnmatchcase(f"{name.component}.{name.path}", glob)
+    return named and match(f"{name.component}.{name.path}", glob)
 
 
 def inside(name: str, components: set[str]) -> str:

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sage_diffusion.files import write_text
+from sage_diffusion.json_files import JSONError, parse_json, read_json, shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.catalog import FOLDER, shipped
 from sage_diffusion.plan.fingerprint import mismatch
-from sage_diffusion.plan.names import LayerName, inside, means
+from sage_diffusion.plan.lookup import Lookup
+from sage_diffusion.plan.names import LayerName, inside
 from sage_diffusion.plan.rules import (
     BRANCHES,
     UNITS,
@@ -62,20 +65,20 @@ class PrecisionPlan:
     schedule_unit: str | None = None
     #: What stands before the first dot of a layer that the plan names: components, perhaps.
     _heads: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
+    _lookup: Lookup = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", AttentionSpec.parse(self.default))
         object.__setattr__(self, "rules", tuple(self.rules))
-        for i, rule in enumerate(self.rules):
-            for j, earlier in enumerate(self.rules[:i]):
-                if earlier.covers(rule):
-                    raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
+        object.__setattr__(self, "_lookup", Lookup(self.rules))
+        for i, j in self._lookup.shadowed():
+            raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
         known = (self.fingerprint or {}).get("layers") or ()
         globs = [rule.layers for rule in self.rules]
         heads = frozenset(name.partition(".")[0] for name in (*globs, *known))
         object.__setattr__(self, "_heads", heads)
         if self.schedule is not None:
-            values = tuple(float(x) for x in self.schedule)
+            values = _numbers(self.schedule)
             rises = self.schedule_unit == "log-snr"
             steps = itertools.pairwise(values[::-1] if rises else values)
             if len(values) < 2 or any(b >= a for a, b in steps):
@@ -84,7 +87,7 @@ class PrecisionPlan:
             object.__setattr__(self, "schedule", values)
         if self.schedule_unit not in (None, *UNITS):
             raise PlanError(
-                f"schedule_unit must be one of {', '.join(UNITS)}, got {self.schedule_unit!r}"
+                f"schedule_unit must be one of {', '.join(UNITS)}, got {shown(self.schedule_unit)}"
             )
 
     @classmethod
@@ -105,7 +108,7 @@ class PrecisionPlan:
             return cls.load(source)
         if not isinstance(source, str):
             raise TypeError(
-                f"need a spec, a plan or a path, got {type(source).__name__}: {source!r}"
+                f"need a spec, a plan or a path, got {type(source).__name__}: {shown(source)}"
             )
         if source.endswith(".json"):
             return cls.load(Path(source))
@@ -131,21 +134,15 @@ class PrecisionPlan:
         tokens: int | None = None,
     ) -> AttentionSpec:
         """The spec of one call."""
-        layer = self._named(layer)
-        for rule in self.rules:
-            if rule.matches(layer, progress, branch, tokens):
-                return rule.spec
-        return self.default
+        return self._lookup.find(self._named(layer), progress, branch, tokens) or self.default
 
     def may_quantize(self, layer: str) -> bool:
         """Is there a step, a branch or a size at which the plan quantizes this layer?"""
-        layer = self._named(layer)
-        for rule in self.rules:
-            if means(rule.layers, layer):
-                if rule.spec.quantized:
-                    return True
-                if (rule.start, rule.end, rule.branch, rule.min_tokens) == (0, 1, None, 0):
-                    return False  # nothing passes it
+        for rule in map(self.rules.__getitem__, self._lookup.named(self._named(layer))):
+            if rule.spec.quantized:
+                return True
+            if (rule.start, rule.end, rule.branch, rule.min_tokens) == (0, 1, None, 0):
+                return False  # nothing passes it
         return self.default.quantized
 
     @property
@@ -170,12 +167,8 @@ class PrecisionPlan:
 
     def unmatched(self, layers: Iterable[str]) -> list[int]:
         """Indices of the rules whose glob matches none of ``layers``."""
-        names = [self._named(name) for name in layers]
-        return [
-            i
-            for i, rule in enumerate(self.rules)
-            if not any(means(rule.layers, name) for name in names)
-        ]
+        named = {i for name in layers for i in self._lookup.named(self._named(name))}
+        return [i for i in range(len(self.rules)) if i not in named]
 
     def check(
         self, layers: Sequence[str], *, model: str | None = None, strict: bool = False
@@ -263,22 +256,23 @@ class PrecisionPlan:
             PlanError: no JSON, a later version, an unknown key or a wrong value; the message names
                 the JSON path (``rules[1].spec.qk: ...``).
         """
-        from sage_diffusion.plan.plan_json import parse_plan
+        from sage_diffusion.plan.plan_json import plan_fields
 
-        return cls(**parse_plan(text))
+        try:
+            return cls(**plan_fields(parse_json(text)))
+        except JSONError as error:
+            raise PlanError(str(error)) from None
 
     @classmethod
     def load(cls, path: str | Path) -> PrecisionPlan:
         """Read a plan file; :class:`PlanError` names the file."""
+        from sage_diffusion.plan.plan_json import plan_fields
+
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            return cls(**plan_fields(read_json(path)))
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise PlanError(f"{path}: is not UTF-8 text") from None
-        try:
-            return cls.from_json(text)
-        except PlanError as error:
+        except (JSONError, PlanError) as error:
             raise PlanError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -288,3 +282,16 @@ class PrecisionPlan:
     def with_rules(self, rules: Iterable[Rule]) -> PrecisionPlan:
         """The same plan with other rules."""
         return replace(self, rules=tuple(rules))
+
+
+def _numbers(schedule: Iterable[Any]) -> tuple[float, ...]:
+    """Of any kind that stands for a number, tensors too; text and truth values do not."""
+    found: list[float] = []
+    for i, value in enumerate(schedule):
+        try:
+            found.append(math.nan if isinstance(value, (str, bytes, bool)) else float(value))
+        except (TypeError, ValueError, OverflowError):
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise PlanError(f"schedule[{i}] must be a finite number, got {shown(value)}")
+    return tuple(found)

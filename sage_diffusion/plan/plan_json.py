@@ -6,10 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sage_diffusion.json_files import json_path, shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.rules import VERSION, PlanError, Rule
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 SpecText = str | dict[str, Any]
 
 
@@ -30,7 +32,7 @@ class _Fingerprint(BaseModel):
     model_config = ConfigDict(extra="allow")
     layers: list[str] | None = None
     model: str | None = None
-    head_dims: dict[str, int] | None = None
+    head_dims: dict[str, Annotated[int, Field(gt=0, strict=True)]] | None = None
 
 
 class _Plan(_Strict):
@@ -39,38 +41,30 @@ class _Plan(_Strict):
     rules: list[_Rule] = []
     name: str | None = None
     model: str | None = None
-    schedule: list[float] | None = None
+    schedule: list[Number] | None = None
     schedule_unit: str | None = None
     fingerprint: _Fingerprint | None = None
     calibration: dict[str, Any] | None = None
 
 
-def parse_plan(text: str) -> dict[str, Any]:
-    """The arguments of a ``PrecisionPlan``; raises as its ``from_json`` says."""
-    import json
-
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(
-            f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        ) from None
+def plan_fields(data: Any) -> dict[str, Any]:
+    """The arguments of a ``PrecisionPlan`` from JSON data; raises as its ``from_json`` says."""
     if not isinstance(data, dict):
         raise PlanError(f"a plan must be a JSON object, got {type(data).__name__}")
     version = data.get("version")
     # Checked first: what else a later version may hold is not ours to judge.
     if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
         raise PlanError(
-            f"version: this plan has version {version}, "
+            f"version: this plan has version {shown(version)}, "
             f"this program reads up to {VERSION}: update sage-diffusion"
         )
     try:
         parsed = _Plan.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise PlanError(f"{error_path(first['loc'])}: {_message(first)}") from None
+        raise PlanError(f"{error_path(first['loc'])}: {error_message(first)}") from None
     if parsed.version != VERSION:
-        raise PlanError(f"version: must be {VERSION}, got {parsed.version}")
+        raise PlanError(f"version: must be {VERSION}, got {shown(parsed.version)}")
     default = _spec(parsed.default, AttentionSpec(), "default")
     rules = []
     for i, rule in enumerate(parsed.rules):
@@ -107,18 +101,14 @@ def _spec(value: SpecText, default: AttentionSpec, path: str) -> AttentionSpec:
 
 def error_path(location: tuple[int | str, ...]) -> str:
     """``rules[1].spec`` of a validation error's location."""
-    text = ""
-    for part in location:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part not in ("str", "dict[str,any]"):  # pydantic's names of a union's members
-            text += f".{part}" if text else part
-    return text or "plan"
+    members = ("str", "dict[str,any]")  # pydantic's names of a union's members
+    return json_path([part for part in location if part not in members], "plan")
 
 
-def _message(error: Any) -> str:
+def error_message(error: Any) -> str:
+    """What must hold and what came, of a validation error's details."""
     if error["type"] == "extra_forbidden":
         return "unknown key"
     if error["type"] == "missing":
         return "is missing"
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {shown(error['input'])}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from sage_diffusion.json_files import shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.names import means
 
@@ -18,6 +19,9 @@ UNITS = ("timesteps", "sigmas", "flow-sigmas", "log-snr")
 
 #: Branches of classifier-free guidance that a rule can name.
 BRANCHES = ("cond", "uncond")
+
+#: Letters of a glob: matching takes time with them, and no layer has so long a name.
+LONGEST = 256
 
 
 class PlanError(ValueError):
@@ -47,45 +51,64 @@ class Rule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", AttentionSpec.parse(self.spec))
-        if not isinstance(self.layers, str) or not self.layers:
-            raise PlanError(f"layers must be a non-empty glob, got {self.layers!r}")
+        if not isinstance(self.layers, str) or not 0 < len(self.layers) <= LONGEST:
+            raise PlanError(
+                f"layers must be a glob of 1 to {LONGEST} letters, got {shown(self.layers)}"
+            )
         for name in ("start", "end"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise PlanError(f"{name} must be a number between 0 and 1, got {value!r}")
+                raise PlanError(f"{name} must be a number between 0 and 1, got {shown(value)}")
             if not 0 <= value <= 1:
-                raise PlanError(f"{name} must be between 0 and 1, got {value}")
+                raise PlanError(f"{name} must be between 0 and 1, got {shown(value)}")
         if self.start >= self.end:
             raise PlanError(f"start must be less than end, got start {self.start}, end {self.end}")
         if self.branch is not None and self.branch not in BRANCHES:
-            raise PlanError(f"branch must be cond, uncond or null, got {self.branch!r}")
+            raise PlanError(f"branch must be cond, uncond or null, got {shown(self.branch)}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int):
-            raise PlanError(f"min_tokens must be a whole number, got {self.min_tokens!r}")
-        if self.min_tokens < 0:
-            raise PlanError(f"min_tokens must not be negative, got {self.min_tokens}")
+            raise PlanError(f"min_tokens must be a whole number, got {shown(self.min_tokens)}")
+        if not 0 <= self.min_tokens < 2**53:
+            raise PlanError(
+                f"min_tokens must not be negative, and below 2**53, got {shown(self.min_tokens)}"
+            )
 
-    def matches(
-        self, layer: str, progress: float, branch: str | None = None, tokens: int | None = None
+    def applies(
+        self, progress: float, branch: str | None = None, tokens: int | None = None
     ) -> bool:
-        """Does the rule apply?  Unknown ``tokens`` satisfy every ``min_tokens``."""
+        """Does the rule apply to its layers?  Unknown ``tokens`` satisfy every ``min_tokens``."""
         if self.branch is not None and branch != self.branch:
             return False
         if tokens is not None and tokens < self.min_tokens:
             return False
-        if not (self.start <= progress < self.end or (self.end == 1.0 and progress >= 1.0)):
-            return False
-        return means(self.layers, layer)
+        return self.start <= progress < self.end or (self.end == 1.0 and progress >= 1.0)
+
+    def matches(
+        self, layer: str, progress: float, branch: str | None = None, tokens: int | None = None
+    ) -> bool:
+        """Does the rule apply to this layer?  What :class:`.lookup.Lookup` finds quickly."""
+        return self.applies(progress, branch, tokens) and means(self.layers, layer)
 
     def covers(self, other: Rule) -> bool:
         """True if this rule, standing first, leaves nothing for ``other``."""
-        wider = self.layers == other.layers or fnmatchcase(other.layers, self.layers)
         return (
-            wider
-            and self.start <= other.start
+            self.start <= other.start
             and other.end <= self.end
             and self.branch in (None, other.branch)
             and self.min_tokens <= other.min_tokens
+            and wider(self.layers, other.layers)
         )
+
+
+def wider(glob: str, other: str, match: Callable[[str, str], bool] = fnmatchcase) -> bool:
+    """Does a glob match all that another one matches?  False where it can't be told by matching.
+
+    A glob that matches the other's text matches no more than single letters of what the other's
+    ``*`` stands for, unless it also matches with nothing and with two letters there.
+    """
+    if glob == other:
+        return True
+    texts = (other, other.replace("*", ""), other.replace("*", "**")) if "*" in other else (other,)
+    return all(match(text, glob) for text in texts)
 
 
 def rule_to_dict(rule: Rule) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.files import write_bytes
+from sage_diffusion.json_files import JSONError, parse_json, read_json
 from sage_diffusion.vq.families import Checkpoint, families
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 
@@ -193,8 +194,8 @@ def _open(path: Path, read: Callable[[Any], Any]) -> Any:
 
 def _header(path: Path, text: str) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
+        header = parse_json(text)
+    except JSONError as error:
         raise TokenizerError(f"{path} has a damaged header: {error}") from None
     if not isinstance(header, dict) or header.get("version") != _VERSION:
         raise TokenizerError(f"{path} must have a header of version {_VERSION}, got {text[:80]}")
@@ -203,8 +204,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except (OSError, JSONError) as error:
         raise TokenizerError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise TokenizerError(f"{path} must hold an object, got {type(found).__name__}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.files import write_bytes
+from sage_diffusion.json_files import JSONError, parse_json
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 
 #: Shorter sides that larger pictures are scaled down to, so that crops show things of many sizes.
@@ -211,12 +212,12 @@ def _resume(
 
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("sage_vq_training", "null"))
+            header = parse_json((file.metadata() or {}).get("sage_vq_training", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, JSONError) as error:
         raise TokenizerError(f"{path} is no checkpoint: {error}") from None
     want = {"training": asdict(training), "quantizer": tokenizer.quantizer.settings}
-    if header is None or {name: header.get(name) for name in want} != want:
+    if not isinstance(header, dict) or {name: header.get(name) for name in want} != want:
         raise TokenizerError(f"{path} is a checkpoint of other settings; remove it to start anew")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -139,14 +139,25 @@ def test_json_round_trip() -> None:
         (lambda d: d["rows"][1].__setitem__(4, "int5/fp8"), r"rows\[1\]\[4\]: 'int5/fp8' is not"),
         (lambda d: d["columns"].reverse(), "columns: must be layer, step"),
         (lambda d: d["plan"].update(default="int9"), "plan.default: 'int9' is not"),
-        (lambda d: d.pop("rows"), "rows: "),
+        (lambda d: d.pop("rows"), "rows: is missing"),
+        (lambda d: d.update(version=True), "version: "),
+        (lambda d: d["rows"][0].__setitem__(5, math.nan), r"^rows\[0\]\[5\] must be a finite"),
+        (lambda d: d["rows"][0].__setitem__(5, "0.5"), r"^rows\[0\]\[5\]: .* got '0.5'"),
+        (lambda d: d["rows"][0].__setitem__(5, True), r"^rows\[0\]\[5\]: .* got True"),
+        (lambda d: d["rows"][0].__setitem__(1, "0"), r"^rows\[0\]\[1\]: "),
+        (lambda d: d["rows"][0].__setitem__(2, False), r"^rows\[0\]\[2\]: "),
+        (lambda d: d["rows"][0].__setitem__(0, "x\ud800"), r"^rows\[0\]\[0\] must be Unicode"),
+        (lambda d: d["rows"][0].__setitem__(4, "y" * 10**6), r"^rows\[0\]\[4\]: 'yyy"),
+        (lambda d: d.update(columns=["c" * 1000] * 1000), "^columns: must be layer"),
+        (lambda d: d["plan"].update(schedule=[True, 0]), r"^plan.schedule\[0\]: "),
     ],
 )
 def test_json_errors_name_the_path(change, message: str) -> None:
     data = json.loads(make_report().to_json())
     change(data)
-    with pytest.raises(ReportError, match=message):
-        AccuracyReport.from_json(json.dumps(data))
+    with pytest.raises(ReportError, match=message) as caught:
+        AccuracyReport.from_json("\ufeff" + json.dumps(data))
+    assert len(str(caught.value)) < 400
 
 
 def test_text_that_is_no_report() -> None:
@@ -154,6 +165,9 @@ def test_text_that_is_no_report() -> None:
         AccuracyReport.from_json("{")
     with pytest.raises(ReportError, match="must be a JSON object, got list"):
         AccuracyReport.from_json("[]")
+    for deep in ("[" * 20_000, '{"rows": ' * 20_000):
+        with pytest.raises(ReportError, match="must have at most 64 lists and objects"):
+            AccuracyReport.from_json(deep)
 
 
 def test_markdown_holds_every_part() -> None:

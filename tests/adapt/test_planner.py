@@ -181,6 +181,26 @@ def test_costs(tmp_path):
         load_costs({"fp16": 1, "int8/fp8": 0})
     with pytest.raises(CostTableError, match="must name fp16"):
         load_costs({"int8/fp8": 1})
+    for text, message in (
+        ('{"fp16": NaN}', "fp16 must be a finite number"),
+        ('{"fp16": "2"}', "fp16 must be a positive number, got '2'"),
+        ('{"fp16": true}', "fp16 must be a positive number, got True"),
+        (f'{{"fp16": {"9" * 5000}}}', "fp16 must be a finite number"),
+        ('{"fp16": ' + "[" * 20_000, r"fp16\[0\].* must have at most 64"),
+        ('{"fp16": 1, "fp16": 2}', "fp16 must occur once"),
+        ('{"fp16": 2, "int8": 1, "int8/fp8": 2}', "int8/fp8 must be one cost of int8/fp8"),
+        (f'{{"{"x" * 10**6}": 1}}', r"xxx\.\.\.: 'xxx.* is not an attention spec"),
+        ('{"fp16@64": 1, "\\ud800": 1}', "must be a key of Unicode text"),
+        (f'["{"y" * 10**6}"]', r"must be an object of spec -> number, got \['yyy"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CostTableError, match=message) as caught:
+            load_costs(path)
+        assert len(str(caught.value)) < 500
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"fp16": 2, "int8/fp8": 1}')
+    assert load_costs(path) == {"fp16": 2.0, "int8/fp8": 1.0}
+    with pytest.raises(CostTableError, match="fp16 must be a positive number, got a whole number"):
+        load_costs({"fp16": 10**5000})
     with pytest.raises(CostTableError, match="can run none"):
         problem(table_of(), {"fp16": 1.0})
 

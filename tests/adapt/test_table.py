@@ -38,7 +38,13 @@ def test_a_table_reads_back_to_itself(stored, tmp_path):
         ('{"version": 9}', "version 9, this program reads 1"),
         ('{"version": true}', "version is missing"),
         ('{"version": 1}', "metrics is missing"),
-        ("\xff", "is not JSON"),
+        ("\xff", "is not UTF-8"),
+        ("[" * 20_000, r"\[0\].* must have at most 64 lists"),
+        ('{"steps": ' + "9" * 5000 + "}", "steps must be a finite number"),
+        ('{"mean": [[NaN]]}', r"mean\[0\]\[0\] must be a finite number"),
+        ('{"version": 1, "version": 1}', "version must occur once"),
+        (f'{{"version": {"9" * 299}}}', "of version 9999"),
+        ('{"runs": ["\\ud800"]}', r"runs\[0\] must be Unicode text"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path, text, message):
@@ -71,7 +77,17 @@ def test_a_truncated_table_is_refused(stored, tmp_path):
         (("metrics",), ["psnr"], "metrics must be cosine, rel_l1, error, got"),
         (("mean", 0, 0, 0, 0, 2), -1, r"mean must be not negative and finite, got \[-1.0\]"),
         (("work", 0, 0, 0), math.inf, "work must be not negative and finite"),
-        (("work", 0), "x", "work must be numbers in lists of 2 x 4 x 1"),
+        (("work", 0), "x", r"work\[0\] must be numbers in lists of 2 x 4 x 1, got 'x'"),
+        (("work", 1, 2, 0), "1.0", r"work\[1\]\[2\]\[0\] must be numbers .*, got '1.0'"),
+        (("work", 1, 2, 0), True, r"work\[1\]\[2\]\[0\] must be numbers .*, got True"),
+        (("work", 1), [], "work must be numbers in lists of 2 x 4 x 1, got lists of different"),
+        (("work",), {"a" * 10**6: 1}, "work must be numbers in lists of 2 x 4 x 1, got {'aaa"),
+        (("steps",), True, "steps must be a whole number, got True"),
+        (("steps",), 10**18, "steps must be a whole number, got 1000"),
+        (("schedule", 0), "9", "schedule must be 4 strictly"),
+        (("schedule", 0), True, "schedule must be 4 strictly"),
+        (("runs", 0, 1), "3", r"runs\[0\] must be"),
+        (("fingerprint", "head_dims", "blocks.0.attn"), True, "head_dims.blocks.0.attn must be"),
         (("calls", 0, 0, 0), None, "calls must be numbers, got 'null'"),
         (("schedule", 1), 2.0, "schedule must be 4 strictly descending numbers or null"),
         (("schedule",), 3, "schedule must be 4 strictly"),
@@ -97,8 +113,9 @@ def test_an_edited_table_is_refused_with_the_path(stored, path, value, message):
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(TableError, match=message) as caught:
         ScoreTable.from_dict(data)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("key", ["specs", "count", "mean", "sensitivity", "runs", "fingerprint"])

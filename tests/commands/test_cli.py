@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,15 @@ def test_options_are_json_or_text() -> None:
     assert parse_option("height=512") == ("height", 512)
     assert parse_option("output_type=pt") == ("output_type", "pt")
     assert parse_option("negative_prompt=a=b") == ("negative_prompt", "a=b")
+    assert parse_option("prompt=[a cat] sits") == ("prompt", "[a cat] sits")
+    for text, message in (
+        ("guidance_scale=NaN", "--set guidance_scale: the document must be a finite number"),
+        ("sigmas=[1, 1e999]", r"--set sigmas: \[1\] must be a finite number"),
+        (f"seed={'9' * 5000}", "--set seed: the document must be a finite number"),
+        (f"prompt={'[' * 20_000}", r"--set prompt: \[0\].* must have at most 64"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            parse_option(text)
 
 
 # ---------------------------------------------------------------------- plan
@@ -244,6 +254,20 @@ def test_interruption_is_no_traceback(run, monkeypatch) -> None:
     monkeypatch.setattr("sage_diffusion.commands.doctor.diagnose", interrupted)
     code, text, _ = run("doctor", "--json")
     assert code == 130 and json.loads(text) == {"error": "interrupted"}
+
+
+@pytest.mark.parametrize("before", [None, "kept"])
+def test_ctrl_c_in_the_middle_of_a_file_leaves_it_whole(
+    run, plan_file, tmp_path, monkeypatch, before
+) -> None:
+    out = tmp_path / "out" / "plan.json"
+    if before is not None:
+        out.parent.mkdir()
+        out.write_text(before)
+    monkeypatch.setattr("os.fsync", lambda file: signal.raise_signal(signal.SIGINT))
+    code, text, err = run("plan", "merge", plan_file, plan_file, "--out", out)
+    assert (code, text, err) == (130, "", "sage-diffusion: interrupted\n")
+    assert [path.read_text() for path in out.parent.iterdir()] == ([before] if before else [])
 
 
 def test_as_a_program(plan_file) -> None:

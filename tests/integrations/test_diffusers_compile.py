@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -173,3 +176,52 @@ def test_compiled_calls_that_stay_the_host_s_are_counted():
     [(reason, calls)] = patch.summary().declined.items()
     assert "gradients" in reason
     assert calls == 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor on a CPU needs a C++ compiler")
+def test_inductor_s_code_gives_what_eager_gives():
+    """The default backend fuses what stands between the layers' attention."""
+    tiny = build("sd3")
+    kwargs = arguments(tiny.denoiser, tiny.pipe, tiny.kwargs)
+    patch = apply(tiny.denoiser, AttentionSession(PLAN, strict=True))
+    expected = run(tiny.denoiser, patch, kwargs)
+    eager = patch.summary().specs
+    patch.session.reset_counts()
+    compiled = torch.compile(tiny.denoiser, fullgraph=True)
+    for progress, out in run(compiled, patch, kwargs).items():
+        torch.testing.assert_close(out, expected[progress], rtol=1e-3, atol=1e-3)
+    assert patch.summary().specs == eager
+    assert not torch.equal(expected[0.5], expected[0.0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_an_exported_model_asks_its_session(strict):
+    tiny = build("sd3")
+    kwargs = arguments(tiny.denoiser, tiny.pipe, tiny.kwargs)
+    patch = apply(tiny.denoiser, AttentionSession(PLAN))
+    expected = run(tiny.denoiser, patch, kwargs)
+    patch.session.reset_counts()
+    program = torch.export.export(tiny.denoiser, (), kwargs, strict=strict)
+    assert patch.summary().calls == 0  # nothing ran
+    for progress, out in run(program.module(), patch, kwargs).items():
+        torch.testing.assert_close(out, expected[progress], rtol=1e-5, atol=1e-5)
+    assert set(patch.summary().specs) == {"fp16", "int8/fp8", "int8/int8"}
+
+    patch.remove()
+    patch.session.layers.clear()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="session of this attention layer is not here"):
+        program.module()(**kwargs)
+
+
+def test_a_model_that_is_exported_with_gradients_is_the_model_s_own():
+    tiny = build("sd3")
+    kwargs = arguments(tiny.denoiser, tiny.pipe, tiny.kwargs)
+    expected = tiny.denoiser(**kwargs)[0]
+    patch = apply(tiny.denoiser, "int8/fp8")
+    program = torch.export.export(tiny.denoiser, (), kwargs, strict=False)
+    torch.testing.assert_close(program.module()(**kwargs)[0], expected, rtol=1e-5, atol=1e-5)
+    assert patch.summary().quantized == 0
+    (reason,) = patch.summary().declined
+    assert reason.startswith("gradients are asked for")

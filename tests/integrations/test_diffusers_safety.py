@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import json
+import os
 import pickle
 import subprocess
 import sys
 import threading
 import weakref
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers.models import attention_processor
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from integrations.tiny_adapters import ip_adapter_state
 from integrations.tiny_pipelines import Tiny, build
 from torch import Tensor, nn
 
@@ -208,26 +213,6 @@ def test_one_routed_processor_put_into_every_module_is_reported_apart():
     assert [layer.calls for layer in patch.summary().layers] == [1] * 8
 
 
-def ip_adapter_state(unet: nn.Module, tokens: int = 4) -> dict[str, dict[str, Tensor]]:
-    """Weights of an IP-Adapter for the tiny U-Net."""
-    state: dict[str, Tensor] = {}
-    number = 1
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            for part in ("k", "v"):
-                key = f"{number}.to_{part}_ip.weight"
-                state[key] = torch.randn(module.inner_dim, unet.config.cross_attention_dim)
-            number += 2
-    width = unet.config.cross_attention_dim
-    projection = {
-        "proj.weight": torch.randn(width * tokens, 16),
-        "proj.bias": torch.zeros(width * tokens),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": projection, "ip_adapter": state}
-
-
 @pytest.mark.parametrize("before", [True, False])
 def test_ip_adapters(before):
     tiny, reference = build("sd15"), build("sd15")
@@ -260,6 +245,56 @@ def test_ip_adapters(before):
     parameters = dict(tiny.denoiser.named_parameters())
     key = next(k for k in parameters if "to_k_ip" in k)
     assert key in dict(reference.denoiser.named_parameters())
+
+
+def test_ip_adapters_with_masks_of_regions():
+    tiny, reference = build("sd15"), build("sd15")
+    torch.manual_seed(1)
+    weights = ip_adapter_state(tiny.denoiser)
+    left = torch.zeros(1, 1, 16, 16)
+    left[..., :8] = 1
+    image = {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
+    masked = {**image, "cross_attention_kwargs": {"ip_adapter_masks": [left]}}
+    for pipe in (tiny.pipe, reference.pipe):
+        pipe.unet._load_ip_adapter_weights([copy.deepcopy(weights)])
+    expected = reference(steps=2, **masked)
+    assert not torch.equal(expected, reference(steps=2, **image))
+    enable(tiny.pipe, "fp16", strict=True)
+    assert torch.equal(tiny(steps=2, **masked), expected)
+    tiny.pipe.set_attn_processor("int8/fp8", strict=True)
+    got = tiny(steps=2, **masked)
+    assert 0 < (got - expected).norm() / expected.norm() < 0.05
+    ran = [layer for layer in tiny.pipe.sage.summary().layers if layer.name.endswith("attn2.1")]
+    assert ran and all(layer.quantized == 2 for layer in ran)
+
+
+def test_perturbed_attention_guidance_of_sd3():
+    """It changes processors of its layers while it samples, and has a third part in its batch."""
+    tiny = build("sd3")
+    parts = inspect.signature(diffusers.StableDiffusion3PAGPipeline.__init__).parameters
+    known = {key: part for key, part in tiny.pipe.components.items() if key in parts}
+    pipe = diffusers.StableDiffusion3PAGPipeline(**known, pag_applied_layers=["0"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(**more):
+        generator = torch.Generator().manual_seed(0)
+        options = {**tiny.kwargs, "num_inference_steps": 2, "output_type": "latent", **more}
+        return pipe(**options, generator=generator).images
+
+    expected = sample(pag_scale=3.0)
+    assert not torch.equal(expected, sample(pag_scale=0.0))
+    before = dict(pipe.transformer.attn_processors)
+    enable(pipe, "fp16")
+    assert torch.equal(sample(pag_scale=3.0), expected)
+    pipe.set_attn_processor("int8/fp8", strict=True)
+    got = sample(pag_scale=3.0)
+    assert 0 < (got - expected).norm() / expected.norm() < 0.01
+    layers = {layer.name: layer.quantized for layer in pipe.sage.summary().layers}
+    # The perturbed part attends the text alone, in a call of its own.
+    assert layers == {f"transformer_blocks.{name}": 2 for name in ("0.attn", "1.attn", "0.attn.1")}
+    pipe.set_attn_processor(None)
+    assert pipe.transformer.attn_processors == before
+    assert torch.equal(sample(pag_scale=3.0), expected)
 
 
 def test_ip_adapters_can_be_unloaded_while_patched():
@@ -631,6 +666,40 @@ def test_a_model_s_own_method_takes_the_marker():
     assert torch.equal(tiny(steps=2), plain("sd3"))
 
 
+MARKED = {
+    "all": lambda model: SageAttnProcessor("int8/fp8"),
+    # The plan is held against the whole model.
+    "rules": lambda model: SageAttnProcessor(
+        PrecisionPlan("fp16", (Rule("int8", "down_blocks.*"),)), strict=True
+    ),
+    "some": lambda model: (
+        dict.fromkeys(model.attn_processors, SageAttnProcessor("int8/fp8"))
+        | {key: own for key, own in model.attn_processors.items() if ".attn1." not in key}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_the_first_marker_of_a_program_is_understood(kind, monkeypatch):
+    """Python looks the method up before it makes the argument."""
+    SageAttnProcessor("fp16")
+    for cls in (AttentionMixin, AttentionModuleMixin, attention_processor.Attention):
+        name = "set_attn_processor" if cls is AttentionMixin else "set_processor"
+        monkeypatch.setattr(cls, name, vars(cls)[name]._sage_original)  # as diffusers has it
+    tiny = build("sd15")
+    tiny.denoiser.set_attn_processor(MARKED[kind](tiny.denoiser))
+    taken = [key for key, p in tiny.denoiser.attn_processors.items() if is_routed(p)]
+    every = list(tiny.denoiser.attn_processors)
+    assert taken == (every if kind != "some" else [key for key in every if ".attn1." in key])
+    assert not torch.equal(tiny(steps=1), build("sd15")(steps=1))
+    sessions = {tiny.denoiser.attn_processors[key]._sage_slot.session for key in taken}
+    (session,) = sessions
+    ran = {layer.name for layer in session.summary().layers if layer.quantized}
+    assert ran == {
+        key.removesuffix(".processor") for key in taken if kind != "rules" or "down_blocks" in key
+    }
+
+
 def test_a_marker_may_be_given_to_some_layers_only():
     tiny = build("sd15")
     marker = SageAttnProcessor("int8/fp8")
@@ -677,3 +746,45 @@ def test_a_missing_diffusers_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'sage-diffusion[diffusers]'" in done.stdout
+
+
+# ---------------------------------------------------------------------- several processes
+def _half_of_the_prompts(rank: int, address: str, found: Any) -> None:
+    """One of two processes, each with a pipeline of its own, as accelerate launches them."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({key: str(value) for key, value in here.items()})  # of this process alone
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for; they have met already
+    try:
+        state = accelerate.PartialState(cpu=True)
+        tiny = build("flux")
+        enable(tiny.pipe, "int8/fp8")
+        with state.split_between_processes(["a", "b"]) as prompts:
+            out = tiny(steps=1)
+        state.wait_for_everyone()
+        found.put((rank, prompts, tiny.pipe.sage.summary().quantized, float(out.norm())))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
+def test_two_processes_of_accelerate(tmp_path):
+    pytest.importorskip("accelerate")
+    tiny = build("flux")
+    enable(tiny.pipe, "int8/fp8")
+    expected = tiny(steps=1)
+    context = torch.multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    address = f"file://{tmp_path / 'meeting'}"
+    several = [
+        context.Process(target=_half_of_the_prompts, args=(rank, address, found)) for rank in (0, 1)
+    ]
+    for each in several:
+        each.start()
+    for each in several:
+        each.join(60)
+    assert [each.exitcode for each in several] == [0, 0]
+    results = sorted(found.get() for _ in several)
+    assert [(rank, prompts, n) for rank, prompts, n, _ in results] == [(0, ["a"], 4), (1, ["b"], 4)]
+    assert [norm for *_, norm in results] == pytest.approx([float(expected.norm())] * 2, rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import diffusers
 import torch
+from integrations.tiny_further_models import FURTHER
 from integrations.tiny_image_models import IMAGE
 from integrations.tiny_inputs import Entry
 from integrations.tiny_other_models import OTHER
@@ -13,7 +14,7 @@ from torch import nn
 # On tensors this small, threads only wait for each other.
 torch.set_num_threads(1)
 
-MODELS: dict[str, Entry] = {**IMAGE, **VIDEO, **OTHER}
+MODELS: dict[str, Entry] = {**IMAGE, **VIDEO, **OTHER, **FURTHER}
 
 
 def build(name: str) -> nn.Module:

@@ -1,7 +1,9 @@
 import json
 import os
+import time
 
 import pytest
+import torch
 
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_progress
@@ -82,11 +84,46 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         (plan_json(rules=[{"spec": "fp16", "min_tokens": -1}]), r"rules\[0\].min_tokens: "),
         (plan_json(rules=[{"spec": "fp16"}, {"spec": "int8/fp8"}]), "can never apply"),
         (plan_json(schedule=[0.0, 1.0]), "strictly descending"),
+        (plan_json(schedule=[2, "1.0"]), r"^schedule\[1\]: .*number, got '1.0'"),
+        (plan_json(schedule=[True, 0.5]), r"^schedule\[0\]: .*number, got True"),
+        (plan_json(schedule=[1.0, None]), r"^schedule\[1\]: .*number, got None"),
+        (plan_json(schedule=[float("inf"), 1.0]), r"^schedule\[0\] must be a finite number"),
+        (plan_json(schedule_unit="metres" * 10**6), "^schedule_unit must be one of"),
+        (plan_json(rules=[{"spec": "fp16", "start": float("nan")}]), r"^rules\[0\].start must be"),
+        (plan_json(rules=[{"spec": "fp16", "start": False}]), r"^rules\[0\].start: .*got False"),
+        (plan_json(rules=[{"spec": "fp16", "min_tokens": "9"}]), r"^rules\[0\].min_tokens: "),
+        (plan_json(rules=[{"spec": "fp16", "min_tokens": 10**299}]), r"^rules\[0\]: min_tokens"),
+        (plan_json(rules=[{"spec": "fp16", "layers": "a" * 10**6}]), r"^rules\[0\]: layers must"),
+        (plan_json(rules=[{"spec": "fp16", "branch": "b" * 10**6}]), r"^rules\[0\]: branch must"),
+        (plan_json(rules=[{"spec": "x" * 10**6}]), r"^rules\[0\].spec: 'xxx"),
+        (plan_json(rules=[{"spec": {"y" * 10**6: 1}}]), r"^rules\[0\].spec: unknown field"),
+        (plan_json(rules=[{"spec": ["int8"] * 10**5}]), r"^rules\[0\].spec: "),
+        (plan_json(rules=["fp16" * 10**5]), r"^rules\[0\]: "),
+        (plan_json(rules={"0": {}}), "^rules: "),
+        (plan_json(**{"k" * 10**6: 1}), "^kkk.*: unknown key"),
+        (plan_json(name=["n"] * 10**6), "^name: "),
+        (plan_json(name="\ud800"), "^name must be Unicode text"),
+        (plan_json(fingerprint={"head_dims": {"a": "64"}}), "^fingerprint.head_dims.a: "),
+        (plan_json(fingerprint={"head_dims": {"a": -64}}), "^fingerprint.head_dims.a: "),
+        (plan_json(calibration={"a": [float("nan")]}), r"^calibration.a\[0\] must be a finite"),
+        (f'{{"version": 1{"0" * 5000}}}', "^version must be a finite number"),
+        (f'{{"version": 1{"0" * 299}}}', "^version: this plan has version 1000"),
+        (f'{{"calibration": {"[" * 20_000}', r"^calibration\[0\].* must have at most 64"),
+        ('{"version": 1, "rules": [], "rules": [{}]}', "^rules must occur once"),
     ],
 )
 def test_bad_plans_name_the_path(text, message):
-    with pytest.raises(PlanError, match=message):
+    start = time.process_time()
+    with pytest.raises(PlanError, match=message) as caught:
         PrecisionPlan.from_json(text)
+    assert time.process_time() - start < 2 and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("values", [("1.0", "0.5"), (True, False), (2.0, float("nan")), (1e400, 1)])
+def test_a_schedule_is_of_finite_numbers_in_python_too(values):
+    assert PrecisionPlan("fp16", schedule=torch.tensor([2, 0.5])).schedule == (2.0, 0.5)
+    with pytest.raises(PlanError, match=r"schedule\[[01]\] must be a finite number"):
+        PrecisionPlan("fp16", schedule=values)
 
 
 def test_shadowed_rules_are_refused_and_overlapping_ones_are_not():
@@ -118,6 +155,11 @@ def test_files(tmp_path):
         PrecisionPlan.load(path)
     with pytest.raises(PlanError, match="cannot be read"):
         PrecisionPlan.of(str(tmp_path / "missing.json"))
+    path.write_bytes(b"\xef\xbb\xbf" + plan.to_json().encode())
+    assert PrecisionPlan.load(path) == plan  # Windows editors put a byte-order mark before it
+    path.write_text('{"version": 1, "default": NaN}')
+    with pytest.raises(PlanError, match=r"p\.json: default must be a finite number"):
+        PrecisionPlan.load(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanError, match="is not UTF-8"):
         PrecisionPlan.load(path)

@@ -48,13 +48,22 @@ def test_a_table_is_written_merged_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: "{", "the document: Invalid JSON"),
-        (lambda d: json.dumps({**d, "version": 2}), "version: Input should be 1"),
-        (lambda d: json.dumps({**d, "more": 1}), "more: Extra inputs"),
+        (lambda d: "{", "is not JSON: Expecting property name"),
+        (lambda d: json.dumps({**d, "version": 2}), "version: input should be 1, got 2"),
+        (lambda d: json.dumps({**d, "more": 1}), "more: unknown key"),
         (
             lambda d: json.dumps(d).replace('"block_m": 64', '"block_m": 0'),
-            "entries.0.launch.block_m: Input should be greater",
+            r"entries\[0\].launch.block_m: input should be greater",
         ),
+        (lambda d: json.dumps({**d, "version": True}), "version: must be 1, got True"),
+        (lambda d: json.dumps(d).replace("1.5", "NaN"), r"entries\[0\].value must be a finite"),
+        (lambda d: json.dumps(d).replace("1.5", '"1.5"'), r"entries\[0\].value: .* got '1.5'"),
+        (lambda d: json.dumps(d).replace("1.5", "9" * 5000), r"entries\[0\].value must be a fin"),
+        (
+            lambda d: json.dumps(d).replace("1.5", "[" * 20_000),
+            r"entries\[0\].value\[0\].* at most",
+        ),
+        (lambda d: json.dumps({**d, "k" * 10**6: 1}), "kkk.*: unknown key"),
     ],
 )
 def test_a_broken_table_is_ignored_with_one_warning_and_kept(tmp_path, change, message, caplog):

@@ -129,6 +129,8 @@ class TestFiles:
             ({"settings": {"widths": [8], "depths": [1]}}, "weights do not fit their header"),
             ({"quantizer": {**header["quantizer"], "codebook_size": 51}}, "do not fit"),
             ({"quantizer": {**header["quantizer"], "dim": 7}}, "do not fit"),
+            ({"family": "\ud800"}, "damaged header: family must be Unicode text"),
+            ({"settings": float("nan")}, "damaged header: settings must be a finite number"),
         ):
             write({**header, **change})
             with pytest.raises(TokenizerError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.attend.summary import SessionSummary
 from sage_diffusion.integrations.diffusers.guidance import is_pipeline
 from sage_diffusion.integrations.diffusers.patch import Patch, PatchSummary
-from sage_diffusion.integrations.diffusers.processors import route
+from sage_diffusion.integrations.diffusers.processors import is_routed, route
 from sage_diffusion.integrations.diffusers.weak import WeakLink
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
@@ -248,9 +249,14 @@ def _accept_markers() -> None:
     """Make ``set_attn_processor`` of every model class understand :class:`SageAttnProcessor`.
 
     diffusers would put the one object into each module and lose the modules' own processors.
+    ``set_processor`` of modules understands it too, for the first marker of a program: Python looks
+    a model's method up, as diffusers has it, before it makes the method's argument.
     """
-    from diffusers.models import attention
+    from diffusers.models import attention, attention_processor
 
+    for module in (attention_processor.Attention, attention.AttentionModuleMixin):
+        if not hasattr(module.set_processor, "_sage_original"):
+            module.set_processor = _marker_aware_module(module.set_processor)
     classes: list[type] = [diffusers.ModelMixin]
     for cls in classes:
         classes += cls.__subclasses__()
@@ -288,3 +294,35 @@ def _marker_aware(original: Callable[..., Any]) -> Callable[..., Any]:
 
     set_attn_processor._sage_original = original  # type: ignore[attr-defined]
     return set_attn_processor
+
+
+def _marker_aware_module(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_processor(self: Any, processor: Any) -> Any:
+        called = _unaware_call() if isinstance(processor, SageAttnProcessor) else None
+        if called is None:
+            return original(self, processor)
+        model, given = called
+        mine = self.processor
+        if is_routed(mine) and mine._sage_slot.session is processor.session:
+            return None  # with the first of the model's modules
+        if isinstance(given, dict):  # from which the call has taken this module's entry
+            name = next(name for name, module in model.named_modules() if module is self)
+            given = {**model.attn_processors, **given, f"{name}.processor": processor}
+        return model.set_attn_processor(given)
+
+    set_processor._sage_original = original  # type: ignore[attr-defined]
+    return set_processor
+
+
+def _unaware_call() -> tuple[Any, Any] | None:
+    """Model and argument of a ``set_attn_processor`` that runs and knows no marker."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "set_attn_processor":
+            model, given = (frame.f_locals[name] for name in frame.f_code.co_varnames[:2])
+            aware = getattr(type(model), "set_attn_processor", None)
+            if getattr(getattr(aware, "_sage_original", None), "__code__", None) is frame.f_code:
+                return model, given
+        frame = frame.f_back
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from sage_diffusion.accuracy.compare import Generation, compare
 from sage_diffusion.accuracy.report import AccuracyReport
 from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.json_files import JSONError, read_json
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
 
@@ -172,6 +172,15 @@ def _pixels(found: Any) -> Tensor:
     raise ValueError(f"the pipeline returned no pictures but {type(found).__name__}")
 
 
+def _class_name(index: Path) -> Any:
+    """Of the pipeline that a ``model_index.json`` describes; diffusers says what else is wrong."""
+    try:
+        found = read_json(index)
+    except JSONError as error:
+        raise OSError(f"{index}: {error}") from None
+    return found.get("_class_name") if isinstance(found, dict) else None
+
+
 def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
     """A pipeline by the name "bundled", by folder, or by its name on the Hugging Face hub.
 
@@ -181,7 +190,7 @@ def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | 
         device: the GPU where there is one if None.
 
     Raises:
-        OSError: there is no such folder or hub name.
+        OSError: there is no such folder or hub name, or it can't be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -193,11 +202,7 @@ def load_pipeline(name: str, *, dtype: torch.dtype | None = None, device: str | 
         pipe = EmojiPipeline.bundled(dtype=dtype)
     else:
         index = Path(name) / "model_index.json"
-        is_ours = (
-            index.is_file()
-            and json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-            == EmojiPipeline.__name__
-        )
+        is_ours = index.is_file() and _class_name(index) == EmojiPipeline.__name__
         if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
             raise FileNotFoundError(
                 f"{name} is neither a folder of a pipeline, nor a name on the Hugging Face hub "
