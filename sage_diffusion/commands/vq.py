@@ -19,9 +19,11 @@ app = typer.Typer(help="Encode pictures to tokens and back.", no_args_is_help=Tr
 TokenizerPath = Annotated[
     Path,
     typer.Option(
-        "--tokenizer", help="A tokenizer: .safetensors, or a folder as diffusers writes it."
+        "--tokenizer",
+        help='"bundled", a .safetensors file, or a folder as diffusers writes it.',
     ),
 ]
+_BUNDLED = Path("bundled")
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE..", help="Pictures.")]
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -30,7 +32,7 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 @app.command("encode")
 def encode(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
-    tokenizer: TokenizerPath,
+    tokenizer: TokenizerPath = _BUNDLED,
     out: Annotated[Path, typer.Option(help="File of ids.")] = Path("tokens.vqt"),
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +72,7 @@ def encode(
 @app.command("decode")
 def decode(
     tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file of ids (.vqt).")],
-    tokenizer: TokenizerPath,
+    tokenizer: TokenizerPath = _BUNDLED,
     out: Annotated[Path, typer.Option(help="The picture; of several, one file each.")] = Path(
         "decoded.png"
     ),
@@ -91,11 +93,11 @@ def decode(
 @app.command("fill")
 def fill(
     tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file of ids (.vqt).")],
-    tokenizer: TokenizerPath,
     model: Annotated[
         Path, typer.Option(help="A fill model: a folder of one, or of an aMUSEd pipeline.")
     ],
     mask: Annotated[Path, typer.Option(help="A picture of the decoded size, white where to fill.")],
+    tokenizer: TokenizerPath = _BUNDLED,
     out: Annotated[Path, typer.Option(help="The picture; of several, one file each.")] = Path(
         "filled.png"
     ),
@@ -145,7 +147,7 @@ def fill(
 
 @app.command("inspect")
 def inspect(
-    tokenizer: TokenizerPath,
+    tokenizer: TokenizerPath = _BUNDLED,
     images: Annotated[
         Optional[list[Path]],
         typer.Argument(metavar="[IMAGE..]", help="Pictures or folders to count the codes of."),

@@ -40,7 +40,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
         TokenizerError: there is no such file, or no family that reads it, with each one's reason.
     """
-    path = BUNDLED if source == "bundled" else Path(source)
+    path = BUNDLED if str(source) == "bundled" else Path(source)
     checkpoint = _read(path)
     reasons = []
     for family in families():
