@@ -23,7 +23,7 @@ def picture(side=128):
 
 
 def test_it_is_small_and_draws_what_it_is_given():
-    """On photographs it beats down-scaling by 8 (its card); this picture is softer than they are."""
+    """On photographs it beats down-scaling by 8 (its card); this one is softer than they are."""
     assert BUNDLED.stat().st_size <= 8 << 20
     tokenizer = load_tokenizer("bundled")
     assert (tokenizer.codebook_size, tokenizer.bits, tokenizer.traits.factor) == (4096, 12, 8)
