@@ -265,7 +265,12 @@ def test_ctrl_c_in_the_middle_of_a_file_leaves_it_whole(
         out.parent.mkdir()
         out.write_text(before)
     monkeypatch.setattr("os.fsync", lambda file: signal.raise_signal(signal.SIGINT))
-    code, text, err = run("plan", "merge", plan_file, plan_file, "--out", out)
+    # A shell starts background jobs with interrupts ignored, and Python keeps that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, text, err = run("plan", "merge", plan_file, plan_file, "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (code, text, err) == (130, "", "sage-diffusion: interrupted\n")
     assert [path.read_text() for path in out.parent.iterdir()] == ([before] if before else [])
 
