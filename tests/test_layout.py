@@ -187,6 +187,11 @@ MANY_ARGUMENTS = {
 }
 
 
+def rows(path):
+    """Lines of a file."""
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
 def parameters(node):
     """How many a function has, ``self`` and ``cls`` aside."""
     a = node.args
@@ -203,13 +208,14 @@ def lines_of(node):
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_nothing_is_too_large_to_read(module):
     path = modules()[module]
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500 or module in LONG
+    assert rows(path) <= 500
     command = module.startswith("sage_diffusion.commands.")
     for node in functions(path):
-        assert lines_of(node) <= 80 or (module, node.name) in LONG, node.name
+        assert lines_of(node) <= 80, node.name
         if not command and node.name not in MANY_ARGUMENTS.get(module, "").split():
             assert parameters(node) <= 8, node.name
 
 
-#: Files of one kernel, which is one function.
-LONG: set[object] = set()
+@pytest.mark.parametrize("folder", ["benchmarks", "tests", "tools"])
+def test_no_other_file_is_too_large_either(folder):
+    assert [path.name for path in (ROOT / folder).rglob("*.py") if rows(path) > 500] == []

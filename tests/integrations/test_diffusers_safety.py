@@ -1,50 +1,24 @@
-"""What hosts do to a patched pipeline: swap processors, copy, offload, cache, share, save."""
+"""What hosts do to a patched pipeline: swap processors, adapt, fuse, call in odd ways."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import gc
 import inspect
-import json
-import os
-import pickle
 import subprocess
 import sys
-import threading
-import weakref
-from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from integrations.tiny_adapters import ip_adapter_state
-from integrations.tiny_pipelines import Tiny, build
-from torch import Tensor, nn
+from integrations.tiny_pipelines import build
+from routed import calls_per_step, plain, processors, routed
+from torch import nn
 
-from sage_diffusion import AttentionSession, PrecisionPlan, Rule, SageAttnProcessor, enable
+from sage_diffusion import AttentionSession, enable
 from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.diffusers import apply
-from sage_diffusion.integrations.diffusers.processors import is_routed
-
-
-@functools.cache
-def plain(name: str, steps: int = 2) -> Tensor:
-    return build(name)(steps=steps)
-
-
-def processors(model: nn.Module) -> list[object]:
-    return [m.processor for m in model.modules() if hasattr(m, "processor")]
-
-
-def routed(model: nn.Module) -> int:
-    return sum(is_routed(p) for p in processors(model))
-
-
-def calls_per_step(name: str) -> int:
-    return {"sd15": 8, "flux": 4, "wan": 8, "sd3": 2}[name]
 
 
 # ---------------------------------------------------------------------- the processors themselves
@@ -322,229 +296,6 @@ def test_lora():
     assert patch.summary().calls == 4 * calls_per_step("flux")
 
 
-# ---------------------------------------------------------------------- copies, sharing, saving
-def test_a_deep_copied_pipe_has_a_session_and_a_schedule_of_its_own():
-    tiny = build("wan")
-    enable(tiny.pipe).set_attn_processor(PrecisionPlan("fp16", (Rule("int8/fp8", start=0.5),)))
-    other = Tiny(copy.deepcopy(tiny.pipe), tiny.kwargs)
-    assert other.pipe.sage.session is not tiny.pipe.sage.session
-    out = other(steps=2)
-    theirs = other.pipe.sage.summary()
-    assert theirs.specs == {"fp16": 8, "int8/fp8": 8}
-    assert tiny.pipe.sage.summary().calls == 0
-    assert tiny.pipe.sage.session.where.steps == 0
-    assert torch.equal(tiny(steps=2), out)
-    assert other.pipe.sage.summary().calls == theirs.calls
-
-    other.pipe.set_attn_processor(None)
-    assert torch.equal(other(steps=2), plain("wan"))
-    assert routed(other.denoiser) == 0 < routed(tiny.denoiser)
-    assert "progress_bar" in vars(tiny.pipe) and "progress_bar" not in vars(other.pipe)
-
-
-def test_a_deep_copied_model_has_a_session_of_its_own():
-    tiny = build("flux")
-    patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
-    model = copy.deepcopy(tiny.denoiser)
-    slots = {id(p._sage_slot.session) for p in processors(model)}
-    assert len(slots) == 1 and id(patch.session) not in slots
-    tiny.pipe.transformer = model
-    patch.refresh()  # a component exchanged by the host comes to the pipe's session
-    tiny(steps=1)
-    assert patch.summary().quantized == calls_per_step("flux")
-
-
-def test_a_copied_scheduler_drives_nothing():
-    tiny = build("flux")
-    patch = apply(tiny.pipe, AttentionSession("fp16"))
-    audio = copy.deepcopy(tiny.pipe.scheduler)  # as pipelines with sound do in mid-call
-    audio.set_timesteps(7)
-    assert patch.session.where.steps == 0
-    assert len(audio.timesteps) == 7
-
-
-def test_pickled_models_and_pipes_come_back():
-    tiny = build("flux")
-    enable(tiny.pipe).set_attn_processor("int8/fp8")
-    expected = tiny(steps=1)
-    other = Tiny(pickle.loads(pickle.dumps(tiny.pipe)), tiny.kwargs)
-    assert torch.equal(other(steps=1), expected)
-    assert other.pipe.sage.session.where.steps == 1  # it follows its own scheduler
-    assert other.denoiser.transformer_blocks[0].attn.processor._sage_slot.layers[0].ran
-    other.pipe.set_attn_processor("fp16")
-    assert torch.equal(other(steps=2), plain("flux"))
-
-
-def test_pickles_are_read_in_a_fresh_process(tmp_path):
-    tiny = build("flux")
-    apply(tiny.pipe, AttentionSession("int8/fp8"))
-    path = tmp_path / "model.pkl"
-    path.write_bytes(pickle.dumps(tiny.denoiser.transformer_blocks[0].attn.processor))
-    code = f"import pickle; print(type(pickle.load(open({str(path)!r}, 'rb'))).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "SageFluxAttnProcessor"
-
-
-def test_from_pipe_shares_the_patched_model():
-    tiny = build("sd15")
-    patch = enable(tiny.pipe).set_attn_processor("int8/fp8")
-    other = Tiny(diffusers.StableDiffusionPipeline.from_pipe(tiny.pipe), tiny.kwargs)
-    other(steps=2)
-    assert patch.summary().quantized == 2 * calls_per_step("sd15")
-    tiny.pipe.set_attn_processor(None)
-    assert torch.equal(other(steps=2), plain("sd15"))
-
-
-def test_two_pipes_sampling_at_once_do_not_mix():
-    tinies = [build("flux"), build("flux")]
-    specs = ["int8/fp8", "fp16"]
-    patches = [apply(t.pipe, AttentionSession(s)) for t, s in zip(tinies, specs, strict=True)]
-    outs: list[Tensor | None] = [None, None]
-
-    def sample(i: int) -> None:
-        outs[i] = tinies[i](steps=6)
-
-    threads = [threading.Thread(target=sample, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for patch, spec in zip(patches, specs, strict=True):
-        assert patch.summary().specs == {spec: 6 * calls_per_step("flux")}
-    assert torch.equal(outs[1], plain("flux", 6))
-
-
-def test_saved_pipelines_are_the_same(tmp_path):
-    tiny = build("flux")
-    tiny.pipe.save_pretrained(tmp_path / "plain")
-    enable(tiny.pipe).set_attn_processor("int8/fp8")
-    tiny(steps=1)
-    tiny.pipe.save_pretrained(tmp_path / "patched")
-    plain_files = sorted(p.relative_to(tmp_path / "plain") for p in tmp_path.glob("plain/**/*"))
-    files = sorted(p.relative_to(tmp_path / "patched") for p in tmp_path.glob("patched/**/*"))
-    assert files == plain_files
-    for file in files:
-        if file.suffix == ".json":
-            same = [json.loads((tmp_path / d / file).read_text()) for d in ("plain", "patched")]
-            assert same[0] == same[1]
-    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "patched/transformer")
-    assert loaded.state_dict().keys() == tiny.denoiser.state_dict().keys()
-
-
-def test_a_removed_patch_keeps_nothing_alive():
-    tiny = build("flux")
-    patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
-    tiny(steps=1)
-    session = weakref.ref(patch.session)
-    patch.remove()
-    del patch
-    gc.collect()
-    assert session() is None
-
-
-# ---------------------------------------------------------------------- offloading and caches
-def offload_groups(model):
-    cpu = torch.device("cpu")
-    diffusers.hooks.apply_group_offloading(
-        model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
-    )
-
-
-def test_group_offloading_on_the_cpu():
-    tiny = build("flux")
-    patch = apply(tiny.pipe, AttentionSession("fp16"))
-    if torch.accelerator.current_accelerator() is None:
-        try:  # without us
-            offload_groups(build("flux").denoiser)
-        except AttributeError:
-            pytest.skip("this diffusers asks even a PyTorch for the CPU alone for its accelerator")
-    offload_groups(tiny.denoiser)
-    assert torch.equal(tiny(steps=2), plain("flux"))
-    assert patch.summary().calls == 2 * calls_per_step("flux")
-
-
-@pytest.mark.parametrize("first", ["offload", "patch"])
-def test_model_offloading(first):
-    pytest.importorskip("accelerate")
-    tiny = build("sd15")
-    enable(tiny.pipe)
-    if first == "patch":
-        tiny.pipe.set_attn_processor("fp16")
-    tiny.pipe.enable_model_cpu_offload(device="cpu")
-    if first == "offload":
-        tiny.pipe.set_attn_processor("fp16")
-    assert torch.equal(tiny(steps=2), plain("sd15"))
-    assert tiny.pipe.sage.summary().calls == 2 * calls_per_step("sd15")
-    tiny.pipe.set_attn_processor(None)
-    tiny.pipe.remove_all_hooks()
-    assert torch.equal(tiny(steps=2), plain("sd15"))
-
-
-def test_accelerate_s_offloading_hooks():
-    accelerate = pytest.importorskip("accelerate")
-    tiny = build("sd15")
-    patch = apply(tiny.pipe, AttentionSession("int8/fp8"))
-    expected = tiny(steps=1)
-    models = (tiny.denoiser, tiny.pipe.vae)
-    for model in models:
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
-    assert torch.equal(tiny(steps=1), expected)
-    assert patch.summary().quantized == 2 * calls_per_step("sd15")
-    for model in models:
-        accelerate.hooks.remove_hook_from_submodules(model)
-    patch.remove()
-    assert torch.equal(tiny(steps=2), plain("sd15"))
-
-
-@pytest.mark.parametrize(
-    ("config", "skips"),
-    [
-        (lambda pipe: diffusers.FirstBlockCacheConfig(threshold=1e9), True),
-        (
-            lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=2,
-                spatial_attention_timestep_skip_range=(-1, 1001),
-                current_timestep_callback=lambda: 500,
-            ),
-            True,
-        ),
-        (lambda pipe: diffusers.TaylorSeerCacheConfig(cache_interval=2), True),
-        (lambda pipe: diffusers.MagCacheConfig(calibrate=True, num_inference_steps=4), False),
-    ],
-    ids=["first-block", "pyramid", "taylor-seer", "mag"],
-)
-def test_caches_that_skip_blocks(config, skips):
-    tiny, reference = build("flux"), build("flux")
-    patch = apply(tiny.pipe, AttentionSession("fp16"))
-    for each in (tiny, reference):
-        each.denoiser.enable_cache(config(each.pipe))
-    assert torch.equal(tiny(steps=4), reference(steps=4))
-    assert (patch.summary().calls < 4 * calls_per_step("flux")) == skips
-    assert patch.summary().calls > 0
-    tiny.denoiser.disable_cache()
-    patch.remove()
-    assert torch.equal(tiny(steps=2), plain("flux"))
-
-
-def test_layer_skipping_hooks_are_left_alone():
-    tiny, reference = build("qwenimage"), build("qwenimage")
-    plan = PrecisionPlan("fp16", (Rule("int8/fp8", "transformer_blocks.0.*"),))
-    patch = apply(tiny.pipe, AttentionSession(plan))
-    for each in (tiny, reference):
-        diffusers.hooks.apply_layer_skip(
-            each.denoiser,
-            diffusers.LayerSkipConfig(
-                indices=[0],
-                fqn="transformer_blocks",
-                skip_attention=False,
-                skip_attention_scores=True,
-                skip_ff=False,
-            ),
-        )
-    assert torch.equal(tiny(steps=1), reference(steps=1))
-    assert patch.summary().declined == {"a layer-skip hook replaces the attention": 2}
-
-
 # ---------------------------------------------------------------------- calls that stay the host's
 def test_gradients_stay_the_host_s():
     tiny = build("flux")
@@ -647,93 +398,6 @@ def test_two_dimensional_masks_are_key_padding(dtype):
     assert not torch.equal(got, expected)
 
 
-# ---------------------------------------------------------------------- the marker
-def test_a_model_s_own_method_takes_the_marker():
-    tiny = build("sd3")
-    before = processors(tiny.denoiser)
-    marker = SageAttnProcessor(PrecisionPlan("fp16", (Rule("int8/fp8", start=0.5),)))
-    tiny.denoiser.set_attn_processor(marker)
-    assert torch.equal(tiny(steps=2), plain("sd3"))  # nobody says where sampling stands
-    assert marker.summary().specs == {"fp16": 4}
-    with marker.session.at(1.0):
-        assert not torch.equal(tiny(steps=2), plain("sd3"))
-    assert marker.summary().specs["int8/fp8"] == 4
-
-    tiny.denoiser.set_attn_processor(SageAttnProcessor("int8/int8"))
-    tiny(steps=1)
-    assert sum(marker.summary().specs.values()) == 8
-    tiny.denoiser.set_attn_processor(dict(zip(tiny.denoiser.attn_processors, before, strict=True)))
-    assert torch.equal(tiny(steps=2), plain("sd3"))
-
-
-MARKED = {
-    "all": lambda model: SageAttnProcessor("int8/fp8"),
-    # The plan is held against the whole model.
-    "rules": lambda model: SageAttnProcessor(
-        PrecisionPlan("fp16", (Rule("int8", "down_blocks.*"),)), strict=True
-    ),
-    "some": lambda model: (
-        dict.fromkeys(model.attn_processors, SageAttnProcessor("int8/fp8"))
-        | {key: own for key, own in model.attn_processors.items() if ".attn1." not in key}
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MARKED)
-def test_the_first_marker_of_a_program_is_understood(kind, monkeypatch):
-    """Python looks the method up before it makes the argument."""
-    SageAttnProcessor("fp16")
-    for cls in (AttentionMixin, AttentionModuleMixin, attention_processor.Attention):
-        name = "set_attn_processor" if cls is AttentionMixin else "set_processor"
-        monkeypatch.setattr(cls, name, vars(cls)[name]._sage_original)  # as diffusers has it
-    tiny = build("sd15")
-    tiny.denoiser.set_attn_processor(MARKED[kind](tiny.denoiser))
-    taken = [key for key, p in tiny.denoiser.attn_processors.items() if is_routed(p)]
-    every = list(tiny.denoiser.attn_processors)
-    assert taken == (every if kind != "some" else [key for key in every if ".attn1." in key])
-    assert not torch.equal(tiny(steps=1), build("sd15")(steps=1))
-    sessions = {tiny.denoiser.attn_processors[key]._sage_slot.session for key in taken}
-    (session,) = sessions
-    ran = {layer.name for layer in session.summary().layers if layer.quantized}
-    assert ran == {
-        key.removesuffix(".processor") for key in taken if kind != "rules" or "down_blocks" in key
-    }
-
-
-def test_a_marker_may_be_given_to_some_layers_only():
-    tiny = build("sd15")
-    marker = SageAttnProcessor("int8/fp8")
-    kept = tiny.denoiser.attn_processors
-    tiny.denoiser.set_attn_processor(
-        {key: marker if ".attn1." in key else value for key, value in kept.items()}
-    )
-    tiny(steps=1)
-    assert routed(tiny.denoiser) == 4
-    assert all(".attn1" in layer.name for layer in marker.summary().layers)
-
-
-def test_a_marker_put_into_a_module_directly_finds_its_default():
-    tiny = build("flux")
-    marker = SageAttnProcessor("fp16")
-    for block in tiny.denoiser.transformer_blocks:
-        block.attn.set_processor(marker)
-    assert torch.equal(tiny(steps=2), plain("flux"))
-    assert [layer.calls for layer in marker.summary().layers] == [2, 2]
-
-
-def test_a_marker_without_a_default_says_what_to_do():
-    tiny = build("sd15")
-    module = next(m for m in tiny.denoiser.modules() if hasattr(m, "processor"))
-    module.processor = SageAttnProcessor("fp16")
-    with pytest.raises(TypeError, match="set_attn_processor"):
-        tiny(steps=1)
-
-
-def test_the_marker_refuses_what_is_no_plan():
-    with pytest.raises(ValueError, match="int5"):
-        SageAttnProcessor("int5/fp8")
-
-
 # ---------------------------------------------------------------------- imports
 def test_a_missing_diffusers_names_the_extra():
     code = (
@@ -746,45 +410,3 @@ def test_a_missing_diffusers_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'sage-diffusion[diffusers]'" in done.stdout
-
-
-# ---------------------------------------------------------------------- several processes
-def _half_of_the_prompts(rank: int, address: str, found: Any) -> None:
-    """One of two processes, each with a pipeline of its own, as accelerate launches them."""
-    accelerate = pytest.importorskip("accelerate")
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({key: str(value) for key, value in here.items()})  # of this process alone
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for; they have met already
-    try:
-        state = accelerate.PartialState(cpu=True)
-        tiny = build("flux")
-        enable(tiny.pipe, "int8/fp8")
-        with state.split_between_processes(["a", "b"]) as prompts:
-            out = tiny(steps=1)
-        state.wait_for_everyone()
-        found.put((rank, prompts, tiny.pipe.sage.summary().quantized, float(out.norm())))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
-def test_two_processes_of_accelerate(tmp_path):
-    pytest.importorskip("accelerate")
-    tiny = build("flux")
-    enable(tiny.pipe, "int8/fp8")
-    expected = tiny(steps=1)
-    context = torch.multiprocessing.get_context("fork")
-    found = context.SimpleQueue()
-    address = f"file://{tmp_path / 'meeting'}"
-    several = [
-        context.Process(target=_half_of_the_prompts, args=(rank, address, found)) for rank in (0, 1)
-    ]
-    for each in several:
-        each.start()
-    for each in several:
-        each.join(60)
-    assert [each.exitcode for each in several] == [0, 0]
-    results = sorted(found.get() for _ in several)
-    assert [(rank, prompts, n) for rank, prompts, n, _ in results] == [(0, ["a"], 4), (1, ["b"], 4)]
-    assert [norm for *_, norm in results] == pytest.approx([float(expected.norm())] * 2, rel=1e-5)

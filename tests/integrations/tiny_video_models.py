@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from integrations.tiny_inputs import Entry, cross, heads, ones, padded, picture, r, t, video
+from integrations.tiny_inputs import (
+    Entry,
+    cross,
+    heads,
+    minimax_h3,
+    ones,
+    padded,
+    picture,
+    r,
+    t,
+    video,
+    wan_animate_2,
+)
 
 _wan = {
     "patch_size": (1, 2, 2),
@@ -20,42 +30,6 @@ _wan = {
     "cross_attn_norm": True,
     "rope_max_seq_len": 32,
 }
-
-
-def _minimax_h3() -> dict[str, Any]:
-    text, audio, video = torch.arange(4), torch.arange(4, 10), torch.arange(10, 18)
-    tags, levels = torch.zeros(18, dtype=torch.long), torch.zeros(18, dtype=torch.long)
-    tags[text], tags[audio], levels[audio] = 1, 2, 1
-    positions = torch.zeros(18, 3)
-    positions[:, 0] = torch.arange(18)
-    return {
-        "hidden_states": r(1, 8, 16),
-        "audio_hidden_states": r(1, 6, 6),
-        "encoder_hidden_states": r(1, 4, 8),
-        "timestep": t(0.7, 0.3),
-        "timestep_indices": levels,
-        "token_tags": tags,
-        "position_ids": positions,
-        "video_indices": video,
-        "audio_indices": audio,
-        "text_indices": text,
-    }
-
-
-def _wan_animate_2() -> dict[str, Any]:
-    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
-
-    return {
-        "hidden_states": [r(16, 2, 4, 4)],
-        "timestep": t(1.0),
-        "encoder_hidden_states": [r(8, 32)],
-        "condition_latents": [r(20, 2, 4, 4)],
-        "encoder_hidden_states_image": r(1, 4, 1280),
-        "kv_cache": WanAnimate2KVCache(2),
-        "kv_cache_mode": "extract",
-        "seq_len": 8,
-        "offset_grid_sizes": torch.tensor([[2, 2, 2]]),
-    }
 
 
 VIDEO: dict[str, Entry] = {
@@ -398,7 +372,7 @@ VIDEO: dict[str, Entry] = {
             "time_embed_dim": 16,
             "rope_freq_dim": 2,
         },
-        _minimax_h3,
+        minimax_h3,
     ),
     "MochiTransformer3DModel": (
         {
@@ -498,7 +472,7 @@ VIDEO: dict[str, Entry] = {
             "cross_attn_norm": True,
             "use_img_emb": True,
         },
-        _wan_animate_2,
+        wan_animate_2,
     ),
     "WanVACETransformer3DModel": (
         {**_wan, "vace_layers": [0], "vace_in_channels": 12},
