@@ -36,6 +36,11 @@ class GlobIndex:
                 self._by_length[None if "*" in parts else len(parts)].append(glob)
         self._lengths = sorted(set(map(len, self._by_piece)))
 
+    @property
+    def vague(self) -> list[str]:
+        """Those without a literal piece, which are tried on every text of their length."""
+        return [glob for each in self._by_length.values() for glob in each]
+
     def match(self, text: str, glob: str) -> bool:
         """``fnmatchcase``, which remembers every glob."""
         pattern = self._patterns.get(glob)

@@ -103,6 +103,10 @@ class Lookup:
         changes = [i for i in range(len(points)) if i == 0 or specs[i] != specs[i - 1]]
         return _Spans([points[i] for i in changes], [specs[i] for i in changes])
 
+    def vague(self) -> list[str]:
+        """Different globs without a letter or digit of their own, as ``*`` and ``??[ab]``."""
+        return self._globs.vague
+
     def shadowed(self) -> list[tuple[int, int]]:
         """``(i, j)`` of every rule ``i`` that can never apply, and the first ``j`` that covers it.
 

@@ -36,6 +36,9 @@ from sage_diffusion.plan.rules import (
     rule_to_dict,
 )
 
+#: Globs such as ``??[ab]*`` are tried on every name and held against each other.
+_MOST_VAGUE = 200
+
 
 @dataclass(frozen=True)
 class PrecisionPlan:
@@ -71,6 +74,11 @@ class PrecisionPlan:
         object.__setattr__(self, "default", AttentionSpec.parse(self.default))
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "_lookup", Lookup(self.rules))
+        if len(vague := self._lookup.vague()) > _MOST_VAGUE:
+            raise PlanError(
+                f"rules must have at most {_MOST_VAGUE} different globs of wildcards alone, "
+                f"got {len(vague)}"
+            )
         for i, j in self._lookup.shadowed():
             raise PlanError(f"rules[{i}] can never apply: rules[{j}] covers it")
         known = (self.fingerprint or {}).get("layers") or ()

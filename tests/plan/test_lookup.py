@@ -137,3 +137,18 @@ def test_the_last_of_six_thousand_rules_that_never_applies_is_named():
     rules = [Rule("int8/fp8", f"blocks.{i}.*") for i in range(6000)]
     with pytest.raises(PlanError, match=r"rules\[6000\] can never apply: rules\[17\] covers it"):
         PrecisionPlan("fp16", (*rules, Rule("fp16", "blocks.17.attn", 0.2)))
+
+
+def test_thousands_of_globs_of_wildcards_alone_are_refused_quickly():
+    """They match by length and brackets only, so each would have to be tried on each."""
+    pick = random.Random(0)
+    rules = [
+        Rule("int8/fp8", "".join(pick.choice(["[ab]", "[bc]", "?"]) for _ in range(12)) + "*")
+        for _ in range(6000)
+    ]
+    began = time.process_time()
+    with pytest.raises(PlanError, match="at most 200 different globs of wildcards alone, got 5"):
+        PrecisionPlan("fp16", tuple(rules))
+    assert time.process_time() - began < 5
+    few = [Rule("int8/fp8", "?" * n) for n in range(1, 200)]
+    assert PrecisionPlan("fp16", tuple(few)).resolve("abc", 0.5).quantized
