@@ -38,8 +38,8 @@ class GlobIndex:
 
     @property
     def vague(self) -> list[str]:
-        """Those without a literal piece, which are tried on every text of their length."""
-        return [glob for each in self._by_length.values() for glob in each]
+        """Those of any length without a literal piece, which are tried on every text."""
+        return self._by_length.get(None, [])
 
     def match(self, text: str, glob: str) -> bool:
         """``fnmatchcase``, which remembers every glob."""

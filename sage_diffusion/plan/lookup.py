@@ -104,7 +104,7 @@ class Lookup:
         return _Spans([points[i] for i in changes], [specs[i] for i in changes])
 
     def vague(self) -> list[str]:
-        """Different globs without a letter or digit of their own, as ``*`` and ``??[ab]``."""
+        """Different globs with a ``*`` and without a letter of their own, as ``??[ab]*``."""
         return self._globs.vague
 
     def shadowed(self) -> list[tuple[int, int]]:
