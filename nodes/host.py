@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,25 @@ def tokenizer_path(name: str) -> Path:
     """
     if name == "bundled":
         return BUNDLED
-    for root in map(Path, folder_paths.get_folder_paths(TOKENIZERS)):
+    return _in_models(TOKENIZERS, name, "tokenizer", Path.exists)
+
+
+def fill_path(name: str) -> Path:
+    """The folder of a fill model.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    return _in_models(FILLS, name, "fill model", Path.is_dir)
+
+
+def _in_models(kind: str, name: str, what: str, fits: Callable[[Path], bool]) -> Path:
+    """What lies below a folder of ComfyUI's models, never outside of it."""
+    for root in map(Path, folder_paths.get_folder_paths(kind)):
         path = (root / name).resolve()
-        if path.exists() and path != root.resolve() and path.is_relative_to(root.resolve()):
+        if fits(path) and path != root.resolve() and path.is_relative_to(root.resolve()):
             return path
-    raise ValueError(f"no tokenizer named {name!r} in models/{TOKENIZERS}")
+    raise ValueError(f"no {what} named {name!r} in models/{kind}")
 
 
 def plan_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -17,6 +18,8 @@ from sage_diffusion.nodes.host import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from sage_diffusion.vq.idfile import Tokens
@@ -38,12 +41,13 @@ def _picture(pixels: Tensor) -> Tensor:
     return pixels.movedim(1, -1).float().cpu().contiguous()
 
 
-def _on_card(tokenizer: Tokenizer) -> Tokenizer:
-    return tokenizer.to(comfy.model_management.vae_device())
-
-
-def _off_card(tokenizer: Tokenizer) -> None:
-    tokenizer.to(comfy.model_management.vae_offload_device())
+@contextmanager
+def _on_card(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """The tokenizer on the card, and off it again whatever happens."""
+    try:
+        yield tokenizer.to(comfy.model_management.vae_device())
+    finally:
+        tokenizer.to(comfy.model_management.vae_offload_device())
 
 
 def _summary(tokens: Tokens) -> str:
@@ -134,8 +138,8 @@ class VQEncode(io.ComfyNode):
         from sage_diffusion.vq.tokenizer import cropped
 
         pixels, note = cropped(_pixels(image), tokenizer.traits.factor)
-        ids = _on_card(tokenizer).encode(pixels).cpu()
-        _off_card(tokenizer)
+        with _on_card(tokenizer) as found:
+            ids = found.encode(pixels).cpu()
         tokens = Tokens.of(tokenizer, ids)
         text = _summary(tokens)
         if note:
@@ -165,8 +169,8 @@ class VQDecode(io.ComfyNode):
     @classmethod
     def execute(cls, tokenizer: Tokenizer, tokens: Tokens) -> io.NodeOutput:
         tokens.check(tokenizer)
-        pixels = _on_card(tokenizer).decode(tokens.ids)
-        _off_card(tokenizer)
+        with _on_card(tokenizer) as found:
+            pixels = found.decode(tokens.ids)
         return io.NodeOutput(_picture(pixels))
 
 
@@ -269,9 +273,7 @@ class VQTokenEdit(io.ComfyNode):
             out = edit.palette(tokenizer, ids, where, change["count"])
         changed = int((out != ids).view(*ids.shape[:3], -1).any(-1).sum())
         new = replace(tokens, ids=out)
-        text = (
-            f"{changed} of {ids[..., 0].numel() if ids.ndim == 4 else ids.numel()} tokens changed"
-        )
+        text = f"{changed} of {ids.shape[:3].numel()} tokens changed"
         show(cls.hidden.unique_id, f"{text}\n{_summary(new)}")
         return io.NodeOutput(new, text)
 
@@ -320,8 +322,8 @@ class CodebookInspector(io.ComfyNode):
         if tokenizer.decoder is None:
             text += f"\nno codes to show: {tokenizer.traits.no_decoder}"
         else:
-            sheet = code_sheet(_on_card(tokenizer), most)
-            _off_card(tokenizer)
+            with _on_card(tokenizer) as found:
+                sheet = code_sheet(found, most)
         show(cls.hidden.unique_id, text)
         pictures = [_picture(x) for x in (usage, token_map(ids), sheet)]
         return io.NodeOutput(*pictures, text, ui=ui.PreviewText(text))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
-import folder_paths
 from comfy_api.latest import io
 
 from sage_diffusion.kernels.spec import LADDER
-from sage_diffusion.nodes.host import FILLS, fill_names, show
+from sage_diffusion.nodes.host import fill_names, fill_path, show
 from sage_diffusion.nodes.vq import VQ_CATEGORY, VQTokenizer, VQTokens
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ class VQFill(io.ComfyNode):
 
         tokens.check(tokenizer)
         where = touched(mask, *tokens.ids.shape[1:3]).expand(tokens.ids.shape[:3])
-        found = load_fill(_folder(model), None if attention == "fp16" else attention)
+        found = load_fill(fill_path(model), None if attention == "fp16" else attention)
         found.check(tokenizer)
         found.model.to(comfy.model_management.get_torch_device())
         ids = found.fill(tokens.ids, where, temperature=(temperature, 0.0), **options).cpu()
@@ -105,11 +103,3 @@ class VQFill(io.ComfyNode):
         )
         show(cls.hidden.unique_id, text)
         return io.NodeOutput(replace(tokens, ids=ids), text)
-
-
-def _folder(name: str) -> Path:
-    for root in map(Path, folder_paths.get_folder_paths(FILLS)):
-        path = (root / name).resolve()
-        if path.is_dir() and path.is_relative_to(root.resolve()):
-            return path
-    raise ValueError(f"no fill model named {name!r} in models/{FILLS}")
