@@ -102,6 +102,7 @@ ALSO_TESTS = {
         "sage_diffusion.verify.worker"
     ),
     "test_first_gpu.py": "sage_diffusion.verify.speed",
+    "kernels/test_kv_layout.py": "kernels.kv.layout",
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",

@@ -1,0 +1,5 @@
+"""Packed keys and values: few bits a code, and attention that reads them as they are.
+
+``layout``     codes of 8, 4, 3, 2 and 1 bit and of three levels as words; a token's row is its own
+``quantize``   the codes: min-max, ternary and sign, in groups per token or per channel
+"""
