@@ -17,7 +17,7 @@ ORDER = (
     ("sage_diffusion.plan",),
     ("sage_diffusion.attend",),
     ("sage_diffusion.accuracy", "sage_diffusion.speed"),
-    ("sage_diffusion.adapt", "sage_diffusion.verify", "sage_diffusion.vq"),
+    ("sage_diffusion.adapt", "sage_diffusion.kv", "sage_diffusion.verify", "sage_diffusion.vq"),
     (
         "sage_diffusion.integrations.comfy",
         "sage_diffusion.integrations.diffusers",
@@ -164,7 +164,7 @@ def test_nothing_lies_flat_in_the_package():
 
 def test_importing_anything_leaves_the_public_names_what_they_are(tmp_path):
     """A module named like a public name would take its place: ``attention`` must stay callable."""
-    rooms = ("plan", "attend", "accuracy", "speed", "adapt", "verify", "vq")
+    rooms = ("plan", "attend", "accuracy", "speed", "adapt", "kv", "verify", "vq")
     names = sorted(
         n for n in modules() if n.startswith(tuple(f"sage_diffusion.{r}." for r in rooms))
     )
@@ -172,10 +172,11 @@ def test_importing_anything_leaves_the_public_names_what_they_are(tmp_path):
     code = f"""
 import importlib, types
 import sage_diffusion
+import sage_diffusion.kv
 import sage_diffusion.vq
 for name in {names!r}:
     importlib.import_module(name)
-for package in (sage_diffusion, sage_diffusion.vq):
+for package in (sage_diffusion, sage_diffusion.kv, sage_diffusion.vq):
     here = vars(package)
     taken = [name for name in package.__all__ if isinstance(here.get(name), types.ModuleType)]
     assert not taken, taken

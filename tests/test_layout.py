@@ -105,6 +105,12 @@ ALSO_TESTS = {
     "kernels/test_kv_layout.py": "kernels.kv.layout",
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
+    "integrations/test_transformers_cache.py": "sage_diffusion.integrations.transformers.lazy",
+    "kv/test_methods.py": (
+        "sage_diffusion.kv.method sage_diffusion.kv.methods.kivi "
+        "sage_diffusion.kv.methods.lossless sage_diffusion.kv.presets"
+    ),
+    "kv/test_packed.py": "sage_diffusion.kv.store",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
     "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
     "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",

@@ -1,0 +1,55 @@
+"""Attention's past in fewer bits: a packed store, methods that fill it, and a cache for hosts.
+
+    from sage_diffusion.kv import KVCache, PRESETS, compress
+
+    cache = KVCache.for_model(model, preset="k3v2")
+    model.generate(**inputs, past_key_values=cache)
+
+Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# The host of transformers stands above this folder, so only its name is known here.
+_TRANSFORMERS = "sage_diffusion.integrations.transformers.cache"
+
+_HOMES = {
+    "PRESETS": "sage_diffusion.kv.presets",
+    "Body": "sage_diffusion.kv.method",
+    "KVCache": _TRANSFORMERS,
+    "Layer": "sage_diffusion.kv.layer",
+    "Method": "sage_diffusion.kv.method",
+    "Place": "sage_diffusion.kv.method",
+    "compress": _TRANSFORMERS,
+}
+
+__all__ = [
+    "PRESETS",
+    "Body",
+    "KVCache",
+    "Layer",
+    "Method",
+    "Place",
+    "compress",
+]
+
+if TYPE_CHECKING:
+    from sage_diffusion.kv.layer import Layer
+    from sage_diffusion.kv.method import Body, Method, Place
+    from sage_diffusion.kv.presets import PRESETS
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

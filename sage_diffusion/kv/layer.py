@@ -1,0 +1,284 @@
+"""One layer's past: an exact sink, a compressed body, an exact window."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.kv import parts as _parts
+from sage_diffusion.kv.method import Body, Method, Place, Rope, Rotate
+from sage_diffusion.kv.parts import Part
+from sage_diffusion.kv.store import Store, select, to
+
+
+class Layer:
+    """What a host holds of one layer.
+
+    The first ``sink`` and at least the last ``window`` tokens are exact.  What leaves the window is
+    compressed in whole units, once.  This happens in :meth:`settle`, so that the queries that came
+    with some tokens see these exactly, however many came at once; :meth:`append` settles first.
+
+    Args:
+        method: makes the body when the first tokens come.
+        sink, window: tokens.
+        number: of the layer in the model.
+        rope, calibration, shared: see :class:`~sage_diffusion.kv.method.Place`.
+
+    Raises:
+        ValueError: the method wants K before RoPE and the host does not know how it is rotated.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        sink: int = 32,
+        window: int = 128,
+        number: int = 0,
+        *,
+        rope: Rope | None = None,
+        calibration: Any = None,
+        shared: dict[Any, Any] | None = None,
+    ):
+        if sink < 0 or window < 0:
+            raise ValueError(f"sink and window must not be negative, got {sink} and {window}")
+        if method.pre_rope and rope is None:
+            raise ValueError(
+                f"{type(method).__name__} compresses K before RoPE, and how layer {number} rotates "
+                "is not known"
+            )
+        self.method, self.sink, self.window, self.number = method, sink, window, number
+        self._rope, self._calibration = rope, calibration
+        self._shared = {} if shared is None else shared
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.body: Body | None = None
+        self._sink = {"k": Store(), "v": Store()}
+        self._tail: tuple[Tensor, Tensor] | None = None
+        self.batch = 0  # sequences
+        self._offset: Tensor | None = None  # [B] int64: position of a token minus its index
+
+    @property
+    def compressed(self) -> int:
+        """Tokens in the body."""
+        return 0 if self.body is None else self.body.tokens
+
+    @property
+    def tokens(self) -> int:
+        """All that were appended and not cropped."""
+        tail = 0 if self._tail is None else self._tail[0].shape[2]
+        return self._sink["k"].length + self.compressed + tail
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> None:
+        """Add tokens ``k [B, H, n, D]``, ``v [B, H, n, Dv]``; they stay exact until :meth:`settle`.
+
+        Args:
+            positions: ``[B, n]`` int64, what RoPE rotated by; None: a token's index.
+
+        Raises:
+            ValueError: shapes or device are not those of the tokens before.
+        """
+        self.settle()
+        if self.body is None:
+            self.body = self.method.body(self._place(k, v))
+        self._check(k, v)
+        self.batch = k.shape[0]
+        if positions is not None and self._rope is not None:
+            self._offset = positions[:, -1] - (self.tokens + k.shape[2] - 1)
+        free = min(self.sink - self._sink["k"].length, k.shape[2])
+        if free > 0 and self.compressed == 0 and self._tail is None:
+            self._sink["k"].append(k[:, :, :free])
+            self._sink["v"].append(v[:, :, :free])
+            k, v = k[:, :, free:], v[:, :, free:]
+        if k.shape[2]:
+            tail = self._tail
+            self._tail = (
+                (k, v) if tail is None else (torch.cat((tail[0], k), 2), torch.cat((tail[1], v), 2))
+            )
+
+    def _place(self, k: Tensor, v: Tensor) -> Place:
+        return Place(
+            self.number,
+            k.shape[1],
+            k.shape[3],
+            v.shape[3],
+            k.dtype,
+            k.device,
+            self._rope,
+            self._calibration,
+            self._shared,
+        )
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        assert self.body is not None
+        place = self.body.place
+        want = (place.heads, place.head_dim, place.value_dim)
+        if (k.shape[1], k.shape[3], v.shape[3]) != want or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"layer {self.number} holds {want[0]} heads of {want[1]} and {want[2]} channels, "
+                f"got K {tuple(k.shape)} and V {tuple(v.shape)}"
+            )
+        if self._tail is not None and self._tail[0].device != k.device:
+            raise ValueError(
+                f"layer {self.number} is on {self._tail[0].device}, got tokens on {k.device}"
+            )
+
+    def settle(self) -> None:
+        """Compress what has left the window."""
+        if self.body is None or self._tail is None:
+            return
+        k, v = self._tail
+        leaving = max(k.shape[2] - self.window, 0) // self.body.unit * self.body.unit
+        if leaving:
+            self._compress(k[:, :, :leaving], v[:, :, :leaving])
+        k, v = k[:, :, leaving:], v[:, :, leaving:]
+        if k.shape[2] == 0:
+            self._tail = None
+        elif k.untyped_storage().nbytes() > k.numel() * k.element_size():
+            self._tail = k.clone(), v.clone()  # a view would keep the caller's tensor alive
+        else:
+            self._tail = k, v
+
+    def _compress(self, k: Tensor, v: Tensor) -> None:
+        assert self.body is not None
+        if self.method.pre_rope:
+            k = self._rotated(k, self.compressed, inverse=True)
+        self.body.append(k, v)
+
+    def _rotated(self, k: Tensor, start: int, inverse: bool = False) -> Tensor:
+        """K of the body from its token ``start`` on, rotated by its positions."""
+        assert self._rope is not None
+        index = torch.arange(k.shape[2], device=k.device) + (self._sink["k"].length + start)
+        offset = torch.zeros(1, dtype=torch.int64) if self._offset is None else self._offset
+        positions = (index + offset.to(k.device)[:, None]).clamp(min=0).expand(k.shape[0], -1)
+        return self._rope.rotate(k, positions, inverse)
+
+    @property
+    def _rotate(self) -> Rotate | None:
+        return self._rotated if self.method.pre_rope else None
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All K and V ``[B, H, T, D]`` in the dtype that they came in."""
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for found in self._read_parts():
+            for side, x in zip(sides, found, strict=True):
+                side.append(x)
+        if not sides[0]:
+            raise ValueError(f"layer {self.number} has no tokens to read")
+        dtype = sides[0][0].dtype if self.body is None else self.body.place.dtype
+        k, v = (torch.cat([x.to(dtype) for x in side], 2) for side in sides)
+        return k, v
+
+    def _read_parts(self) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        if self._sink["k"].length:
+            found.append((self._sink["k"].read(), self._sink["v"].read()))
+        if self.body is not None and self.body.tokens:
+            k, v = self.body.read()
+            found.append((self._rotated(k, 0) if self.method.pre_rope else k, v))
+        if self._tail is not None:
+            found.append(self._tail)
+        return found
+
+    def attend(self, q: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """Attention of ``q [B, Hq, L, D]`` over all tokens; ``[B, Hq, L, Dv]`` in q's dtype.
+
+        Args:
+            mask: as in :func:`sage_diffusion.kv.parts.attend`; None: every query sees every token.
+        """
+        found: list[Part] = []
+        start = 0
+        if self._sink["k"].length:
+            k, v = self._sink["k"].read(), self._sink["v"].read()
+            start = k.shape[2]
+            found.append(_parts.attend(q, k, v, scale, _parts.columns(mask, 0, start)))
+        if self.body is not None and self.body.tokens:
+            stop = start + self.body.tokens
+            columns = _parts.columns(mask, start, stop)
+            found.append(self.body.attend(q, scale, columns, self._rotate))
+            start = stop
+        if self._tail is not None:
+            found.append(
+                _parts.attend(q, *self._tail, scale, _parts.columns(mask, start, self.tokens))
+            )
+        return _parts.merge(found).out.to(q.dtype)
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first ``tokens``.
+
+        Tokens of a unit that is cut in two are read and stay in the window as they were read.
+
+        Raises:
+            ValueError: the sink would be cut while there is a body.
+        """
+        if tokens >= self.tokens:
+            return
+        sink, body = self._sink["k"].length, self.compressed
+        if tokens < sink and body:
+            raise ValueError(
+                f"crop must leave the {sink} tokens of the sink, got {tokens}; "
+                "reset the cache to start again"
+            )
+        for store in self._sink.values():
+            store.cut(tokens)
+        over = tokens - sink - body
+        if over > 0:
+            assert self._tail is not None
+            self._tail = self._tail[0][:, :, :over].clone(), self._tail[1][:, :, :over].clone()
+            return
+        self._tail = None
+        if over < 0 and body:
+            self._crop_body(tokens - sink)
+
+    def _crop_body(self, tokens: int) -> None:
+        assert self.body is not None
+        whole = tokens // self.body.unit * self.body.unit
+        if tokens > whole:
+            k, v = self.body.read(whole, tokens)
+            if self.method.pre_rope:
+                k = self._rotated(k, whole)
+            dtype = self.body.place.dtype
+            self._tail = k.to(dtype, copy=True), v.to(dtype, copy=True)
+        self.body.crop(whole)
+
+    def select(self, index: Tensor) -> None:
+        """Keep, repeat or reorder sequences of the batch by their numbers ``index`` int64."""
+        pick = select(index)
+        self.batch = index.numel()
+        for store in self._sink.values():
+            store.map(pick)
+        if self.body is not None:
+            self.body.select(index)
+        if self._tail is not None:
+            self._tail = pick(self._tail[0]), pick(self._tail[1])
+        if self._offset is not None:
+            self._offset = pick(self._offset)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every tensor."""
+        move = to(device)
+        for store in self._sink.values():
+            store.map(move)
+        if self.body is not None:
+            self.body.to(device)
+        if self._tail is not None:
+            self._tail = move(self._tail[0]), move(self._tail[1])
+
+    def parts(self) -> Counter[str]:
+        """Bytes that are filled, by what they hold: ``sink``, ``window``, and the body's parts."""
+        found = Counter({"sink": sum(store.used for store in self._sink.values())})
+        found["window"] = sum(x.numel() * x.element_size() for x in self._tail or ())
+        if self.body is not None:
+            found.update(self.body.parts())
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        tail = sum(x.untyped_storage().nbytes() for x in self._tail or ())
+        body = 0 if self.body is None else self.body.nbytes
+        return tail + body + sum(store.nbytes for store in self._sink.values())

@@ -1,0 +1,29 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+from sage_diffusion.kv.method import Method
+from sage_diffusion.kv.methods.kivi import Kivi
+from sage_diffusion.kv.methods.lossless import Lossless
+
+#: The one line that a new preset adds.
+PRESETS: dict[str, Method] = {
+    "lossless": Lossless(),
+    "k8v8": Kivi(8, 8),
+    "k4v4": Kivi(4, 4),
+    "k3v2": Kivi(3, 2),
+    "k2v2": Kivi(2, 2),
+}
+
+
+def method(preset: str | Method) -> Method:
+    """A preset by name; a method as it is.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if isinstance(preset, Method):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    return PRESETS[preset]
