@@ -111,6 +111,7 @@ ALSO_TESTS = {
         "sage_diffusion.kv.methods.lossless sage_diffusion.kv.presets"
     ),
     "kv/test_packed.py": "sage_diffusion.kv.store",
+    "kv/test_rolling.py": "sage_diffusion.kv.scratch",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
     "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
     "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sage_diffusion.kv import parts as _parts
-from sage_diffusion.kv.method import Body, Method, Place, Rope, Rotate
+from sage_diffusion.kv.method import TILE, Body, Method, Place, Rope, Rotate
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.store import Store, select, to
 
@@ -183,6 +184,17 @@ class Layer:
         if self._tail is not None:
             found.append(self._tail)
         return found
+
+    def tiles(self, size: int = TILE) -> Iterator[tuple[Tensor, Tensor]]:
+        """All K and V in order, at most ``size`` tokens of the body at a time."""
+        if self._sink["k"].length:
+            yield self._sink["k"].read(), self._sink["v"].read()
+        for start in range(0, self.compressed, size):
+            assert self.body is not None
+            k, v = self.body.read(start, min(start + size, self.compressed))
+            yield (self._rotated(k, start) if self.method.pre_rope else k), v
+        if self._tail is not None:
+            yield self._tail
 
     def attend(self, q: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Attention of ``q [B, Hq, L, D]`` over all tokens; ``[B, Hq, L, Dv]`` in q's dtype.
