@@ -5,6 +5,7 @@ from __future__ import annotations
 from sage_diffusion.kv.method import Method
 from sage_diffusion.kv.methods.kivi import Kivi
 from sage_diffusion.kv.methods.lossless import Lossless
+from sage_diffusion.kv.methods.video import Video
 
 #: The one line that a new preset adds.
 PRESETS: dict[str, Method] = {
@@ -13,6 +14,7 @@ PRESETS: dict[str, Method] = {
     "k4v4": Kivi(4, 4),
     "k3v2": Kivi(3, 2),
     "k2v2": Kivi(2, 2),
+    "video": Video(),
 }
 
 
