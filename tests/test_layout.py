@@ -110,8 +110,9 @@ ALSO_TESTS = {
         "sage_diffusion.kv.method sage_diffusion.kv.methods.kivi "
         "sage_diffusion.kv.methods.lossless sage_diffusion.kv.presets"
     ),
-    "kv/test_packed.py": "sage_diffusion.kv.store",
     "kv/test_rolling.py": "sage_diffusion.kv.scratch",
+    "kv/test_layer.py": "sage_diffusion.kv.kept",
+    "kv/test_packed.py": "sage_diffusion.kv.columns sage_diffusion.kv.store",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
     "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
     "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sage_diffusion.kv import parts as _parts
-from sage_diffusion.kv.method import TILE, Body, Method, Place, Rope, Rotate
+from sage_diffusion.kv.kept import QUERIES, Exact, Heavy, Kept, importance, pick, unfit, without
+from sage_diffusion.kv.method import TILE, Body, ChoosesHeavy, Method, Place, Rope, Rotate
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.store import Store, select, to
 
@@ -60,6 +61,9 @@ class Layer:
         self.body: Body | None = None
         self._sink = {"k": Store(), "v": Store()}
         self._tail: tuple[Tensor, Tensor] | None = None
+        self._exact = Exact()
+        self._heavy: Heavy | None = None
+        self._weight: Tensor | None = None  # [B, H, first of the tail]
         self.batch = 0  # sequences
         self._offset: Tensor | None = None  # [B] int64: position of a token minus its index
 
@@ -137,6 +141,8 @@ class Layer:
         if leaving:
             self._compress(k[:, :, :leaving], v[:, :, :leaving])
         k, v = k[:, :, leaving:], v[:, :, leaving:]
+        if self._weight is not None:
+            self._weight = self._weight[:, :, leaving:]
         if k.shape[2] == 0:
             self._tail = None
         elif k.untyped_storage().nbytes() > k.numel() * k.element_size():
@@ -146,9 +152,60 @@ class Layer:
 
     def _compress(self, k: Tensor, v: Tensor) -> None:
         assert self.body is not None
+        self._keep_heavy(k, v)
+        bad = unfit(k, v)
+        if len(bad):
+            self._exact.append(
+                (bad + self.compressed).expand(len(k), -1), k[:, :, bad], v[:, :, bad]
+            )
+            k, v = without(k, bad), without(v, bad)
         if self.method.pre_rope:
             k = self._rotated(k, self.compressed, inverse=True)
         self.body.append(k, v)
+
+    def _keep_heavy(self, k: Tensor, v: Tensor) -> None:
+        """Keep those of the leaving tokens that the newest queries attended to most."""
+        if not self.method.heavy or self._weight is None:
+            return
+        assert self.body is not None
+        leaving = k.shape[2]
+        if isinstance(self.body, ChoosesHeavy):
+            self.body.attended = self._weight[:, :, :leaving]
+            return
+        want = round(self.method.heavy * (self.compressed + leaving))
+        count = min(max(want - self.heavy, 0), leaving)
+        if not count:
+            return
+        if self._heavy is None:
+            self._heavy = Heavy(self.body.place)
+        weight = self._weight[:, :, :leaving].sum(1)
+        weight[:, unfit(k, v)] = -1  # they are exact already
+        index = weight.topk(count, 1).indices.sort(1).values
+        self._heavy.append(index + self.compressed, pick(k, index), pick(v, index))
+
+    def _observe(self, q: Tensor, scale: float, mask: Tensor | None, lse: Tensor) -> None:
+        """Add what the newest queries give to the tokens that are still exact."""
+        if not self.method.heavy or self._tail is None:
+            return
+        k = self._tail[0]
+        seen = _parts.columns(mask, self.tokens - k.shape[2], self.tokens)
+        new = importance(q, k, scale, seen, lse)  # [B, H, n]
+        if self._weight is not None:
+            new[:, :, : self._weight.shape[2]] += self._weight
+        self._weight = new
+
+    @property
+    def heavy(self) -> int:
+        """Tokens of the body that are kept at 8 bits, of each sequence."""
+        return 0 if self._heavy is None else len(self._heavy)
+
+    @property
+    def kept_exact(self) -> int:
+        """Tokens of the body that are kept exact, as they were not finite or beyond FP16."""
+        return len(self._exact)
+
+    def _kept(self) -> list[Kept]:
+        return [x for x in (self._heavy, self._exact) if x is not None and len(x)]
 
     def _rotated(self, k: Tensor, start: int, inverse: bool = False) -> Tensor:
         """K of the body from its token ``start`` on, rotated by its positions."""
@@ -162,39 +219,36 @@ class Layer:
     def _rotate(self) -> Rotate | None:
         return self._rotated if self.method.pre_rope else None
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """All K and V ``[B, H, T, D]`` in the dtype that they came in."""
-        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for found in self._read_parts():
-            for side, x in zip(sides, found, strict=True):
-                side.append(x)
-        if not sides[0]:
-            raise ValueError(f"layer {self.number} has no tokens to read")
-        dtype = sides[0][0].dtype if self.body is None else self.body.place.dtype
-        k, v = (torch.cat([x.to(dtype) for x in side], 2) for side in sides)
-        return k, v
-
-    def _read_parts(self) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        if self._sink["k"].length:
-            found.append((self._sink["k"].read(), self._sink["v"].read()))
-        if self.body is not None and self.body.tokens:
-            k, v = self.body.read()
-            found.append((self._rotated(k, 0) if self.method.pre_rope else k, v))
-        if self._tail is not None:
-            found.append(self._tail)
-        return found
-
     def tiles(self, size: int = TILE) -> Iterator[tuple[Tensor, Tensor]]:
         """All K and V in order, at most ``size`` tokens of the body at a time."""
         if self._sink["k"].length:
             yield self._sink["k"].read(), self._sink["v"].read()
         for start in range(0, self.compressed, size):
-            assert self.body is not None
-            k, v = self.body.read(start, min(start + size, self.compressed))
-            yield (self._rotated(k, start) if self.method.pre_rope else k), v
+            yield self._body_tile(start, min(start + size, self.compressed))
         if self._tail is not None:
             yield self._tail
+
+    def _body_tile(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert self.body is not None
+        k, v = self.body.read(start, stop)
+        if self.method.pre_rope:
+            k = self._rotated(k, start)
+        for kept in self._kept():
+            k, v = kept.overlay(k, v, start)
+        return k, v
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All K and V ``[B, H, T, D]`` in the dtype that they came in.
+
+        Raises:
+            ValueError: there are no tokens.
+        """
+        if self.body is None or not self.tokens:
+            raise ValueError(f"layer {self.number} has no tokens to read")
+        dtype = self.body.place.dtype
+        sides = zip(*((k.to(dtype), v.to(dtype)) for k, v in self.tiles()), strict=True)
+        k, v = (torch.cat(side, 2) if len(side) > 1 else side[0] for side in sides)
+        return k, v
 
     def attend(self, q: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Attention of ``q [B, Hq, L, D]`` over all tokens; ``[B, Hq, L, Dv]`` in q's dtype.
@@ -203,21 +257,54 @@ class Layer:
             mask: as in :func:`sage_diffusion.kv.parts.attend`; None: every query sees every token.
         """
         found: list[Part] = []
-        start = 0
-        if self._sink["k"].length:
+        sink = self._sink["k"].length
+        if sink:
             k, v = self._sink["k"].read(), self._sink["v"].read()
-            start = k.shape[2]
-            found.append(_parts.attend(q, k, v, scale, _parts.columns(mask, 0, start)))
-        if self.body is not None and self.body.tokens:
-            stop = start + self.body.tokens
-            columns = _parts.columns(mask, start, stop)
-            found.append(self.body.attend(q, scale, columns, self._rotate))
-            start = stop
+            found.append(_parts.attend(q, k, v, scale, _parts.columns(mask, 0, sink)))
+        if self.compressed:
+            found += self._attend_body(q, scale, _parts.columns(mask, sink, sink + self.compressed))
         if self._tail is not None:
-            found.append(
-                _parts.attend(q, *self._tail, scale, _parts.columns(mask, start, self.tokens))
-            )
-        return _parts.merge(found).out.to(q.dtype)
+            seen = _parts.columns(mask, sink + self.compressed, self.tokens)
+            found.append(_parts.attend(q, *self._tail, scale, seen))
+        whole = _parts.merge(found)
+        self._observe(q, scale, mask, whole.lse)
+        return whole.out.to(q.dtype)
+
+    def _attend_body(self, q: Tensor, scale: float, mask: Tensor | None) -> list[Part]:
+        assert self.body is not None
+        found = []
+        kept = self._kept()
+        if kept:
+            shape = (self.batch, self.compressed + 1)
+            hidden = torch.zeros(shape, dtype=torch.bool, device=q.device)
+            for some in kept:
+                found.append(some.attend(q, scale, mask))
+                some.hide(hidden)
+            seen = ~hidden[:, None, None, :-1]
+            if mask is None or mask.dtype == torch.bool:
+                mask = seen if mask is None else mask & seen
+            else:
+                mask = mask + _parts.as_bias(seen)
+        return [*found, self.body.attend(q, scale, mask, self._rotate)]
+
+    def observe(self, q: Tensor, scale: float, mask: Tensor | None = None) -> None:
+        """Tell the layer of attention that was computed elsewhere, on what :meth:`read` gives.
+
+        Only a method that keeps heavy hitters looks at it, and at the last 64 rows.
+        """
+        if not self.method.heavy or self._tail is None:
+            return
+        q = q[:, :, -QUERIES:]
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -QUERIES:]
+        start, lse = 0, []
+        for k, _ in self.tiles():
+            scores = (_parts.grouped(q, k.shape[1]) * scale) @ k.float().transpose(2, 3)
+            scores = scores.view(*q.shape[:3], -1)
+            if mask is not None:
+                scores = scores + _parts.as_bias(mask[..., start : start + k.shape[2]])
+            lse.append(scores.logsumexp(-1))
+            start += k.shape[2]
+        self._observe(q, scale, mask, torch.stack(lse).logsumexp(0))
 
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens``.
@@ -241,8 +328,9 @@ class Layer:
         if over > 0:
             assert self._tail is not None
             self._tail = self._tail[0][:, :, :over].clone(), self._tail[1][:, :, :over].clone()
+            self._weight = None if self._weight is None else self._weight[:, :, :over]
             return
-        self._tail = None
+        self._tail = self._weight = None
         if over < 0 and body:
             self._crop_body(tokens - sink)
 
@@ -250,40 +338,53 @@ class Layer:
         assert self.body is not None
         whole = tokens // self.body.unit * self.body.unit
         if tokens > whole:
-            k, v = self.body.read(whole, tokens)
-            if self.method.pre_rope:
-                k = self._rotated(k, whole)
+            k, v = self._body_tile(whole, tokens)
             dtype = self.body.place.dtype
             self._tail = k.to(dtype, copy=True), v.to(dtype, copy=True)
         self.body.crop(whole)
+        for kept in self._kept():
+            kept.crop(whole)
 
     def select(self, index: Tensor) -> None:
         """Keep, repeat or reorder sequences of the batch by their numbers ``index`` int64."""
-        pick = select(index)
+        move = select(index)
         self.batch = index.numel()
-        for store in self._sink.values():
-            store.map(pick)
-        if self.body is not None:
-            self.body.select(index)
-        if self._tail is not None:
-            self._tail = pick(self._tail[0]), pick(self._tail[1])
-        if self._offset is not None:
-            self._offset = pick(self._offset)
+        self._map(move)
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""
-        move = to(device)
-        for store in self._sink.values():
-            store.map(move)
+        self._map(to(device))
         if self.body is not None:
             self.body.to(device)
+
+    def _stores(self) -> Iterator[Store]:
+        """All that grows but the body's."""
+        yield from self._sink.values()
+        for kept in (self._heavy, self._exact):
+            if kept is not None:
+                yield from kept.stores.values()
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self._stores():
+            store.map(function)
+        if self.body is not None:
+            self.body.map(function)
         if self._tail is not None:
-            self._tail = move(self._tail[0]), move(self._tail[1])
+            self._tail = function(self._tail[0]), function(self._tail[1])
+        self._weight, self._offset = (
+            None if x is None else function(x) for x in (self._weight, self._offset)
+        )
 
     def parts(self) -> Counter[str]:
-        """Bytes that are filled, by what they hold: ``sink``, ``window``, and the body's parts."""
+        """Bytes that are filled, by what they hold.
+
+        ``sink``, ``window``, ``heavy``, ``unfit`` and the body's parts.
+        """
         found = Counter({"sink": sum(store.used for store in self._sink.values())})
         found["window"] = sum(x.numel() * x.element_size() for x in self._tail or ())
+        for name, kept in (("heavy", self._heavy), ("unfit", self._exact)):
+            if kept is not None and len(kept):
+                found[name] = sum(store.used for store in kept.stores.values())
         if self.body is not None:
             found.update(self.body.parts())
         return found
@@ -293,4 +394,4 @@ class Layer:
         """Bytes that are allocated."""
         tail = sum(x.untyped_storage().nbytes() for x in self._tail or ())
         body = 0 if self.body is None else self.body.nbytes
-        return tail + body + sum(store.nbytes for store in self._sink.values())
+        return tail + body + sum(store.nbytes for store in self._stores())

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from sage_diffusion.kv.store import Store, select, to
 Rotate = Callable[[Tensor, int], Tensor]
 
 #: Tokens that are read at once where a body is attended to without a kernel.
-TILE = 512
+TILE = 1024
 
 
 class Rope(Protocol):
@@ -128,9 +128,21 @@ class Body(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated: room for what comes included, memory shared with others not."""
+        """Bytes that are allocated, room for what comes included."""
         constant = sum(x.untyped_storage().nbytes() for x in self.constants.values())
         return sum(store.nbytes for store in self.stores.values()) + constant
+
+
+@runtime_checkable
+class ChoosesHeavy(Protocol):
+    """A body that keeps heavy hitters in a way of its own; the layer does it for all others.
+
+    Attributes:
+        attended: ``[B, H, n]``, how much the newest queries attended to the tokens that are
+            appended next, squared probabilities summed; set by the layer.
+    """
+
+    attended: Tensor | None
 
 
 class Method(ABC):
@@ -143,8 +155,8 @@ class Method(ABC):
             attend to most; a subclass may have a field of this name.
     """
 
-    pre_rope: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
+    pre_rope: bool = False
+    exact: bool = False
     heavy: float = 0.0
 
     @abstractmethod

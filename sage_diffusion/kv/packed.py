@@ -3,120 +3,125 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.kv.layout import Width, bits, pack_checked, unpack
+from sage_diffusion.kernels.kv.quantize import Axis, Form, decode, quantize
+from sage_diffusion.kv.columns import Columns
 from sage_diffusion.kv.store import Store
-
-#: Tokens whose codes share words.
-TILE = 256
-
-
-def pack(codes: Tensor, width: int) -> Tensor:
-    """Codes uint8 ``[.., T, D]`` -> words int32 ``[.., W, D]``, planes of bits tile by tile."""
-    tokens = codes.shape[-2]
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, -tokens % TILE)).unflatten(-2, (-1, 8, 32))
-    bit = torch.arange(32, device=codes.device)[:, None]
-    planes = [(((codes >> p) & 1).long() << bit).sum(-2) for p in range(width)]  # [.., t, 8, D]
-    words = torch.stack(planes, -3).flatten(-4, -2)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
-
-
-def unpack(words: Tensor, width: int, tokens: int) -> Tensor:
-    """The first ``tokens`` codes uint8 ``[.., tokens, D]``."""
-    planes = words.unflatten(-2, (-1, width, 8, 1))
-    bit = torch.arange(32, device=words.device, dtype=torch.int32)[:, None]
-    bits = (planes >> bit) & 1  # [.., t, width, 8, 32, D]
-    codes = sum(bits.select(-4, p) << p for p in range(width))
-    assert isinstance(codes, Tensor)
-    return codes.flatten(-4, -2)[..., :tokens, :].to(torch.uint8)
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Uniform min-max quantization: how many levels, and which elements share a step and a zero.
+class Grouping:
+    """How one side is quantized: how many levels, and which elements share a step and a zero.
 
     Attributes:
-        width: bits of a code.
-        axis: "channel" for ``size`` tokens of one channel, "token" for ``size`` channels of one.
+        width: bits of a code, or "ternary".
+        axis: "channel" for groups of ``size`` tokens of one channel, "token" for ``size`` channels
+            of one token.
         size: elements of a group.
+        form: of steps and zeros, "fp16" or "fp8".
     """
 
-    width: int
-    axis: Literal["channel", "token"]
+    width: Width
+    axis: Axis
     size: int = 32
+    form: Form = "fp16"
 
     def check(self, dim: int) -> None:
-        """Raise ValueError unless channels divide into groups."""
-        if self.axis == "token" and dim % self.size:
+        """Raise ValueError unless there are such codes and channels divide into groups."""
+        bits(self.width)
+        if self.size < 1 or (self.axis == "token" and dim % self.size):
             raise ValueError(f"groups of {self.size} channels must divide the head's {dim}")
 
-    def split(self, x: Tensor) -> tuple[Tensor, int]:
-        """``[B, H, n, D]`` with the groups' axis apart, and that axis."""
-        if self.axis == "channel":
-            return x.unflatten(2, (-1, self.size)), 3
-        return x.unflatten(3, (-1, self.size)), 4
+    @property
+    def unit(self) -> int:
+        """Tokens of a group."""
+        return self.size if self.axis == "channel" else 1
 
 
 class PackedSide:
-    """Codes, steps and zeros of ``[B, H, T, D]``, appended group by group.
+    """Codes, steps and zeros of ``[B, H, T, D]``, appended group by group in O(new).
 
     Attributes:
-        stores: ``codes`` int32 words, ``steps`` and ``zeros`` FP16.
+        stores: ``codes`` words, ``steps`` and ``zeros``; the last is empty where zeros follow from
+            the steps.
+        dim: channels.
     """
 
-    def __init__(self, groups: Groups):
-        self.groups, self.tokens = groups, 0
+    def __init__(self, grouping: Grouping, dim: int):
+        grouping.check(dim)
+        self.grouping, self.dim, self.tokens = grouping, dim, 0
         self.stores = {"codes": Store(), "steps": Store(), "zeros": Store()}
+        self._columns = Columns.of(grouping.width, dim)
 
     def append(self, x: Tensor) -> None:
-        """Quantize ``x``; the last tile is packed anew if it was not full."""
-        x, axis = self.groups.split(x.float())
-        levels = 2**self.groups.width - 1
-        zero = x.amin(axis, keepdim=True).half()
-        step = ((x.amax(axis, keepdim=True) - zero.float()) / levels).half()
-        codes = ((x - zero.float()) / step.float().clamp(min=1e-9)).round_().clamp_(0, levels)
-        self.stores["steps"].append(step.squeeze(axis))
-        self.stores["zeros"].append(zero.squeeze(axis))
-        self._append_codes(codes.to(torch.uint8).flatten(axis - 1, axis))
+        """Quantize ``x [B, H, n, D]``, whole groups."""
+        g = self.grouping
+        made = quantize(x, g.width, g.axis, g.size, g.form)
+        self.stores["codes"].append(pack_checked(made.codes, g.width))
+        self.stores["steps"].append(made.step)
+        if made.zero is not None:
+            self.stores["zeros"].append(made.zero)
+        self.tokens += x.shape[2]
 
-    def _append_codes(self, codes: Tensor) -> None:
-        words, width = self.stores["codes"], self.groups.width
-        full, over = divmod(self.tokens, TILE)
-        added = codes.shape[2]
-        if over:
-            last = unpack(words.read(full * 8 * width), width, over)
-            codes = torch.cat((last, codes), 2)
-            words.cut(full * 8 * width)
-        words.append(pack(codes, width))
-        self.tokens += added
+    def _scales(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Steps and zeros, float32, of the groups that hold tokens ``start`` to ``stop``."""
+        unit = self.grouping.unit
+        first, last = start // unit, -(-stop // unit)
+        zeros = self.stores["zeros"]
+        zero = zeros.read(first, last) if zeros.length else None
+        return decode(self.stores["steps"].read(first, last), zero, self.grouping.width)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Tokens ``start`` to ``stop`` as float32 ``[B, H, n, D]``."""
-        size = self.groups.size if self.groups.axis == "channel" else 1
-        first, last = start // TILE, -(-stop // TILE)
-        rows = 8 * self.groups.width
-        words = self.stores["codes"].read(first * rows, last * rows)
-        codes = unpack(words, self.groups.width, stop - first * TILE)[:, :, start - first * TILE :]
-        lead = start % size  # tokens of the first group that are not wanted
+        g = self.grouping
+        codes = unpack(self.stores["codes"].read(start, stop), g.width, self.dim).float()
+        step, zero = self._scales(start, stop)
+        if g.axis == "token":
+            grouped = codes.unflatten(3, (-1, g.size))
+            return grouped.mul_(step[..., None]).add_(zero[..., None]).flatten(3)
+        lead = start % g.size
         step, zero = (
-            self.stores[name].read(start // size, -(-stop // size)).float()
-            for name in ("steps", "zeros")
+            x.repeat_interleave(g.size, 2)[:, :, lead : lead + stop - start] for x in (step, zero)
         )
-        if self.groups.axis == "channel":
-            step, zero = (
-                x.repeat_interleave(size, 2)[:, :, lead : lead + stop - start] for x in (step, zero)
-            )
-            return codes.float().mul_(step).add_(zero)
-        grouped = codes.float().unflatten(3, (-1, self.groups.size))
-        return grouped.mul_(step[..., None]).add_(zero[..., None]).flatten(3)
+        return codes.mul_(step).add_(zero)
+
+    def scores(self, q: Tensor, start: int, stop: int) -> Tensor:
+        """``q . x`` for ``q [B, H, R, D]``, float32 ``[B, H, R, n]``, of a side in channel groups.
+
+        The steps go into q, so that a code is only made a float; ``start`` begins a group.
+        """
+        g, n = self.grouping, stop - start
+        codes = self._columns.split(self.stores["codes"].read(start, stop))
+        step, zero = self._scales(start, stop)  # [B, H, G, D]
+        bias = q @ zero.transpose(2, 3)  # [B, H, R, G]
+        scaled = self._columns.spread(q[:, :, None] * step[:, :, :, None])  # [B, H, G, R, C]
+        if n % g.size:  # a group that is not read to its end
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % g.size))
+        grouped = codes.float().unflatten(2, (-1, g.size)).transpose(3, 4)
+        found = torch.matmul(scaled, grouped) + bias.transpose(2, 3)[..., None]
+        return found.transpose(2, 3).flatten(3)[..., :n]
+
+    def weighted(self, p: Tensor, start: int, stop: int) -> Tensor:
+        """``p @ x`` for ``p [B, H, R, n]``, float32 ``[B, H, R, D]``, of a side in token groups.
+
+        Each group of channels has its own steps, which go into p; of each product with all codes
+        the channels of its group are kept.
+        """
+        codes = self._columns.split(self.stores["codes"].read(start, stop)).float()
+        step, zero = (x.transpose(2, 3) for x in self._scales(start, stop))  # [B, H, G, n]
+        rows, groups = p.shape[2], step.shape[2]
+        scaled = (p[:, :, None] * step[:, :, :, None]).flatten(2, 3)  # [B, H, G R, n]
+        product = self._columns.gather(scaled @ codes).unflatten(2, (groups, rows))
+        own = product.unflatten(4, (groups, -1)).diagonal(dim1=2, dim2=4)  # [B, H, R, size, G]
+        return (own.transpose(3, 4) + (p @ zero.transpose(2, 3))[..., None]).flatten(3)
 
     def cut(self, tokens: int) -> None:
         """Keep the first ``tokens``, whole groups."""
-        size = self.groups.size if self.groups.axis == "channel" else 1
-        self.stores["codes"].cut(-(-tokens // TILE) * 8 * self.groups.width)
+        self.stores["codes"].cut(tokens)
         for name in ("steps", "zeros"):
-            self.stores[name].cut(tokens // size)
+            self.stores[name].cut(tokens // self.grouping.unit)
         self.tokens = tokens

@@ -7,11 +7,13 @@ these (Milakov and Gimelshein, 1805.02867).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_FLOAT = torch.finfo(torch.float32)
 
 
 class Part(NamedTuple):
@@ -26,26 +28,41 @@ class Part(NamedTuple):
     lse: Tensor
 
 
+def grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """Queries ``[B, Hq, L, D]`` -> float32 ``[B, H, R, D]``: the R = Hq / H L rows of a KV head."""
+    return q.reshape(q.shape[0], kv_heads, -1, q.shape[3]).float()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Part:
     """Attention of ``q [B, Hq, L, D]`` over ``k, v [B, H, T, D]``; Hq is a multiple of H.
 
     Args:
         mask: ``[B or 1, Hq or 1, L or 1, T]``, bool (true: may attend) or added to the scores.
     """
-    batch, heads, rows, _ = q.shape
-    kv_heads = k.shape[1]
-    grouped = q.reshape(batch, kv_heads, -1, q.shape[3]).float()  # [B, H, G L, D]
-    scores = (grouped * scale) @ k.float().transpose(2, 3)
-    scores = scores.view(batch, heads, rows, -1)
+    scores = (grouped(q, k.shape[1]) * scale) @ k.float().transpose(2, 3)
+    return weigh(scores, mask, q.shape[1], lambda p: p @ v.float())
+
+
+def weigh(
+    scores: Tensor, mask: Tensor | None, heads: int, values: Callable[[Tensor], Tensor]
+) -> Part:
+    """Softmax of ``scores [B, H, R, T]``, which are changed, and what it makes of the values.
+
+    Args:
+        mask: as in :func:`attend`.
+        heads: Hq.
+        values: ``[B, H, R, T]`` float32 weights -> ``[B, H, R, D]``.
+    """
+    rows = scores.shape[1] * scores.shape[2] // heads
+    shape = (scores.shape[0], heads, rows, scores.shape[3])
     if mask is not None:
-        bias = mask if mask.is_floating_point() else as_bias(mask)
-        scores = scores + bias
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (scores - top).exp_()
+        scores = (scores.view(shape) + as_bias(mask)).view(scores.shape)
+    top = scores.amax(-1, keepdim=True).clamp(min=_FLOAT.min)
+    weights = scores.sub_(top).exp_()
     norm = weights.sum(-1, keepdim=True)
-    out = weights.view(batch, kv_heads, grouped.shape[2], -1) @ v.float()
-    out = out.view(batch, heads, rows, -1) / norm.clamp(min=torch.finfo(torch.float32).tiny)
-    return Part(out, (top + norm.log()).squeeze(-1))
+    out = values(weights) / norm.clamp(min=_FLOAT.tiny)
+    lse = (top + norm.log()).view(shape[:3])
+    return Part(out.view(*shape[:3], -1), lse)
 
 
 def merge(parts: Sequence[Part]) -> Part:
@@ -54,17 +71,28 @@ def merge(parts: Sequence[Part]) -> Part:
         return parts[0]
     lse = torch.stack([part.lse for part in parts])
     total = lse.logsumexp(0)
-    weights = (lse - total.clamp(min=torch.finfo(torch.float32).min)).exp()
-    out = sum(part.out * weight[..., None] for part, weight in zip(parts, weights, strict=True))
-    assert isinstance(out, Tensor)
+    weights = (lse - total.clamp(min=_FLOAT.min)).exp()
+    out = parts[0].out * weights[0, ..., None]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        out.addcmul_(part.out, weight[..., None])
     return Part(out, total)
 
 
 def as_bias(mask: Tensor) -> Tensor:
-    """A bool mask as what is added to the scores: 0 or minus infinity, float32."""
+    """What is added to the scores: of a bool mask 0 or minus infinity, float32."""
+    if mask.is_floating_point():
+        return mask
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def columns(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     """A mask's tokens ``start`` to ``stop``."""
     return None if mask is None else mask[..., start:stop]
+
+
+def chosen(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    """A mask's tokens ``index [B, n]`` (int64), of each sequence its own; ``[B, .., .., n]``."""
+    if mask is None:
+        return None
+    mask = mask.expand(len(index), -1, -1, -1)
+    return mask.gather(3, index[:, None, None].expand(*mask.shape[:3], -1))

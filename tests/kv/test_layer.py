@@ -99,6 +99,71 @@ def test_batches_are_selected_and_reordered():
     assert torch.equal(layer.read()[1], v[[1, 0, 1]])
 
 
+def test_what_is_not_finite_is_kept_exact_and_counted():
+    k, v = past(300)
+    k[0, 1, 100, 3] = torch.inf
+    v[1, 0, 150, 0] = torch.nan
+    v[1, 0, 151, 0] = 7e4  # beyond what FP16 steps can say
+    layer = Layer(Kivi(4, 4))
+    layer.append(k, v)
+    layer.settle()
+    assert layer.kept_exact == 3
+    got_k, got_v = layer.read()
+    assert torch.equal(got_k[:, :, 100], k[:, :, 100])
+    assert torch.equal(got_v[:, :, 150:152].nan_to_num(9), v[:, :, 150:152].nan_to_num(9))
+    assert got_k[:, :, 101:].isfinite().all() and got_v[:, :, :150].isfinite().all()
+    torch.testing.assert_close(got_v[:, :, 32:150], v[:, :, 32:150], atol=0.25, rtol=0)
+    q = torch.randn(2, 2, 1, 32)
+    seen = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    seen[..., [100, 150]] = False
+    assert not layer.attend(q, 0.2).isfinite().all()  # as an exact cache would
+    layer.crop(120)
+    assert layer.kept_exact == 0 and layer.tokens == 120
+
+
+class Attended(Kivi):
+    heavy = 0.05
+
+
+def test_heavy_hitters_are_those_that_the_newest_queries_attend_to():
+    k, v = past(600)
+    q = torch.randn(2, 4, 80, 32, generator=torch.Generator().manual_seed(3)) * 3
+    scores = torch.einsum("bgld,bgtd->bglt", q[:, :, -64:], k.repeat_interleave(2, 1)) * 0.2
+    weights = scores.softmax(-1).square().sum((1, 2))[:, 32 : 32 + 416]
+    layer = Layer(Attended(2, 2))
+    layer.append(k, v)
+    layer.observe(q, 0.2)
+    layer.settle()
+    assert layer.compressed == 416 and layer.heavy == 21
+    got_k, got_v = layer.read()
+    best = weights.topk(21, 1).indices + 32
+    for row in range(2):
+        for got, want in ((got_k, k), (got_v, v)):
+            near = (got[row] - want[row]).abs().amax((0, 2)) < 0.02
+            assert set(near[32:448].nonzero()[:, 0].add(32).tolist()) == set(best[row].tolist())
+    twins = [x.repeat_interleave(2, 1) for x in (got_k, got_v)]
+    mask = torch.rand(2, 1, 80, 600, generator=torch.Generator().manual_seed(4)) < 0.7
+    for seen in (None, mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        want = scaled_dot_product_attention(q, *twins, attn_mask=seen, scale=0.2)
+        torch.testing.assert_close(layer.attend(q, 0.2, seen), want, atol=1e-4, rtol=1e-4)
+    heavy = layer.heavy
+    layer.crop(200)
+    assert 0 < layer.heavy < heavy
+    torch.testing.assert_close(layer.read()[0], got_k[:, :, :200])
+
+
+def test_heavy_hitters_are_found_while_decoding_too():
+    k, v = past(400, batch=1)
+    k[:, :, 250] *= 4
+    layer, q = Layer(Attended(2, 2), sink=0, window=64), k[:, :, 250:251] * 0.7
+    for i in range(400):
+        layer.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        layer.attend(q, 0.2)
+    layer.settle()
+    assert layer.compressed == 320 and layer.heavy == 16
+    assert (layer.read()[0][:, :, 250] - k[:, :, 250]).abs().max() < 0.05
+
+
 def test_lossless_is_bit_exact():
     layer, k, v = filled(Lossless())
     assert layer.compressed == 140

@@ -6,19 +6,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sage_diffusion.kv.method import Body, Method, Place
-from sage_diffusion.kv.packed import Groups, PackedSide
+from sage_diffusion.kernels.kv.layout import Width
+from sage_diffusion.kernels.kv.quantize import Form
+from sage_diffusion.kv import parts as _parts
+from sage_diffusion.kv.method import TILE, Body, Method, Place, Rotate
+from sage_diffusion.kv.packed import Grouping, PackedSide
+from sage_diffusion.kv.parts import Part
 
 
-class KiviBody(Body):
-    """K per channel, V per token, uniform levels between each group's extremes."""
+class PackedBody(Body):
+    """K and V as two packed sides.
 
-    def __init__(self, place: Place, k: Groups, v: Groups):
+    Without a kernel, attention to K in channel groups and V in token groups multiplies codes as
+    they are: steps go into the queries and the weights.
+    """
+
+    def __init__(self, place: Place, k: Grouping, v: Grouping):
         super().__init__(place)
-        k.check(place.head_dim)
-        v.check(place.value_dim)
-        self.unit = k.size
-        self.k, self.v = PackedSide(k), PackedSide(v)
+        self.k, self.v = PackedSide(k, place.head_dim), PackedSide(v, place.value_dim)
+        self.unit = max(k.unit, v.unit)
+        if self.unit % k.unit or self.unit % v.unit:
+            raise ValueError(f"groups of {k.unit} and {v.unit} tokens must divide one another")
         self.stores = {f"k.{name}": store for name, store in self.k.stores.items()}
         self.stores |= {f"v.{name}": store for name, store in self.v.stores.items()}
 
@@ -36,20 +44,46 @@ class KiviBody(Body):
         self.v.cut(tokens)
         self.tokens = tokens
 
+    def attend(
+        self, q: Tensor, scale: float, mask: Tensor | None = None, rotate: Rotate | None = None
+    ) -> Part:
+        axes = self.k.grouping.axis, self.v.grouping.axis
+        if rotate is not None or axes != ("channel", "token"):
+            return super().attend(q, scale, mask, rotate)
+        rows = _parts.grouped(q, self.place.heads) * scale
+        found = []
+        step = TILE // self.unit * self.unit or self.unit
+        for start in range(0, self.tokens, step):
+            stop = min(start + step, self.tokens)
+
+            def values(p: Tensor, start: int = start, stop: int = stop) -> Tensor:
+                return self.v.weighted(p, start, stop)
+
+            scores = self.k.scores(rows, start, stop)
+            seen = _parts.columns(mask, start, stop)
+            found.append(_parts.weigh(scores, seen, q.shape[1], values))
+        return _parts.merge(found)
+
 
 @dataclass(frozen=True)
 class Kivi(Method):
     """Uniform codes, K per channel over ``group`` tokens and V per token over ``group`` channels.
 
     Attributes:
-        k_bits, v_bits: 1 to 8.
-        group: elements that share a step and a zero, FP16 each.
+        k_bits, v_bits: 8, 4, 3, 2, "ternary" or 1.
+        group: elements that share a step and a zero.
+        form: of steps and zeros, "fp16" or "fp8".
+        pre_rope: whether K is compressed as it was before RoPE, where its channels keep to
+            themselves.
     """
 
-    k_bits: int = 2
-    v_bits: int = 2
+    k_bits: Width = 2
+    v_bits: Width = 2
     group: int = 32
+    form: Form = "fp16"
+    pre_rope: bool = False
 
-    def body(self, place: Place) -> KiviBody:
-        k = Groups(self.k_bits, "channel", self.group)
-        return KiviBody(place, k, Groups(self.v_bits, "token", self.group))
+    def body(self, place: Place) -> PackedBody:
+        k = Grouping(self.k_bits, "channel", self.group, self.form)
+        v = Grouping(self.v_bits, "token", self.group, self.form)
+        return PackedBody(place, k, v)

@@ -1,0 +1,76 @@
+"""Codes out of words byte by byte: the order that costs a CPU least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.kernels.kv.layout import BLOCK, Width, bits, pack, planes, row_words
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The codes of a token's words in the order of bytes, and which channels these are.
+
+    A matrix product does not care in which order its sum is taken: instead of putting codes into
+    the order of their channels, the few rows that they are multiplied with are put into theirs.
+
+    Attributes:
+        width: bits of a code, or "ternary".
+        dim: channels D.
+        channel: ``[C]`` int64, the channel of each column, D where it is padding; C >= D.
+        column: ``[D]`` int64, the column of each channel.
+    """
+
+    width: Width
+    dim: int
+    channel: Tensor
+    column: Tensor
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(width: Width, dim: int) -> Columns:
+        """For heads of ``dim`` channels, found by packing each channel alone."""
+        one_hot = torch.eye(dim, dtype=torch.uint8)
+        columns = _split(pack(one_hot, width), width)  # [D, C]
+        channel = torch.where((columns > 0).any(0), columns.argmax(0), dim)
+        return Columns(width, dim, channel, columns.argmax(1))
+
+    def split(self, words: Tensor) -> Tensor:
+        """Codes uint8 ``[.., C]`` of words int32 ``[.., W]``."""
+        return _split(words, self.width)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``[.., D]`` in the order of columns ``[.., C]``, zero at padding."""
+        padded = torch.nn.functional.pad(x, (0, 1)) if len(self.channel) > self.dim else x
+        return padded.index_select(-1, self.channel.to(x.device))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[.., C]`` in the order of channels ``[.., D]``."""
+        return x.index_select(-1, self.column.to(x.device))
+
+
+def _split(words: Tensor, width: Width) -> Tensor:
+    """Parts of each byte, one behind the other: all lowest, then all next, .."""
+    parts = planes(width)
+    per_block = row_words(BLOCK, width)
+    if len(parts) == 1:
+        return _parts(words, bits(width))
+    blocks = words.shape[-1] // per_block
+    low, high = words.split([blocks * parts[0], blocks * parts[1]], -1)
+    # A word of single bits holds two words of pairs, their bits in turn.
+    codes = _parts(low, 2).unflatten(-1, (4, blocks, 2, 4))
+    single = _parts(high, 1).unflatten(-1, (4, 2, blocks, 4)).transpose(-3, -2)
+    return (codes + single * 4).flatten(-4)
+
+
+def _parts(words: Tensor, p: int) -> Tensor:
+    """``[.., W]`` int32 -> ``[.., 32 / p W]`` uint8."""
+    octets = words.contiguous().view(torch.uint8)
+    if p == 8:
+        return octets
+    mask = (1 << p) - 1
+    return torch.cat([(octets >> shift) & mask for shift in range(0, 8, p)], -1)
