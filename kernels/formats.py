@@ -115,6 +115,11 @@ class QuantizedValue(NamedTuple):
     micro: Tensor | None = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``; ``triton.cdiv``, which kernels call as well, takes a host microseconds."""
+    return -(-a // b)
+
+
 def padded_dim(head_dim: int) -> int:
     """Columns of a quantized Q or K: 64, 128 or 256.
 

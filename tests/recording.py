@@ -98,7 +98,12 @@ def recorded() -> Iterator[Launches]:
         with contextlib.suppress(ImportError):
             from triton.runtime.jit import JITFunction
 
+            from sage_diffusion.kernels import start
+
             stack.enter_context(mock.patch.object(JITFunction, "run", run))
+            # There is no device to have compiled anything for, nor an address to be aligned.
+            stack.enter_context(mock.patch.object(start, "table_of", lambda kernel: {}))
+            stack.enter_context(mock.patch.object(start, "key_of", lambda *_: ()))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", FakeCards))
         stack.enter_context(found)
         yield found

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..formats import Q_BLOCK, QuantizedTensor, padded_dim
+from ..formats import Q_BLOCK, QuantizedTensor, cdiv, padded_dim
 from ..rope import Rope
 from ..spec import AttentionSpec
 from .gluon_columns import as_columns, columns_length, key_bias
@@ -142,7 +141,7 @@ def in_parts(
         least: 128-row blocks of a launch, however large their bias is.
     """
     batch, heads, q_len = q.data.shape[:3]
-    blocks, ratio = triton.cdiv(q_len, block_m), Q_BLOCK // block_m
+    blocks, ratio = cdiv(q_len, block_m), Q_BLOCK // block_m
     if bias is None:
         yield 0, blocks, None, (0, 0, 0)
         return
@@ -150,7 +149,7 @@ def in_parts(
     chunk = min(blocks, max(least, fitting) * ratio)
     for first in range(0, blocks, chunk):
         count = min(chunk, blocks - first)
-        added = bias(first // ratio, triton.cdiv(count, ratio))
+        added = bias(first // ratio, cdiv(count, ratio))
         yield first, count, added, added.stride()[:3]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Precision, QuantizedTensor, QuantizedValue, padded_length
+from ..start import start_kernel
 from .entry import Bias, attention_of, in_columns, in_parts, outputs
 from .gluon_columns import key_scales
 from .gluon_kernel import SCALE_SHIFT, attention_kernel
@@ -78,7 +79,9 @@ def attend_quantized(
     parts = in_parts(q, k_len, config.block_m, bias, _MIN_BIAS_BLOCKS)
     with torch.cuda.device_of(q.data):
         for first, count, added, strides in parts:
-            attention_kernel[(count * batch * heads,)](
+            start_kernel(
+                attention_kernel,
+                (count * batch * heads,),
                 q_words,
                 k_words,
                 v_words,

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, padded_dim, padded_length
+from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, cdiv, padded_dim, padded_length
 from ..quantize.permute import column_order
 from ..quantize.rope import Tables, load_rotated_rows, rope_arguments
 from ..rope import Rope
+from ..start import start_kernel
 from .terms import MASK_FLOOR
 
 _TILE_N, _Q_BLOCK = tl.constexpr(TILE_N), tl.constexpr(Q_BLOCK)
@@ -67,7 +68,9 @@ def key_scales(k: QuantizedTensor, factor: float = 1.0) -> Tensor:
     shape = (batch, heads, width // TILE_N, 2, TILE_N)
     out = torch.empty(shape, dtype=torch.float32, device=k.scale.device)
     with torch.cuda.device_of(k.scale):
-        _scales_kernel[(width // TILE_N * batch * heads,)](
+        start_kernel(
+            _scales_kernel,
+            (width // TILE_N * batch * heads,),
             k.scale.contiguous(),
             out,
             k_len,
@@ -198,9 +201,11 @@ def key_bias(
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
-    tiles, chunks = width // TILE_N, triton.cdiv(blocks, _BLOCKS)
+    tiles, chunks = width // TILE_N, cdiv(blocks, _BLOCKS)
     with torch.cuda.device_of(k):
-        _bias_kernel[(tiles * chunks * batch * heads,)](
+        start_kernel(
+            _bias_kernel,
+            (tiles * chunks * batch * heads,),
             None if q_mean is None else q_mean.contiguous(),
             k,
             None if k_mean is None else k_mean.contiguous(),

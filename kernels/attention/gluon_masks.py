@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import LOG2E, Q_BLOCK, TILE_N
+from ..formats import LOG2E, Q_BLOCK, TILE_N, cdiv
+from ..start import start_kernel
 from .terms import MASK_FLOOR
 
 #: Query rows of a warp.
@@ -134,13 +135,15 @@ def pack_mask(mask: Tensor, q_len: int, k_len: int) -> PackedMask:
     kind = _KINDS[mask.dtype]
     batch, heads = mask.shape[:2]
     mask = mask.expand(batch, heads, q_len, k_len)
-    tiles = triton.cdiv(k_len, 2 * TILE_N) * 2
-    groups = triton.cdiv(q_len, Q_BLOCK) * (Q_BLOCK // ROWS)
+    tiles = cdiv(k_len, 2 * TILE_N) * 2
+    groups = cdiv(q_len, Q_BLOCK) * (Q_BLOCK // ROWS)
     size = 32 if kind == "bool" else ROWS * TILE_N * mask.element_size() // 4
     words = torch.empty(batch, heads, groups, tiles, size, dtype=torch.int32, device=mask.device)
     span = torch.empty(batch, heads, groups, 2, dtype=torch.int32, device=mask.device)
     with torch.cuda.device_of(mask):
-        _pack_kernel[(groups * batch * heads,)](
+        start_kernel(
+            _pack_kernel,
+            (groups * batch * heads,),
             mask.view(torch.uint8) if kind == "bool" else mask,
             words if kind == "bool" else words.view(mask.dtype),
             span,

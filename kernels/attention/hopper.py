@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..formats import Precision, QuantizedTensor, QuantizedValue, padded_length
+from ..formats import Precision, QuantizedTensor, QuantizedValue, cdiv, padded_length
+from ..start import start_kernel
 from .entry import Bias, attention_of, outputs, readable
 from .gluon_columns import key_scales
 from .hopper_kernel import attention_kernel
@@ -74,7 +74,9 @@ def attend_quantized(
     scales = key_scales(k)
     added = None if bias is None else bias(0, 1)
     with torch.cuda.device_of(q.data):
-        attention_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
+        start_kernel(
+            attention_kernel,
+            (cdiv(q_len, config.block_m) * batch * heads,),
             rows(q.data, config.block_m),
             rows(k.data, TILE_KEYS),
             rows(v.data, dim, TILE_KEYS),

@@ -23,8 +23,10 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    cdiv,
     padded_length,
 )
+from ..start import start_kernel
 from ..tiles import int_to_float, round_to_int, to_output
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
@@ -415,9 +417,11 @@ def attend_quantized(
     reads = "" if mask is None else "rows" if strides[2] else "keys"
     config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv)
     out, lse = outputs(q, head_dim, out_dtype, return_lse)
-    blocks = triton.cdiv(q_len, config.block_m)
+    blocks = cdiv(q_len, config.block_m)
     with torch.cuda.device_of(q.data):
-        _attention_fwd_kernel[(blocks * batch * heads,)](
+        start_kernel(
+            _attention_fwd_kernel,
+            (blocks * batch * heads,),
             q.data.contiguous(),  # as our quantizers leave them; the twin keeps its input's order
             k.data.contiguous(),
             values,

@@ -22,9 +22,11 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    cdiv,
 )
 from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY
 from ..quantize.triton_fp4 import fp4_token
+from ..start import start_kernel
 from ..tiles import to_output
 from ..versions import to_e4m3
 from . import tuning
@@ -371,7 +373,9 @@ def attend_quantized(
     out, lse = outputs(q, head_dim, out_dtype, return_lse)
     with torch.cuda.device_of(q.data):
         for first, count, added, bias_strides in in_parts(q, k_len, Q_BLOCK, bias):
-            _attention_fp4_kernel[(count * batch * heads,)](
+            start_kernel(
+                _attention_fp4_kernel,
+                (count * batch * heads,),
                 q.data.contiguous(),
                 k.data.contiguous(),
                 v.data.contiguous(),
@@ -390,7 +394,7 @@ def attend_quantized(
                 heads // kv_heads,
                 q_len,
                 k_len,
-                triton.cdiv(k_len, TILE_N),
+                cdiv(k_len, TILE_N),
                 first,
                 count,
                 *bias_strides,

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import tuning as cards
-from ..formats import padded_dim
+from ..formats import cdiv, padded_dim
 from ..rope import Rope
+from ..start import start_kernel
 from .rope import Tables, load_rotated_rows, rope_arguments
 
 #: Tokens whose statistics one program finds; the parts are joined by Torch, in one launch each for
@@ -172,14 +173,16 @@ def _partial_stats(
     """
     batch, heads, length, head_dim = x.shape
     chunk = block or STATS_CHUNK
-    chunks = triton.cdiv(length, chunk)
+    chunks = cdiv(length, chunk)
     shape, device = (batch, heads, chunks, head_dim), x.device
     arch = cards.architecture(device)
     rows, warps = _launch(arch, extremes, rope is not None, padded_dim(head_dim))
     mean = torch.empty(shape if means else (0,), dtype=torch.float32, device=device)
     pair = torch.empty((2, *shape) if extremes else (2, 0), dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
-        _stats_kernel[(chunks * batch * heads,)](
+        start_kernel(
+            _stats_kernel,
+            (chunks * batch * heads,),
             x,
             mean if means else None,
             *(pair.unbind() if extremes else (None, None)),

@@ -16,9 +16,11 @@ from ..formats import (
     Q_BLOCK,
     Precision,
     QuantizedTensor,
+    cdiv,
     padded_dim,
 )
 from ..rope import Rope
+from ..start import start_kernel
 from ..tiles import round_even, round_to_int
 from ..versions import to_e4m3
 from .limits import (
@@ -349,12 +351,14 @@ def quantize_rows(
     batch, heads, length, head_dim = x.shape
     dim = padded_dim(head_dim)
     rows = block if block > 1 else 16 if clip else 32
-    blocks = triton.cdiv(length, rows)
+    blocks = cdiv(length, rows)
     codes, micro = _empty_rows(x, precision)
     groups = length if block == 1 else blocks
     scale = torch.empty(batch, heads, groups, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(blocks * batch * heads,)](
+        start_kernel(
+            _quantize_rows_kernel,
+            (blocks * batch * heads,),
             x,
             None if mean is None else mean.contiguous(),
             codes,
@@ -404,12 +408,14 @@ def quantize_smoothed_rows(
     """
     _check_rows(precision)
     batch, heads, length, head_dim = x.shape
-    dim, groups, device = padded_dim(head_dim), triton.cdiv(length, Q_BLOCK), x.device
+    dim, groups, device = padded_dim(head_dim), cdiv(length, Q_BLOCK), x.device
     codes, micro = _empty_rows(x, precision)
     scale = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     mean = torch.empty(batch, heads, groups, head_dim, dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
-        _quantize_smoothed_rows_kernel[(groups * batch * heads,)](
+        start_kernel(
+            _quantize_smoothed_rows_kernel,
+            (groups * batch * heads,),
             x,
             mean,
             codes,

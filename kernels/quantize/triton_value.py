@@ -18,9 +18,11 @@ from ..formats import (
     TILE_N,
     Precision,
     QuantizedValue,
+    cdiv,
     padded_dim,
     padded_length,
 )
+from ..start import start_kernel
 from ..tiles import round_to_int, stored_token
 from ..versions import to_e4m3
 from .limits import CLIP_CANDIDATES, FP4_MAX, FP8_FAST_VALUE_MAX, FP8_MAX
@@ -160,9 +162,11 @@ def quantize_value(
         )
     # FP4's search needs registers for 64 channels at a time.
     block_d = 64 if precision is Precision.FP4 else padded_dim(head_dim)
-    chunks = triton.cdiv(head_dim, block_d)
+    chunks = cdiv(head_dim, block_d)
     with torch.cuda.device_of(v):
-        _quantize_value_kernel[(padded // TILE_N * batch * heads * chunks,)](
+        start_kernel(
+            _quantize_value_kernel,
+            (padded // TILE_N * batch * heads * chunks,),
             v,
             None if mean is None else mean.contiguous(),
             low,

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import tuning as cards
+from ..formats import cdiv
+from ..start import start_kernel
 from ..versions import fence_copies
 from .terms import Terms
 from .tuning import Launch, launch, padded_dim, precision, processors, splits
@@ -180,8 +182,8 @@ def nearest_code(
     config = config or launch(arch, left.dtype)
     width = min(padded_dim(dim), config.block_d)
     split = split or splits(latents, codes, processors(z.device), config)
-    span = triton.cdiv(triton.cdiv(codes, split), config.block_k) * config.block_k
-    split = triton.cdiv(codes, span)
+    span = cdiv(cdiv(codes, split), config.block_k) * config.block_k
+    split = cdiv(codes, span)
     bias = terms.bias
     if bias is None:
         bias = torch.zeros(codes, dtype=torch.float32, device=z.device)
@@ -189,7 +191,9 @@ def nearest_code(
     tile = torch.empty(split, latents, dtype=torch.int32, device=z.device)
     ids = torch.empty(latents, dtype=torch.int64, device=z.device)
     with torch.cuda.device_of(z):
-        _tile_maxima_kernel[(triton.cdiv(latents, config.block_n), split)](
+        start_kernel(
+            _tile_maxima_kernel,
+            (cdiv(latents, config.block_n), split),
             left,
             right,
             terms.scale,
@@ -209,7 +213,9 @@ def nearest_code(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        _find_code_kernel[(latents,)](
+        start_kernel(
+            _find_code_kernel,
+            (latents,),
             z,
             table,
             terms.scale,
