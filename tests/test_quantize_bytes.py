@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sage_diffusion import AttentionSpec
+from sage_diffusion.speed.traffic import launches
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def traffic(monkeypatch):
         (120, "fp4/fp4", 64),
     ],
 )
-def test_the_compiled_kernels_move_what_is_counted(quantize_bytes, traffic, cc, name, head_dim):
+def test_the_compiled_kernels_move_what_is_counted(traffic, cc, name, head_dim):
     from helpers import card, fused_view
 
     from sage_diffusion.kernels.attention import gluon, triton
@@ -105,6 +106,6 @@ def test_the_compiled_kernels_move_what_is_counted(quantize_bytes, traffic, cc, 
         if spec.smooth_q
         else {"_attention_fwd_kernel"}
     )
-    want = quantize_bytes.launches(spec, length, head_dim)
+    want = launches(spec, length, head_dim)
     assert sum(traffic[kernel, "read"] for kernel in ours) == want.read
     assert sum(traffic[kernel, "written"] for kernel in ours) == want.written

@@ -127,11 +127,12 @@ def tables(result: Result, heading: str, note: str) -> tuple[Table, ...]:
     for name in ("spec", "backend"):
         rows.add_column(name, no_wrap=True)
     bound = any(row.status == PREDICTED for row in result.rows)
-    figures = ("ms >=", "TOPS <=") if bound else ("ms", "TOPS")
-    for name in ("head dim", "tokens", *figures, "host ms", "MiB", "relative L1"):
+    figures = ("ms >=", "TOPS <=", "call ms") if bound else ("ms", "TOPS", "host ms")
+    for name in ("head dim", "tokens", *figures, "MiB", "relative L1"):
         rows.add_column(name, justify="right", no_wrap=True)
     rows.add_column("status")
     for row in sorted(result.rows, key=lambda r: (r.head_dim, r.length)):
+        last = row.call_milliseconds if bound else row.host_milliseconds
         rows.add_row(
             row.spec,
             row.backend,
@@ -139,7 +140,7 @@ def tables(result: Result, heading: str, note: str) -> tuple[Table, ...]:
             str(row.length),
             "-" if row.milliseconds is None else f"{row.milliseconds:.3f}",
             "-" if row.tops is None else f"{row.tops:.0f}",
-            "-" if row.host_milliseconds is None else f"{row.host_milliseconds:.3f}",
+            "-" if last is None else f"{last:.3f}",
             "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
             "-" if row.relative_l1 is None else f"{row.relative_l1:.4f}",
             f"{row.status}: {row.reason}" if row.reason else row.status,

@@ -76,6 +76,8 @@ class Row:
         relative_l1: distance from PyTorch's attention (of a prediction: the twin's).
         host_milliseconds: what the host needs to start the call, None where unknown.
         reason: why there is no time, or what else is in it.
+        call_milliseconds: of a prediction, the bound with quantization and launches (a measured
+            time has them in it); None where unknown.
     """
 
     spec: str
@@ -89,6 +91,7 @@ class Row:
     relative_l1: float | None = None
     host_milliseconds: float | None = None
     reason: str | None = None
+    call_milliseconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from sage_diffusion.speed.bench import (
     inputs,
     operations,
 )
+from sage_diffusion.speed.traffic import call_milliseconds
 
 #: Tokens of the twin's call that stands for a prediction's accuracy.
 TWIN_TOKENS = 512
@@ -42,9 +44,10 @@ def predict(
     is_causal: bool = False,
     tell: Callable[[Row], None] = lambda row: None,
 ) -> Result:
-    """Predicted bounds of the attention kernels alone, from their machine code.
+    """Predicted bounds of the attention kernels alone, from their machine code, and of calls.
 
-    Time can't be shorter: no launch, no quantization, no memory latency is in it.
+    A kernel's time can't be shorter: no launch, no quantization, no memory latency is in it.  What
+    quantization and launches add to a call of ours is predicted by :mod:`.traffic`.
 
     Raises:
         CostError: a card of that name is unknown.
@@ -64,6 +67,17 @@ def predict(
         for length in lengths:
             least = operations(batch, heads, length, head_dim, is_causal) / tops / 1e9
             row = Row(str(spec), name, head_dim, length, PREDICTED, least, tops, None, error)
+            if name in backends.ours():
+                whole = call_milliseconds(
+                    gpu_named(gpu).gbs,
+                    spec,
+                    length,
+                    head_dim,
+                    batch * heads,
+                    loop=least,
+                    in_columns=name != "triton",
+                )
+                row = replace(row, call_milliseconds=whole)
             result.rows.append(row)
             tell(row)
     return result
@@ -135,7 +149,8 @@ NOTES = {
     "behind a sleeping kernel so that the host's time is not in them but in a column of its own; "
     "relative L1 against PyTorch's attention on the same normally distributed inputs",
     PREDICTED: "predicted bound of the attention kernel alone from its machine code, quantization "
-    "excluded, nothing was run; relative L1 is of the Torch twin at "
+    "excluded, nothing was run; call ms adds what quantization and launches take by an H200's "
+    "rates and the card's bandwidth; relative L1 is of the Torch twin at "
     f"{TWIN_TOKENS} tokens",
 }
 

@@ -29,6 +29,7 @@ class Gpu:
         fp32: FP32 lanes.
         half2: lanes of packed FP16 arithmetic.
         sms, ghz: SMs and boost clock.
+        gbs: bandwidth of the memory, GB/s.
         packing: lanes of packing floats to narrower ones; 16 are those of special functions.
     """
 
@@ -38,6 +39,7 @@ class Gpu:
     half2: int
     sms: int
     ghz: float
+    gbs: float
     packing: int = 16
 
     @property
@@ -54,13 +56,19 @@ def _geforce(fp16: int, **more: int) -> dict[str, int]:
 
 #: Cards by the names that the command line takes.
 GPUS = {
-    "rtx2080ti": Gpu("sm_75", _geforce(512, i4=2048), 64, 64, 68, 1.545),
+    "rtx2080ti": Gpu("sm_75", _geforce(512, i4=2048), 64, 64, 68, 1.545, 616),
     "a100": Gpu(
-        "sm_80", {"f16/f16": 1024, "f16/f32": 1024, "i8": 2048, "i4": 4096}, 64, 128, 108, 1.41
+        "sm_80",
+        {"f16/f16": 1024, "f16/f32": 1024, "i8": 2048, "i4": 4096},
+        64,
+        128,
+        108,
+        1.41,
+        2039,
     ),
-    "rtx3090": Gpu("sm_86", _geforce(512, i4=2048), 128, 64, 82, 1.695),
+    "rtx3090": Gpu("sm_86", _geforce(512, i4=2048), 128, 64, 82, 1.695, 936),
     "rtx4090": Gpu(
-        "sm_89", _geforce(512, i4=2048, **{"f8/f16": 1024, "f8/f32": 512}), 128, 64, 128, 2.52
+        "sm_89", _geforce(512, i4=2048, **{"f8/f16": 1024, "f8/f32": 512}), 128, 64, 128, 2.52, 1008
     ),
     "l40s": Gpu(
         "sm_89",
@@ -69,6 +77,7 @@ GPUS = {
         64,
         142,
         2.52,
+        864,
     ),
     "h100": Gpu(
         "sm_90",
@@ -77,6 +86,7 @@ GPUS = {
         128,
         132,
         1.83,
+        3350,
         packing=64,  # an H200 issues one every 3 cycles beside other work, in 8 it could not
     ),
     "rtx5090": Gpu(
@@ -86,6 +96,7 @@ GPUS = {
         64,
         170,
         2.407,
+        1792,
     ),
 }
 

@@ -312,11 +312,12 @@ def test_command_without_a_gpu_predicts(capsys, tmp_path, titles):
     assert 100 < one["tops"] == two["tops"] < 1000
     assert two["milliseconds"] == pytest.approx(4 * one["milliseconds"])
     assert one["milliseconds"] == pytest.approx(4 * 8 * 1024**2 * 64 / one["tops"] / 1e9)
+    assert two["milliseconds"] < two["call_milliseconds"] < 4 * one["call_milliseconds"]
     assert one["peak_mib"] is None and 0 < one["relative_l1"] < 0.03
     assert titles == ["a100: attention (predicted bound)"]
     assert cli.main(options) == 0
     printed = capsys.readouterr().out
-    assert "TOPS <=" in printed and "(predicted bound)" in printed
+    assert "TOPS <=" in printed and "call ms" in printed and "(predicted bound)" in printed
 
 
 def test_a_wrong_name_is_answered_with_every_right_one(capsys):
