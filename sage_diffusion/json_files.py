@@ -44,6 +44,24 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
+def read_if_there(path: Path, error: type[Exception]) -> Any:
+    """The JSON of a file; None if there is no file.
+
+    Args:
+        path: of the file.
+        error: what is raised if it can't be read.
+    """
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, JSONError) as reason:
+        raise error(f"{path} can't be read: {reason}") from None
+    if found is None:
+        raise error(f"{path} can't be read: it holds null")
+    return found
+
+
 def shown(value: object) -> str:
     """What a message quotes of a value: its ``repr``, at most some eighty characters of it."""
     if isinstance(value, int) and value.bit_length() > 1000:  # which Python may refuse to write

@@ -17,7 +17,7 @@ import torch
 
 from sage_diffusion.attend.launch import Entry, TableError
 from sage_diffusion.files import user_cache, write_text
-from sage_diffusion.json_files import JSONError, read_json
+from sage_diffusion.json_files import read_if_there
 from sage_diffusion.kernels.attention import tuning
 from sage_diffusion.kernels.attention.record import Kernels
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -37,12 +37,9 @@ def read(path: Path) -> list[Entry]:
     Raises:
         TableError: the file is no table.
     """
-    try:
-        data = read_json(path)
-    except FileNotFoundError:
+    data = read_if_there(path, TableError)
+    if data is None:
         return []
-    except (OSError, JSONError) as error:
-        raise TableError(f"{path} can't be read: {error}") from None
     # Only who has a table needs what checks it: PyTorch and Triton alone run every kernel.
     try:
         from sage_diffusion.attend.launches_json import parse_table

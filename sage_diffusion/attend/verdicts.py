@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sage_diffusion.files import user_cache, write_text
-from sage_diffusion.json_files import JSONError, json_path, read_json, shown
+from sage_diffusion.json_files import json_path, read_if_there, shown
 from sage_diffusion.kernels.formats import padded_dim
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import driver_version, version
@@ -90,12 +90,9 @@ def read(path: Path) -> list[Entry]:
     Raises:
         VerdictError: the file holds no verdicts.
     """
-    try:
-        document = read_json(path)
-    except FileNotFoundError:
+    document = read_if_there(path, VerdictError)
+    if document is None:
         return []
-    except (OSError, JSONError) as error:
-        raise VerdictError(f"{path} can't be read: {error}") from None
     try:
         found = _object(document, {"version": int, "cards": list})
         if found["version"] != VERSION:
