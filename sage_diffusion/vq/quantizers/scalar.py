@@ -83,17 +83,18 @@ class FSQ(Quantizer):
 class _Signs(Quantizer):
     """Bits of the signs of a projection; bit i of an id is set where dim i is positive."""
 
-    sphere = False
+    sphere, usual_temperature = False, 1.0
 
     def __init__(
         self,
         dim: int,
         width: int,
         *,
-        entropy_weight: float,
-        commitment_weight: float,
-        temperature: float,
+        entropy_weight: float = 0.1,
+        commitment_weight: float = 0.25,
+        temperature: float | None = None,
     ):
+        temperature = self.usual_temperature if temperature is None else temperature
         settings = {
             "width": width,
             "entropy_weight": entropy_weight,
@@ -160,27 +161,10 @@ class BSQ(_Signs):
         width: bits of an id.
         entropy_weight: of confident bits that are used equally.
         commitment_weight: pulls latents to their code.
-        temperature: of the bits' probabilities in the entropy.
+        temperature: of the bits' probabilities in the entropy; None: that of the kind.
     """
 
-    kind, sphere = "bsq", True
-
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        *,
-        entropy_weight: float = 0.1,
-        commitment_weight: float = 0.25,
-        temperature: float = 0.01,
-    ):
-        super().__init__(
-            dim,
-            width,
-            entropy_weight=entropy_weight,
-            commitment_weight=commitment_weight,
-            temperature=temperature,
-        )
+    kind, sphere, usual_temperature = "bsq", True, 0.01
 
 
 class LFQ(_Signs):
@@ -190,21 +174,4 @@ class LFQ(_Signs):
         dim, width, entropy_weight, commitment_weight, temperature: as of :class:`BSQ`.
     """
 
-    kind = "lfq"
-
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        *,
-        entropy_weight: float = 0.1,
-        commitment_weight: float = 0.25,
-        temperature: float = 1.0,
-    ):
-        super().__init__(
-            dim,
-            width,
-            entropy_weight=entropy_weight,
-            commitment_weight=commitment_weight,
-            temperature=temperature,
-        )
+    kind, usual_temperature = "lfq", 1.0
