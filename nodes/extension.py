@@ -28,6 +28,8 @@ from sage_diffusion.nodes.vq import (
     VQTokenEdit,
 )
 from sage_diffusion.nodes.vq_fill import VQFill
+from sage_diffusion.nodes.vq_search import VQSearch
+from sage_diffusion.nodes.vq_train import CodebookRepair, TrainVQTokenizer
 
 NODES: list[type[io.ComfyNode]] = [
     SageAttention,
@@ -50,6 +52,9 @@ NODES: list[type[io.ComfyNode]] = [
     SaveVQTokens,
     LoadVQTokens,
     ConvertTokenizer,
+    TrainVQTokenizer,
+    CodebookRepair,
+    VQSearch,
 ]
 
 

@@ -99,6 +99,16 @@ def _in_models(kind: str, name: str, what: str, fits: Callable[[Path], bool]) ->
     raise ValueError(f"no {what} named {name!r} in models/{kind}")
 
 
+def signature(path: Path) -> list[str]:
+    """Name, size and time of a file, or of every file of a folder: another one, read it anew."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        stat = file.stat()
+        found.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
+    return found
+
+
 def plan_names() -> list[str]:
     """Names of every plan: the user's, then the pack's own."""
     return list(plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS]))
@@ -132,10 +142,23 @@ def report_path(prefix: str, ending: str) -> Path:
     Raises:
         ValueError: the prefix leaves the output folder.
     """
-    root = Path(folder_paths.get_output_directory()).resolve()
+    return _fresh(Path(folder_paths.get_output_directory()), prefix, ending)
+
+
+def new_tokenizer_path(prefix: str) -> Path:
+    """A fresh file of ``models/vq_tokenizers``: ``<prefix>_00001.safetensors``.
+
+    Raises:
+        ValueError: the prefix leaves the folder.
+    """
+    return _fresh(Path(folder_paths.get_folder_paths(TOKENIZERS)[0]), prefix, "safetensors")
+
+
+def _fresh(root: Path, prefix: str, ending: str) -> Path:
+    root = root.resolve()
     folder = (root / prefix).resolve().parent
     if not folder.is_relative_to(root):
-        raise ValueError(f"filename_prefix must stay inside the output folder, got {prefix!r}")
+        raise ValueError(f"the name must stay inside the folder {root.name}, got {prefix!r}")
     name = Path(prefix).name or "report"
     number = 1
     while (path := folder / f"{name}_{number:05}.{ending}").exists():

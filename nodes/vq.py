@@ -13,6 +13,7 @@ from sage_diffusion.nodes.host import (
     TOKENIZERS,
     report_path,
     show,
+    signature,
     tokenizer_names,
     tokenizer_path,
 )
@@ -31,12 +32,12 @@ VQTokenizer = io.Custom("VQ_TOKENIZER")
 VQTokens = io.Custom("VQ_TOKENS")
 
 
-def _pixels(image: Tensor) -> Tensor:
+def pixels_of(image: Tensor) -> Tensor:
     """ComfyUI's ``[B, H, W, 3]`` as a tokenizer takes it."""
     return image[..., :3].movedim(-1, 1)
 
 
-def _picture(pixels: Tensor) -> Tensor:
+def picture_of(pixels: Tensor) -> Tensor:
     """``[B, 3, H, W]`` as ComfyUI's IMAGE."""
     return pixels.movedim(1, -1).float().cpu().contiguous()
 
@@ -89,9 +90,9 @@ class LoadVQTokenizer(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, tokenizer: str) -> tuple[str, float]:
-        """A changed file is read anew."""
-        return tokenizer, tokenizer_path(tokenizer).stat().st_mtime
+    def fingerprint_inputs(cls, tokenizer: str) -> list[str]:
+        """A changed file is read anew, one of a folder too."""
+        return signature(tokenizer_path(tokenizer))
 
     @classmethod
     def execute(cls, tokenizer: str) -> io.NodeOutput:
@@ -137,7 +138,7 @@ class VQEncode(io.ComfyNode):
         from sage_diffusion.vq.idfile import Tokens
         from sage_diffusion.vq.tokenizer import cropped
 
-        pixels, note = cropped(_pixels(image), tokenizer.traits.factor)
+        pixels, note = cropped(pixels_of(image), tokenizer.traits.factor)
         with _on_card(tokenizer) as found:
             ids = found.encode(pixels).cpu()
         tokens = Tokens.of(tokenizer, ids)
@@ -171,7 +172,7 @@ class VQDecode(io.ComfyNode):
         tokens.check(tokenizer)
         with _on_card(tokenizer) as found:
             pixels = found.decode(tokens.ids)
-        return io.NodeOutput(_picture(pixels))
+        return io.NodeOutput(picture_of(pixels))
 
 
 _PAINT, _SWAP, _SHUFFLE, _PALETTE = "one token", "swap two tokens", "shuffle", "fewer tokens"
@@ -325,7 +326,7 @@ class CodebookInspector(io.ComfyNode):
             with _on_card(tokenizer) as found:
                 sheet = code_sheet(found, most)
         show(cls.hidden.unique_id, text)
-        pictures = [_picture(x) for x in (usage, token_map(ids), sheet)]
+        pictures = [picture_of(x) for x in (usage, token_map(ids), sheet)]
         return io.NodeOutput(*pictures, text, ui=ui.PreviewText(text))
 
 

@@ -8,7 +8,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from sage_diffusion.kernels.spec import LADDER
-from sage_diffusion.nodes.host import fill_names, fill_path, show
+from sage_diffusion.nodes.host import fill_names, fill_path, show, signature
 from sage_diffusion.nodes.vq import VQ_CATEGORY, VQTokenizer, VQTokens
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class VQFill(io.ComfyNode):
                     default=0,
                     min=0,
                     max=(1 << 63) - 1,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the first variant; the next has the next.",
                 ),
                 io.Int.Input("steps", default=12, min=1, max=256, tooltip="Of the model."),
@@ -75,6 +76,14 @@ class VQFill(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: Any) -> list[str]:
+        """A model that was written anew is read anew; of a missing one :meth:`execute` tells."""
+        try:
+            return signature(fill_path(model))
+        except ValueError:
+            return []
 
     @classmethod
     def execute(

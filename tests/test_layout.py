@@ -38,9 +38,11 @@ ALSO_TESTS = {
         "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers "
         "sage_diffusion.integrations.comfy.sampler"
     ),
+    "comfy/test_server_training.py": "nodes.vq_train",
     "comfy/test_server.py": (
         "nodes.accuracy nodes.attention nodes.calibrate nodes.doctor nodes.extension nodes.host "
-        "nodes.plan nodes.verify nodes.vq nodes.vq_fill sage_diffusion.integrations.comfy.verify"
+        "nodes.plan nodes.verify nodes.vq nodes.vq_fill nodes.vq_search "
+        "sage_diffusion.integrations.comfy.verify"
     ),
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
@@ -128,10 +130,12 @@ ALSO_TESTS = {
         "sage_diffusion.vq.codebooks sage_diffusion.vq.hosts sage_diffusion.vq.memory"
     ),
     "vq/test_tokenizers.py": (
-        "sage_diffusion.commands.vq sage_diffusion.vq.checkpoints sage_diffusion.vq.families.base "
+        "sage_diffusion.commands.vq sage_diffusion.commands.vq_pictures "
+        "sage_diffusion.vq.checkpoints sage_diffusion.vq.families.base "
         "sage_diffusion.vq.families.compact sage_diffusion.vq.idfile sage_diffusion.vq.scores "
-        "sage_diffusion.vq.tokenizer sage_diffusion.vq.training"
+        "sage_diffusion.vq.tokenizer"
     ),
+    "vq/test_training.py": "sage_diffusion.commands.vq_train sage_diffusion.vq.repair",
 }
 
 LISTED = {name: file for file, names in ALSO_TESTS.items() for name in names.split()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from sage_diffusion.files import write_bytes
 from sage_diffusion.json_files import JSONError, parse_json, read_json
 from sage_diffusion.vq.families import Checkpoint, families
+from sage_diffusion.vq.families.base import needed
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 
 #: Key of the header in a file's metadata, and its version.
@@ -54,23 +55,20 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(path: Path, tokenizer: Tokenizer, *, half: bool = False) -> None:
-    """Write a tokenizer of this package's own family, whole or not at all.
+    """Write a tokenizer with everything that it takes to make it again, whole or not at all.
 
     Args:
         path: of the file.
-        tokenizer: as :func:`~sage_diffusion.vq.families.compact.make` makes it.
+        tokenizer: as :func:`~sage_diffusion.vq.families.compact.make` makes it, or of another
+            family that can be written (a repaired VQGAN).
         half: convolutions in FP16, half the size; codes stay in float32, so that ids do.
 
     Raises:
-        TokenizerError: it is of another family.
+        TokenizerError: its family can't be written.
     """
     from safetensors.torch import save
 
-    if tokenizer.traits.family != "compact":
-        raise TokenizerError(
-            f"only the family compact is written, got {tokenizer.traits.family}; "
-            "convert its checkpoint instead"
-        )
+    check_writable(tokenizer)
     state = {}
     for name, tensor in tokenizer.state_dict().items():
         if name.rpartition(".")[2] in _TRAINING:
@@ -88,6 +86,16 @@ def save_tokenizer(path: Path, tokenizer: Tokenizer, *, half: bool = False) -> N
     write_bytes(path, save(contiguous, {_KEY: json.dumps(header)}))
 
 
+def check_writable(tokenizer: Tokenizer) -> None:
+    """Raise TokenizerError unless :func:`save_tokenizer` writes this family."""
+    written = sorted({family.name for family in families() if family.make is not None})
+    if tokenizer.traits.family not in written:
+        raise TokenizerError(
+            f"only the families {', '.join(written)} are written, got {tokenizer.traits.family}; "
+            "convert its checkpoint instead"
+        )
+
+
 def convert(
     source: Path,
     out: Path,
@@ -98,8 +106,8 @@ def convert(
 ) -> Tokenizer:
     """Rewrite a pickled checkpoint (``.ckpt``, ``.pt``, ``.pth``, ``.bin``) as safetensors.
 
-    The pickle is read with ``weights_only=True``: one that wants to run code is refused.  The
-    result is checked by loading it.
+    The pickle is read with ``weights_only=True``: one that wants to run code is refused.  Losses,
+    discriminators and weights that averages replace are left out; the result is checked by loading.
 
     Args:
         source: the checkpoint; weights may lie below ``state_dict`` or ``model``.
@@ -119,7 +127,7 @@ def convert(
 
     if out.exists():
         raise TokenizerError(f"{out} exists; nothing is overwritten")
-    state = _unpickle(source)
+    state = needed(_unpickle(source))
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
     told = {"metric": metric, "levels": levels, "scales": scales}
     header: dict[str, Any] = {name: value for name, value in told.items() if value is not None}

@@ -66,3 +66,15 @@ def _usual(codebook: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     plain = plain and codebook.vq_bridge is None and bool(codebook.initted)
     special = any(kwargs.get(name) is not None for name in _SPECIAL)
     return plain and not (codebook.training or special or args) and x.ndim < 4
+
+
+def picking(quantizer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``vq`` of Stable Cascade's stage A in ComfyUI: codes and ids of ``[N, D]``."""
+
+    def vq(x: Tensor, codebook: Tensor) -> Any:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return original(x, codebook)
+        ids = nearest_code(x.float(), codebook.float())
+        return codebook.index_select(0, ids), ids
+
+    return vq

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sage_diffusion.vq.codebooks import searching
+from sage_diffusion.vq.codebooks import picking, searching
 from sage_diffusion.vq.memory import mebibytes, peak_memory
 from sage_diffusion.vq.scores import LazyScores
 
@@ -41,6 +42,7 @@ HOSTS: dict[str, tuple[str, How]] = {
     f"{_MODELS}.mimi.modeling_mimi.MimiEuclideanCodebook": ("quantize", ("cdist",)),
     "vector_quantize_pytorch.sim_vq.SimVQ": ("forward", ("cdist",)),
     "vector_quantize_pytorch.vector_quantize_pytorch.Codebook": ("forward", searching),
+    "comfy.ldm.cascade.stage_a.VectorQuantize": ("vq", picking),
 }
 
 
@@ -69,8 +71,12 @@ class Measured(NamedTuple):
 class Searching:
     """Quantizers that search; :meth:`remove` leaves them as they were.  Also a context manager."""
 
-    def __init__(self, found: dict[str, tuple[nn.Module, str, How]]):
-        self.names = tuple(found)
+    def __init__(
+        self,
+        found: dict[str, tuple[nn.Module, str, How]],
+        report: Callable[[Measured], None] | None = None,
+    ):
+        self.names, self._report = tuple(found), report
         self._undo: list[Callable[[], None]] = []
         self._measured: list[tuple[int, int, bool]] | None = None
         for module, method, how in found.values():
@@ -79,16 +85,24 @@ class Searching:
     def _patch(self, module: nn.Module, method: str, how: How) -> None:
         original, own = getattr(module, method), vars(module).get(method)
         changed = how(module, original) if callable(how) else _lazily(original, how)
+        reported = self._report is None
 
         def searched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reported
+
             def search() -> Any:
                 return changed(*args, **kwargs)
 
-            if self._measured is None:
+            if self._measured is None and reported:
                 return search()
             want, before = peak_memory(lambda: original(*args, **kwargs))
             got, after = peak_memory(search)
-            self._measured.append((before, after, _ids_equal(got, want)))
+            row = (before, after, _ids_equal(got, want))
+            if self._measured is not None:
+                self._measured.append(row)
+            elif self._report is not None:
+                reported = True
+                self._report(Measured(before, after, 1, row[2]))
             return got
 
         def undo() -> None:
@@ -142,7 +156,7 @@ def _lazily(original: Callable[..., Any], functions: tuple[str, ...]) -> Callabl
     return changed
 
 
-def search(model: nn.Module) -> Searching:
+def search(model: nn.Module, report: Callable[[Measured], None] | None = None) -> Searching:
     """Let the quantizers in a model search instead of writing latents x codes.
 
     Ids are the exact best for the numbers that the quantizer is given.  A quantizer that computes
@@ -152,6 +166,7 @@ def search(model: nn.Module) -> Searching:
     Args:
         model: of diffusers, transformers or ``vector_quantize_pytorch``, or any module that holds
             such; see :data:`HOSTS`.
+        report: is told of each quantizer's first call, which then runs both ways.
 
     Raises:
         ValueError: it holds no quantizer that is known, or one that searches already.
@@ -165,7 +180,55 @@ def search(model: nn.Module) -> Searching:
     for name, (module, method, _) in found.items():
         if getattr(vars(module).get(method), "__qualname__", "").startswith("Searching."):
             raise ValueError(f"{name or type(module).__name__} searches already; remove that first")
-    return Searching(found)
+    return Searching(found, report)
+
+
+def searching_copy(
+    model: Any, report: Callable[[Measured], None] | None = None
+) -> tuple[Any, tuple[str, ...]]:
+    """A copy that searches, of a model that others hold too: it shares all weights and buffers.
+
+    Only the quantizers and the modules around them are copied.
+
+    Args:
+        model: a module, or any object that has modules as attributes (a pipeline, a VAE).
+        report: as of :func:`search`.
+
+    Returns:
+        The copy, and the names of the quantizers in it.
+
+    Raises:
+        ValueError: as :func:`search`.
+    """
+    if isinstance(model, nn.Module):
+        made = _copied(model, {})
+        return made, search(made, report).names
+    attributes = vars(model) if hasattr(model, "__dict__") else {}
+    parts = {name: x for name, x in attributes.items() if isinstance(x, nn.Module)}
+    parts = {name: x for name, x in parts.items() if any(_quantizers(x))}
+    if not parts:
+        search(nn.Identity())  # raises
+    made, names = copy.copy(model), []
+    for name, part in parts.items():
+        changed, found = searching_copy(part, report)
+        setattr(made, name, changed)
+        names += [f"{name}.{inside}".rstrip(".") for inside in found]
+    return made, tuple(names)
+
+
+def _copied(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module if no quantizer is in it, else a copy with the same tensors."""
+    if module not in done:
+        made = module
+        if any(_quantizers(module)):
+            made = copy.copy(module)
+            children = {
+                name: None if child is None else _copied(child, done)
+                for name, child in module._modules.items()
+            }
+            made.__dict__["_modules"] = children
+        done[module] = made
+    return done[module]
 
 
 def _quantizers(

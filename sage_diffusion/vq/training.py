@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage_diffusion.files import write_bytes
 from sage_diffusion.json_files import JSONError, parse_json
@@ -20,6 +20,9 @@ from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
 _SIDES = (1024, 512, 320)
 
 _WARM_UP = 100
+
+#: What may be trained.
+PARTS = ("all", "decoder")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Training:
         learning_rate: at its highest, after a linear start; it falls to zero along a cosine.
         seed: of crops and dead codes' new places.
         bfloat16: convolutions in BF16 (autocast); the quantizer stays in float32.
+        parts: "all", or "decoder": the encoder stays, quantizer and decoder learn.
     """
 
     steps: int = 2000
@@ -41,10 +45,13 @@ class Training:
     learning_rate: float = 1e-3
     seed: int = 0
     bfloat16: bool = False
+    parts: str = "all"
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.crop) < 1 or not self.learning_rate > 0:
             raise ValueError(f"steps, batch, crop and learning_rate must be positive, got {self}")
+        if self.parts not in PARTS:
+            raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {self.parts!r}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -118,26 +125,19 @@ def train(
         training: the settings.
         checkpoint: safetensors with everything needed to go on; read where it exists.
         save_every: steps between checkpoints.
-        progress: called after every step.
+        progress: called after every step; what it raises ends the training, with a checkpoint.
 
     Raises:
         TokenizerError: no pictures, one that is smaller than a crop, a crop that the tokenizer
             can't take, a checkpoint of other settings, or latents or a loss that are not finite.
     """
-    factor = tokenizer.traits.factor
-    if training.crop % factor:
-        raise TokenizerError(f"crop must be a multiple of {factor}, got {training.crop}")
-    if not pictures:
-        raise TokenizerError("training needs at least one picture, got none")
-    for picture in pictures:
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
-            raise TokenizerError(f"pictures must be uint8 [3, H, W], got {tuple(picture.shape)}")
-        if min(picture.shape[1:]) < training.crop:
-            raise TokenizerError(
-                f"pictures must have sides of {training.crop} or more, got {tuple(picture.shape)}"
-            )
+    check_pictures(tokenizer, pictures, training.crop)
     sizes = [scales(picture) for picture in pictures]
-    parameters = [p for p in tokenizer.parameters() if p.requires_grad]
+    trained: list[nn.Module] = [tokenizer]
+    if training.parts == "decoder":
+        assert tokenizer.decoder is not None
+        trained = [tokenizer.quantizer, tokenizer.decoder]
+    parameters = [p for part in trained for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, training.learning_rate, betas=(0.9, 0.99))
     done = _resume(checkpoint, tokenizer, optimizer, training)
     tokenizer.train()
@@ -148,10 +148,60 @@ def train(
             seed = training.seed * 1_000_003 + step
             torch.manual_seed(seed)
             batch = crops(sizes, training.batch, training.crop, torch.Generator().manual_seed(seed))
-            progress(_step(tokenizer, optimizer, batch.to(tokenizer.device), training, step))
-            if checkpoint and ((step + 1) % save_every == 0 or step + 1 == training.steps):
-                _save(checkpoint, tokenizer, optimizer, training, step + 1)
+            found = _step(tokenizer, optimizer, batch.to(tokenizer.device), training, step)
+            due = (step + 1) % save_every == 0 or step + 1 == training.steps
+            try:
+                progress(found)
+            except BaseException:  # however a host cancels: the step is whole, so it is kept
+                due = True
+                raise
+            finally:
+                if checkpoint and due:
+                    _save(checkpoint, tokenizer, optimizer, training, step + 1)
     return tokenizer.eval()
+
+
+def check_pictures(tokenizer: Tokenizer, pictures: Sequence[Tensor], crop: int) -> None:
+    """Raise TokenizerError unless these can be trained on in crops of that side."""
+    traits = tokenizer.traits
+    if tokenizer.decoder is None:
+        raise TokenizerError(f"{traits.family} can't be trained: {traits.no_decoder}")
+    if crop % traits.factor:
+        raise TokenizerError(f"crop must be a multiple of {traits.factor}, got {crop}")
+    if traits.size not in (None, crop):
+        raise TokenizerError(f"crop must be {traits.size} for {traits.family}, got {crop}")
+    if not pictures:
+        raise TokenizerError("training needs at least one picture, got none")
+    for picture in pictures:
+        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
+            raise TokenizerError(f"pictures must be uint8 [3, H, W], got {tuple(picture.shape)}")
+        if min(picture.shape[1:]) < crop:
+            raise TokenizerError(
+                f"pictures must have sides of {crop} or more, got {tuple(picture.shape)}"
+            )
+
+
+@torch.no_grad()
+def preview(tokenizer: Tokenizer, pictures: Sequence[Tensor], side: int, count: int = 6) -> Tensor:
+    """The middles of some pictures above what the tokenizer makes of them.
+
+    Args:
+        tokenizer: with a decoder, while training too.
+        pictures: ``[3, H, W]`` uint8.
+        side: of a crop, a multiple of the factor.
+        count: pictures side by side, at most.
+
+    Returns:
+        ``[1, 3, 2 * side, count * side]`` in 0 .. 1, on the CPU.
+    """
+    found = []
+    for picture in pictures[:count]:
+        y, x = ((n - side) // 2 for n in picture.shape[1:])
+        found.append(picture[:, y : y + side, x : x + side].float() / 255)
+    batch = torch.stack(found)
+    again = tokenizer.decode(tokenizer.encode(batch.to(tokenizer.device))).cpu()
+    rows = [torch.cat(list(x), dim=-1) for x in (batch, again)]
+    return torch.cat(rows, dim=-2)[None]
 
 
 def _step(
@@ -161,7 +211,10 @@ def _step(
     training: Training,
     step: int,
 ) -> Step:
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=training.bfloat16):
+    with (
+        torch.autocast(batch.device.type, torch.bfloat16, enabled=training.bfloat16),
+        torch.set_grad_enabled(training.parts == "all"),
+    ):
         z = tokenizer.latents(batch)
     _check_finite(z, "latents", step)
     out = tokenizer.quantizer(z.flatten(1, 2))

@@ -69,7 +69,8 @@ def usage(tokenizer: Tokenizer, images: Iterable[Tensor], tokens: int = TOKENS) 
     Args:
         tokenizer: any.
         images: as :meth:`Tokenizer.encode` takes them.  If they have more tokens than are counted,
-            tokens are drawn from all of them with a fixed seed; if fewer, all count.
+            tokens are drawn from all of them with a fixed seed; if fewer, all count.  The rank is
+            that of all latents.
         tokens: that are counted at most.
 
     Raises:
@@ -80,13 +81,18 @@ def usage(tokenizer: Tokenizer, images: Iterable[Tensor], tokens: int = TOKENS) 
         z = tokenizer.latents(image).flatten(1, 2)
         latents.append(z.flatten(0, 1))
         found = tokenizer.quantizer.encode(z)
-        ids.append(_one_id(found, tokenizer.codebook_size))
+        ids.append(found.flatten(0, 1))
     if not ids:
         raise TokenizerError("usage needs at least one picture, got none")
-    all_ids, all_latents = torch.cat(ids), torch.cat(latents)
+    return usage_of(tokenizer, torch.cat(latents), torch.cat(ids), tokens)
+
+
+def usage_of(tokenizer: Tokenizer, latents: Tensor, ids: Tensor, tokens: int = TOKENS) -> Usage:
+    """The same of latents ``[N, D]`` and their ids, ``[N]`` or ``[N, Q]``."""
+    all_ids = _one_id(ids[None], tokenizer.codebook_size)
     if len(all_ids) > tokens:
         drawn = torch.randperm(len(all_ids), generator=torch.Generator().manual_seed(0))[:tokens]
-        all_ids, all_latents = all_ids[drawn], all_latents[drawn]
+        all_ids = all_ids[drawn]
     codes = tokenizer.codebook_size**tokenizer.quantizer.levels
     values, counts = all_ids.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:8]
@@ -98,8 +104,8 @@ def usage(tokenizer: Tokenizer, images: Iterable[Tensor], tokens: int = TOKENS) 
         even=codes * -math.expm1(len(all_ids) * math.log1p(-1 / codes)),
         entropy_bits=bits,
         perplexity=2**bits,
-        effective_rank=effective_rank(all_latents),
-        dim=all_latents.shape[1],
+        effective_rank=effective_rank(latents),
+        dim=latents.shape[1],
         most=tuple((int(values[i]), int(counts[i])) for i in order),
     )
 

@@ -40,3 +40,35 @@ def test_a_tokenizer_that_fails_does_not_stay_on_the_card(monkeypatch, families)
     with pytest.raises(RuntimeError, match="out of memory"):
         VQDecode.execute(tokenizer, AnyTokens())
     assert tokenizer.sent == ["card", "off"]
+
+
+def test_stage_a_searches_in_a_copy_and_says_what_it_saved(monkeypatch, families):
+    from comfy.ldm.cascade.stage_a import VectorQuantize
+
+    from sage_diffusion.nodes import vq_search
+
+    class Model:
+        """As a VAE holds its network."""
+
+        def __init__(self):
+            torch.manual_seed(0)
+            self.first_stage_model = torch.nn.Sequential(
+                torch.nn.Identity(), VectorQuantize(4, 500)
+            )
+            self.first_stage_model.requires_grad_(False)
+
+    shown = []
+    monkeypatch.setattr(vq_search, "show", lambda node, text: shown.append(text))
+    monkeypatch.setattr(vq_search.VQSearch, "hidden", type("Hidden", (), {"unique_id": "7"}))
+    model = Model()
+    made, text = vq_search.VQSearch.execute(model, True).args
+    assert text == "1 quantizers search: first_stage_model.1"
+    mine, theirs = made.first_stage_model[1], model.first_stage_model[1]
+    assert mine.codebook is theirs.codebook and mine is not theirs
+    x = torch.randn(2, 4, 9, 9) / 500
+    want, got = theirs(x, dim=1), mine(x, dim=1)
+    assert torch.equal(got[2], want[2]) and torch.equal(got[0], want[0])
+    assert shown[-1].startswith(f"{text}\npeak memory of 1 quantizer calls: ")
+    assert shown[-1].endswith("the same ids")
+    mine(x, dim=1)
+    assert len(shown) == 2

@@ -31,6 +31,9 @@ NODES = (
     "SageDiffusionSaveVQTokens",
     "SageDiffusionLoadVQTokens",
     "SageDiffusionConvertTokenizer",
+    "SageDiffusionTrainVQTokenizer",
+    "SageDiffusionCodebookRepair",
+    "SageDiffusionVQSearch",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 

@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
 from diffusers import VQModel
 
-from sage_diffusion.vq import SimVQ, load_tokenizer
-from sage_diffusion.vq.checkpoints import convert
+from sage_diffusion.vq import Residual, SimVQ, load_tokenizer
+from sage_diffusion.vq.checkpoints import convert, save_tokenizer
+from sage_diffusion.vq.repair import repair
 from sage_diffusion.vq.tokenizer import TokenizerError
+from sage_diffusion.vq.training import Training
 
 #: Two levels, the coarser with attention, as taming's VQGANs have it.
 CONFIG = {
@@ -130,6 +132,8 @@ def test_simvq_is_folded(tmp_path, size):
     state["quantize.embedding.weight"] = simvq.basis
     state["quantize.embedding_proj.weight"] = simvq.projection.weight.detach()
     state["quantize.embedding_proj.bias"] = simvq.projection.bias.detach()
+    state["loss.discriminator.main.0.weight"] = torch.zeros(3)
+    state["model_ema.quantizeembedding_projbias"] = state["quantize.embedding_proj.bias"]
     torch.save({"state_dict": state}, tmp_path / "simvq.ckpt")
     tokenizer = convert(tmp_path / "simvq.ckpt", tmp_path / "simvq.safetensors")
     with torch.no_grad():
@@ -141,6 +145,28 @@ def test_simvq_is_folded(tmp_path, size):
         tokenizer.decode(ids), ((again + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5
     )
     assert load_tokenizer(tmp_path / "simvq.safetensors").fingerprint == tokenizer.fingerprint
+    kept = {name.split(".")[0] for name in load_file(tmp_path / "simvq.safetensors")}
+    assert kept == {"encoder", "decoder", "quantize"}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_repaired_vqgan_is_written_and_read(tmp_path, residual):
+    vq = model(vq_embed_dim=8, num_vq_embeddings=60)
+    vq.save_pretrained(tmp_path / "vqgan")
+    loaded = load_tokenizer(tmp_path / "vqgan")
+    if residual:
+        loaded.quantizer = Residual([SimVQ(8, 20), SimVQ(8, 20)])
+        object.__setattr__(loaded.traits, "family", "rq-vae")
+    pixels = (picture()[0] * 255).to(torch.uint8)
+    settings = Training(steps=1, batch=1, crop=12, parts="decoder")
+    found = repair(loaded, [pixels], settings, method="simvq", tokens=20).tokenizer
+    save_tokenizer(tmp_path / "repaired.safetensors", found)
+    again = load_tokenizer(tmp_path / "repaired.safetensors")
+    assert again.traits == loaded.traits and again.fingerprint == found.fingerprint
+    image = picture()
+    ids = found.encode(image)
+    assert torch.equal(again.encode(image), ids)
+    assert torch.equal(again.decode(ids), found.decode(ids))
 
 
 class TestOtherCodes:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sage_diffusion.vq.hosts import HOSTS, search
+from sage_diffusion.vq.hosts import HOSTS, search, searching_copy
 from sage_diffusion.vq.memory import peak_memory
 from sage_diffusion.vq.scores import LazyScores, Scores
 
@@ -128,7 +128,7 @@ def test_the_same_results_and_nothing_left_behind(host):
 def test_every_host_has_a_case(host):
     quantizer, _ = host
     name = f"{type(quantizer).__module__}.{type(quantizer).__qualname__}"
-    assert name in HOSTS and len(HOSTS) == len(MAKERS)
+    assert name in HOSTS and len(HOSTS) == len(MAKERS) + 1  # one is ComfyUI's
 
 
 def test_latents_times_codes_are_never_written():
@@ -288,3 +288,45 @@ def test_peak_memory():
 
     result, peak = peak_memory(run)
     assert peak == 2 * 4000 and torch.equal(result[1], torch.full((1000,), 4.0))
+
+
+class TestCopies:
+    """``searching_copy``: for models that others hold too."""
+
+    def model(self):
+        pytest.importorskip("vector_quantize_pytorch")
+        from vector_quantize_pytorch import SimVQ
+
+        torch.manual_seed(0)
+        holder = nn.ModuleDict(
+            {"inner": nn.ModuleDict({"quantizer": SimVQ(8, 60)}), "other": nn.Linear(8, 8)}
+        )
+        return holder.eval().requires_grad_(False)
+
+    def test_the_given_model_stays_and_weights_are_shared(self):
+        model, seen = self.model(), []
+        made, names = searching_copy(model, seen.append)
+        assert names == ("inner.quantizer",) and made["other"] is model["other"]
+        assert made["inner"]["quantizer"] is not model["inner"]["quantizer"]
+        assert "forward" not in vars(model["inner"]["quantizer"])
+        pairs = zip(made.state_dict().values(), model.state_dict().values(), strict=True)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+        x = torch.randn(1, 40, 8)
+        for _ in range(2):
+            got, want = (m["inner"]["quantizer"](x) for m in (made, model))
+            assert torch.equal(got[1], want[1])
+        assert [(found.calls, found.same_ids) for found in seen] == [(1, True)]
+        assert seen[0].after < seen[0].before
+
+    def test_an_object_that_holds_models(self):
+        class Pipeline:
+            pass
+
+        pipe = Pipeline()
+        pipe.name, pipe.vqvae, pipe.unet = "a", self.model(), nn.Linear(2, 2)
+        made, names = searching_copy(pipe)
+        assert names == ("vqvae.inner.quantizer",)
+        assert made.vqvae is not pipe.vqvae and made.unet is pipe.unet
+        for nothing in (3, torch.zeros(2), nn.Linear(2, 2), Pipeline()):
+            with pytest.raises(ValueError, match="must hold a quantizer of"):
+                searching_copy(nothing)

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, files of tokenizers and of ids, usage, training, the command line."""
+"""Tokenizers: round trips, files of tokenizers and of ids, usage, the command line."""
 
 import json
 import math
@@ -15,7 +15,6 @@ from sage_diffusion.vq.checkpoints import convert, save_tokenizer
 from sage_diffusion.vq.families import compact
 from sage_diffusion.vq.idfile import Tokens, load_tokens, pack, save_tokens, unpack
 from sage_diffusion.vq.tokenizer import TokenizerError, psnr, token_bits
-from sage_diffusion.vq.training import Training, crops, scales, train
 from sage_diffusion.vq.usage import effective_rank, rarity, usage
 
 TINY = {"widths": [8, 12], "depths": [1, 1]}
@@ -278,76 +277,6 @@ class TestUsage:
         assert found.codes == 256 and 1 <= found.used <= 6
 
 
-class TestTraining:
-    def pictures(self):
-        return [(picture(40, 48)[0] * 255).to(torch.uint8), (picture(32, 32)[0] * 200).byte()]
-
-    def test_learns(self):
-        seen = []
-        settings = Training(steps=80, batch=4, crop=16, learning_rate=0.01)
-        train(tiny(VectorQuantizer(6, 50)), self.pictures(), settings, progress=seen.append)
-        assert [step.step for step in seen] == list(range(1, 81))
-        first, last = (sum(step.psnr for step in part) / 8 for part in (seen[:8], seen[-8:]))
-        assert last > first + 1.5
-
-    def test_goes_on_where_it_stopped(self, tmp_path):
-        settings = Training(steps=24, batch=4, crop=16)
-        whole = train(tiny(VectorQuantizer(6, 50)), self.pictures(), settings)
-
-        class Stop(Exception):
-            pass
-
-        def stop(step):
-            if step.step == 13:
-                raise Stop
-
-        path = tmp_path / "c.safetensors"
-        options = {"checkpoint": path, "save_every": 6}
-        with pytest.raises(Stop):
-            train(tiny(VectorQuantizer(6, 50)), self.pictures(), settings, progress=stop, **options)
-        again = train(tiny(VectorQuantizer(6, 50)), self.pictures(), settings, **options)
-        for name, tensor in whole.state_dict().items():
-            assert torch.equal(again.state_dict()[name], tensor), name
-        with pytest.raises(TokenizerError, match="a checkpoint of other settings"):
-            train(tiny(), self.pictures(), settings, **options)
-        path.write_text("no")
-        with pytest.raises(TokenizerError, match="is no checkpoint"):
-            train(tiny(), self.pictures(), settings, **options)
-
-    def test_the_callers_random_numbers_stay(self):
-        torch.manual_seed(5)
-        want = torch.rand(3)
-        tokenizer = tiny()
-        torch.manual_seed(5)
-        train(tokenizer, self.pictures(), Training(steps=1, batch=2, crop=16))
-        assert torch.equal(torch.rand(3), want)
-
-    @pytest.mark.parametrize(
-        "settings,pictures,message",
-        [
-            ({"crop": 20}, None, "crop must be a multiple of 8, got 20"),
-            ({"crop": 16}, [], "at least one picture"),
-            ({"crop": 40}, None, "sides of 40 or more"),
-            ({"crop": 16}, [torch.zeros(3, 32, 32)], "must be uint8"),
-            ({"crop": 16, "learning_rate": 1e30}, None, "lower learning_rate"),
-        ],
-    )
-    def test_refuses(self, settings, pictures, message):
-        pictures = self.pictures() if pictures is None else pictures
-        with pytest.raises(TokenizerError, match=message):
-            train(tiny(), pictures, Training(steps=150, batch=2, **settings))
-        with pytest.raises(ValueError, match="must be positive"):
-            Training(steps=0)
-
-    def test_crops_come_from_every_size(self):
-        sizes = scales(torch.zeros(3, 1100, 1300, dtype=torch.uint8))
-        assert [min(size.shape[1:]) for size in sizes] == [1024, 512, 320]
-        small = torch.zeros(3, 40, 50, dtype=torch.uint8)
-        assert scales(small)[0] is small
-        got = crops([[torch.full((3, 20, 20), 255, dtype=torch.uint8)]], 3, 16, torch.Generator())
-        assert torch.equal(got, torch.ones(3, 3, 16, 16))
-
-
 class TestCommands:
     @pytest.fixture
     def files(self, tmp_path):
@@ -410,30 +339,6 @@ class TestCommands:
         ]
         code, found = self.run(capsys, "convert", folder / "x.pt", *out, "--levels", "8x5")
         assert code == 1 and "--levels must be numbers like 8,8,5, got 8x5" in found["error"]
-
-    def test_train(self, files, capsys):
-        folder, _ = files
-        out = folder / "mine.safetensors"
-        arguments = [
-            "train",
-            folder / "photo.png",
-            "--out",
-            out,
-            "--steps",
-            "2",
-            "--batch",
-            "1",
-            "--crop",
-            "16",
-            "--codes",
-            "64",
-            "--quantizer",
-        ]
-        code, found = self.run(capsys, *arguments, "lfq")
-        assert code == 0 and found["steps"] == 2
-        assert load_tokenizer(out).fingerprint == found["fingerprint"]
-        code, found = self.run(capsys, *arguments, "simvq")
-        assert code == 1 and "exists; nothing is overwritten" in found["error"]
 
     @pytest.mark.parametrize(
         "arguments,message",

@@ -17,11 +17,12 @@ from sage_diffusion.integrations.diffusers import taming
 from sage_diffusion.vq.families.base import (
     Checkpoint,
     Family,
-    averaged,
     codes,
     fill,
     lacking,
+    needed,
     numbers,
+    own,
 )
 from sage_diffusion.vq.quantizers import FSQ, Quantizer, Residual
 from sage_diffusion.vq.quantizers.scales import Scales
@@ -39,9 +40,9 @@ _IBQ_CODES = 2**17
 #: Sides of VAR's grids for pictures of 256 pixels.
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
-#: Parts of a training checkpoint that no tokenizer needs: losses, discriminators, counts of codes.
+#: Counts of codes, which no tokenizer needs.
 _IGNORED = re.compile(
-    r"^(loss|discriminator|colorize)\b|^quantize\.(codebook_used|ema_vocab_hit_SV)$"
+    r"^quantize\.(codebook_used|ema_vocab_hit_SV)$"
     r"|^quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)$"
 )
 
@@ -69,8 +70,8 @@ class Decoder(nn.Module):
         return self.decoder(self.post_quant_conv(codes), codes if self.spatial else None)
 
 
-def _network(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """A ``VQModel`` of weights under diffusers' names, without its codebook."""
+def _empty(config: dict[str, Any]) -> Any:
+    """A ``VQModel`` of fresh weights, without its codebook."""
     from diffusers import VQModel
 
     try:
@@ -78,6 +79,12 @@ def _network(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
     except (TypeError, ValueError) as error:
         raise TokenizerError(f"weights do not fit a VQModel: {error}") from None
     model.quantize = nn.Identity()
+    return model
+
+
+def _network(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
+    """A ``VQModel`` of weights under diffusers' names, without its codebook."""
+    model = _empty(config)
     for name in ("quant_conv", "post_quant_conv"):
         weight = state[f"{name}.weight"]
         if weight.shape[2] > 1:  # VAR's
@@ -98,12 +105,23 @@ def _tokenizer(
         raise TokenizerError(
             f"the codes must have {config['vq_embed_dim']} dims as the network, got {quantizer.dim}"
         )
-    model = _network(state, config)
+    return _around(_network(state, config), family, quantizer, config, **traits)
+
+
+def _around(
+    model: Any, family: str, quantizer: Quantizer, config: dict[str, Any], **traits: Any
+) -> Tokenizer:
+    """The tokenizer of a ``VQModel``; aMUSEd's is told by ``lookup_from_codebook``."""
+    low = 0.0 if config.get("lookup_from_codebook") else -1.0
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    return Tokenizer(
-        Encoder(model), quantizer, Decoder(model), Traits(family, factor, **traits), settings
-    )
+    found = Traits(family, factor, low=low, **traits)
+    return Tokenizer(Encoder(model), quantizer, Decoder(model), found, settings)
+
+
+def _own(family: str) -> Family:
+    """What was repaired here."""
+    return own(family, lambda quantizer, found: _around(_empty(found), family, quantizer, found))
 
 
 def _load_folder(checkpoint: Checkpoint) -> Tokenizer:
@@ -119,13 +137,12 @@ def _load_folder(checkpoint: Checkpoint) -> Tokenizer:
         raise TokenizerError(
             f"the codebook must be {wanted} as configured, got {tuple(table.shape)}"
         )
-    low = 0.0 if config.get("lookup_from_codebook") else -1.0
-    return _tokenizer("vqgan", codes(table), state, config, low=low)
+    return _tokenizer("vqgan", codes(table), state, config)
 
 
 def _load(checkpoint: Checkpoint, family: str, quantizer_of: Callable[..., Quantizer]) -> Tokenizer:
     """Under taming-transformers' names."""
-    state = averaged(checkpoint.state)
+    state = needed(checkpoint.state)
     state = {name: x.float() for name, x in state.items() if not _IGNORED.match(name)}
     quantizer = quantizer_of(state, checkpoint.header or {})
     config = taming.config_of(state)
@@ -242,6 +259,7 @@ def _load_plain(checkpoint: Checkpoint) -> Tokenizer:
 
 
 FAMILIES = (
+    *(_own(name) for name in ("vqgan", "ibq", "rq-vae")),
     Family("vqgan", _refuse_plain, _load_plain),
     Family("ibq", _refuse_dot, lambda found: _load(found, "ibq", _dot)),
     Family("fsq", _refuse_rounded, lambda found: _load(found, "fsq", _rounded)),

@@ -7,10 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from sage_diffusion.vq.quantizers import VectorQuantizer
+from sage_diffusion.vq.quantizers import Quantizer, VectorQuantizer, build
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError
+
+#: Parts of a training checkpoint that no tokenizer needs.
+TRAINING = re.compile(r"^(loss|discriminator|disc|perceptual_loss|lpips|colorize)\b")
+
+_JANUS = "gen_vision_model."
 
 
 class Checkpoint(NamedTuple):
@@ -35,11 +41,39 @@ class Family:
         name: of it.
         refuse: why a checkpoint is of another family, or None if it is of this one.
         load: the tokenizer; raises TokenizerError.
+        make: one with fresh weights from a quantizer and settings, where this package writes files
+            of the family too; see :func:`own`.
     """
 
     name: str
     refuse: Callable[[Checkpoint], str | None]
     load: Callable[[Checkpoint], Tokenizer]
+    make: Callable[[Quantizer, dict[str, Any]], Tokenizer] | None = None
+
+
+def own(name: str, make: Callable[[Quantizer, dict[str, Any]], Tokenizer]) -> Family:
+    """A family as this package writes it: everything that ``make`` needs is in the header."""
+
+    def refuse(checkpoint: Checkpoint) -> str | None:
+        header = checkpoint.header or {}
+        if header.get("family") == name and ("quantizer" in header or "settings" in header):
+            return None
+        return "the file has no header of this family"
+
+    def load(checkpoint: Checkpoint) -> Tokenizer:
+        header = checkpoint.header or {}
+        try:
+            tokenizer = make(build(header["quantizer"]), header["settings"])
+            state = {key: x.to(torch.float32) for key, x in checkpoint.state.items()}
+            tokenizer.load_state_dict(state)
+        except KeyError as error:
+            raise TokenizerError(f"the header must have {error}") from None
+        except (ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise TokenizerError(f"weights do not fit their header: {said}") from None
+        return tokenizer
+
+    return Family(name, refuse, load, make)
 
 
 def lacking(state: Iterable[str], *names: str) -> str | None:
@@ -65,6 +99,19 @@ def averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith("model_ema."):
             found[name] = tensor if average is None else average
     return found
+
+
+def needed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a tokenizer needs of a training checkpoint, or of a whole Janus of its authors.
+
+    Averages have taken their weights' places; losses and discriminators are gone.
+    """
+    whole = any(name.startswith(_JANUS) for name in state)
+    return {
+        name: tensor
+        for name, tensor in averaged(state).items()
+        if not TRAINING.match(name) and (not whole or name.startswith(_JANUS))
+    }
 
 
 def codes(table: Tensor, metric: str = "l2") -> VectorQuantizer:

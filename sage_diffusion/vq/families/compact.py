@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sage_diffusion.vq.families.base import Checkpoint, Family
-from sage_diffusion.vq.quantizers import Quantizer, build
+from sage_diffusion.vq.families.base import own
+from sage_diffusion.vq.quantizers import Quantizer
 from sage_diffusion.vq.tokenizer import Tokenizer, TokenizerError, Traits
 
 _NAME = "compact"
@@ -93,23 +92,4 @@ def make(quantizer: Quantizer, settings: dict[str, Any] | None = None) -> Tokeni
     )
 
 
-def _refuse(checkpoint: Checkpoint) -> str | None:
-    name = (checkpoint.header or {}).get("family")
-    return None if name == _NAME else "the file has no header of this family"
-
-
-def _load(checkpoint: Checkpoint) -> Tokenizer:
-    header = checkpoint.header or {}
-    try:
-        tokenizer = make(build(header["quantizer"]), header["settings"])
-        state = {name: x.to(torch.float32) for name, x in checkpoint.state.items()}
-        tokenizer.load_state_dict(state)
-    except KeyError as error:
-        raise TokenizerError(f"the header must have {error}") from None
-    except (ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        raise TokenizerError(f"weights do not fit their header: {said}") from None
-    return tokenizer
-
-
-FAMILIES = (Family(_NAME, _refuse, _load),)
+FAMILIES = (own(_NAME, make),)

@@ -106,7 +106,7 @@ class VectorQuantizer(Quantizer):
             x = nn.functional.normalize(x, dim=-1)
         flat = x.detach().reshape(-1, self.dim).float()
         if self.training and not self.started:
-            self._start(flat)
+            self.start(flat)
         indices = self.encode(x)
         quantized = nn.functional.embedding(indices, self.table())
         loss = commitment(x, quantized, self.commitment_weight)
@@ -115,8 +115,12 @@ class VectorQuantizer(Quantizer):
         return VQOutput(straight_through(x, quantized), indices, loss)
 
     @torch.no_grad()
-    def _start(self, flat: Tensor) -> None:
-        """Lloyd's algorithm (1957) from random latents; codes that get none stay in place."""
+    def start(self, flat: Tensor) -> None:
+        """Lloyd's algorithm (1957) from random latents; codes that get none stay in place.
+
+        Args:
+            flat: latents ``[N, D]`` float32; with the metric "cosine" on the unit sphere.
+        """
         drawn = torch.randint(len(flat), (self.codebook_size,), device=flat.device)
         if len(flat) >= self.codebook_size:
             drawn = torch.randperm(len(flat), device=flat.device)[: self.codebook_size]
