@@ -104,7 +104,12 @@ ALSO_TESTS = {
         "sage_diffusion.verify.worker"
     ),
     "test_first_gpu.py": "sage_diffusion.verify.speed",
+    "kernels/test_kv_decode.py": "kernels.kv.reference kernels.kv.sides",
+    "kernels/test_kv_gluon.py": (
+        "kernels.kv.asm kernels.kv.gluon kernels.kv.gluon_kernel kernels.kv.gluon_layouts"
+    ),
     "kernels/test_kv_layout.py": "kernels.kv.layout",
+    "kernels/test_kv_triton.py": "kernels.kv.triton",
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
     "integrations/test_transformers_cache.py": "sage_diffusion.integrations.transformers.lazy",

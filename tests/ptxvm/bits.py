@@ -35,6 +35,14 @@ class BitOps(Lanes):
         src = np.where(ok, src, lane)
         self._set(dst, v[(np.arange(self.T) & ~31) + src])
 
+    def op_movmatrix(self, i):
+        """The transpose of 8 x 8 halves: lane 4 g + t has row g, columns 2 t and 2 t + 1."""
+        if not self.mask.all():
+            raise Unsupported("predicated movmatrix")
+        halves = np.ascontiguousarray(self.raw(i.args[1], 32)).view(np.uint16).reshape(-1, 8, 8)
+        turned = np.ascontiguousarray(halves.transpose(0, 2, 1)).reshape(-1)
+        self._set(i.args[0], turned.view(np.uint32))
+
     def op_redux(self, i):
         v = self.read(i.args[1], i.op[-1]).reshape(-1, 1, 32)
         if "abs" in i.op:

@@ -1,0 +1,70 @@
+"""Launch configurations of the decode kernels.  Data only: no Triton here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .layout import Width, bits
+
+#: Programs that a multiprocessor shall have, so that loads of one hide behind products of others.
+PROGRAMS = 3
+
+#: More splits than this cost more in joining than they bring.
+MOST_SPLITS = 256
+
+#: Rows of Q (query heads times queries) of a program; more rows read the codes once more.
+MOST_ROWS = 16
+
+NUM_WARPS = 4
+
+#: Rows of Q times bits of a tile of K: what fits into the registers without spills.
+_MOST_BITS = 8 * 128 * 128 * 2
+
+
+class Launch(NamedTuple):
+    """A launch configuration.
+
+    Attributes:
+        tile: tokens of a warp at a time.
+        rows: rows of Q of a program, 8 or 16.
+        num_warps: of a program.
+    """
+
+    tile: int
+    rows: int
+    num_warps: int
+
+
+def launch(dim: int, k: Width, v: Width, rows: int, group: int, gains: int = 1) -> Launch:
+    """The configuration for D channels, widths of K and V, rows of Q and tokens a step of K.
+
+    A lane has ``tile * D * bits / 1024`` words of K and of V in registers, and
+    ``tile * rows / 32`` scores; ``gains`` are the steps of a token of V.
+    """
+    block = 8 if rows <= 8 else 16
+    tile = 128 if gains == 1 else 64
+    wide = max(bits(k), bits(v))
+    while tile > 16 and (tile * dim * wide * block > _MOST_BITS or tile >= 2 * group):
+        tile //= 2
+    return Launch(tile, block, NUM_WARPS)
+
+
+def shorter(config: Launch, tokens: int, programs: int, processors: int) -> Launch:
+    """With smaller tiles where few tokens would leave most of a card idle."""
+    tile = config.tile
+    while tile > 32 and tokens * programs < tile * config.num_warps * processors:
+        tile //= 2
+    return config._replace(tile=tile)
+
+
+def tiles(tokens: int, group: int, tile: int) -> int:
+    """Tiles of so many tokens; none goes across the end of a group."""
+    each = -(-group // tile)
+    full, rest = divmod(tokens, group)
+    return full * each + -(-rest // tile)
+
+
+def splits(count: int, programs: int, processors: int, warps: int) -> int:
+    """Parts of the tiles, so that few heads fill a card too."""
+    wanted = -(-PROGRAMS * processors // programs)
+    return max(1, min(wanted, MOST_SPLITS, -(-count // warps)))
