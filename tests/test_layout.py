@@ -120,6 +120,7 @@ ALSO_TESTS = {
     "kv/test_rolling.py": "sage_diffusion.kv.scratch",
     "kv/test_layer.py": "sage_diffusion.kv.kept",
     "kv/test_packed.py": "sage_diffusion.kv.columns sage_diffusion.kv.store",
+    "kv/test_cost_of_decoding.py": "sage_diffusion.kv.cost",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
     "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
     "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",

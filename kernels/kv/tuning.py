@@ -52,7 +52,7 @@ def launch(dim: int, k: Width, v: Width, rows: int, group: int, gains: int = 1) 
 def shorter(config: Launch, tokens: int, programs: int, processors: int) -> Launch:
     """With smaller tiles where few tokens would leave most of a card idle."""
     tile = config.tile
-    while tile > 32 and tokens * programs < tile * config.num_warps * processors:
+    while tile > 16 and tokens * programs < tile * config.num_warps * processors:
         tile //= 2
     return config._replace(tile=tile)
 

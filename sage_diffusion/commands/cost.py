@@ -60,6 +60,14 @@ def cost(
             max=2048,
         ),
     ] = None,
+    kv: Annotated[
+        bool,
+        typer.Option(
+            "--kv",
+            help="Decode attention on packed keys and values, beside a cache in bfloat16, instead "
+            "of attention. Of the other options only --gpu counts.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predicted bounds of the kernels on cards that need not be there (no GPU is used).
@@ -77,6 +85,9 @@ def cost(
     dims = tuple(dict.fromkeys(head_dim or (64, 128)))
     if mask not in (None, "bool", "additive"):
         raise CommandError(f"mask must be bool or additive, got {mask!r}")
+    if kv:
+        _packed_past(gpus, as_json)
+        return
     if not against and (wheels or download or match):
         raise CommandError("--wheels, --download and --match need --against")
     theirs: list[KernelCost] = []
@@ -153,3 +164,68 @@ def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, .
         name = row.kernel if len(row.kernel) <= 40 else f"{row.kernel[:37]}..."
         others.add_row(*cells(row), str(row.spills), row.package, name)
     return [found, others] if ours else [others]
+
+
+def _packed_past(gpus: tuple[str, ...], as_json: bool) -> None:
+    """The document and tables of ``--kv``; cards without a kernel are named."""
+    from rich import box
+    from rich.table import Table
+
+    from sage_diffusion.kv.cost import DIM, GROUP, HEADS, DecodeCost, decode_costs, rope_costs
+    from sage_diffusion.speed.cost import NoKernelError
+
+    rows: list[DecodeCost] = []
+    without: list[str] = []
+    with quiet_stdout(), progress() as bar:
+        task = bar.add_task("compile", total=len(gpus))
+        for name in gpus:
+            bar.update(task, description=name)
+            try:
+                rows += decode_costs((name,))
+            except NoKernelError as error:
+                without.append(str(error))
+            bar.advance(task)
+    if not rows:
+        raise CommandError("; ".join(without))
+    table = Table(
+        title=f"Predicted bounds of one decode step: {HEADS} KV heads, {GROUP} query heads of "
+        f"each, {DIM} channels (microseconds, and times as fast as bfloat16)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("GPU", "bits", "tokens", "instructions", "bound", "registers", "spills"):
+        table.add_column(heading, justify="left" if heading in ("GPU", "bound") else "right")
+    for heading in ("us <=", "bf16 us", "times"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.gpu,
+            f"{row.bits:g}",
+            f"{row.length:,}",
+            f"{row.instructions:.2f}",
+            row.bound,
+            str(row.registers),
+            str(row.spills),
+            f"{row.microseconds:.1f}",
+            f"{row.bf16:.1f}",
+            f"{row.ratio:.2f}",
+        )
+    rotated = rope_costs(rows)
+    second = Table(
+        title="Keys before RoPE at 65,536 tokens: rotated in the kernel, or through a scratch of "
+        "one layer (estimated microseconds)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("GPU", "bits", "rows of Q", "in the kernel", "scratch", "faster"):
+        second.add_column(heading, justify="right")
+    for one in rotated:
+        figures = (f"{one.kernel:.1f}", f"{one.scratch:.1f}", one.faster)
+        second.add_row(one.gpu, f"{one.bits:g}", str(one.rows), *figures)
+    document = {
+        "decode": [row.as_dict() for row in rows],
+        "rope": [one._asdict() for one in rotated],
+    }
+    emit(as_json, document, table, second, *without)

@@ -320,7 +320,7 @@ def bound(loop: Iterable[str], gpu: Gpu) -> Bound:
             cycles["fma" if gpu.half2 != 64 else "half"] += WARP / gpu.half2
         elif _INTEGER.match(op):
             cycles["alu"] += WARP / INTEGER_LANES
-        elif re.match(r"^(LDSM|LDS|STS|STSM|SHFL|ATOMS)", op):
+        elif re.match(r"^(LDSM|LDS|STS|STSM|SHFL|MOVM|ATOMS)", op):
             cycles["shared"] += WARP * _bytes(op) / SHARED_BYTES
         elif re.match(r"^(LDG|STG|LDGSTS|UTMALDG|UBLKCP)", op):
             if op.startswith("LDGSTS"):

@@ -97,7 +97,7 @@ def test_launches_fit_registers_and_groups():
     assert tuning.launch(64, 1, 1, 9, 24).rows == 16
     whole = tuning.launch(128, 2, 2, 8, 128)
     assert (whole.tile, tuning.launch(128, 2, 2, 8, 128, 4).tile) == (128, 64)
-    assert tuning.shorter(whole, 1024, 8, 132).tile == 32
+    assert tuning.shorter(whole, 1024, 8, 132).tile == 16
     assert tuning.shorter(whole, 1 << 20, 8, 132) == whole
     assert tuning.splits(1000, 8, 132, 4) == 50
     assert tuning.splits(3, 1, 132, 4) == 1
