@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .terms import Terms
 
-#: Latents and codes of a tile: 4 MiB of scores.
-LATENTS, CODES, BLOCK = 1024, 1024, 64
+#: Latents and codes of a tile: 1 MiB of scores, which a core keeps to itself until their maxima.
+LATENTS, CODES, BLOCK = 1024, 256, 64
 
 #: Block maxima that are held at a time: 16 MiB.
 _MAXIMA = 1 << 22
