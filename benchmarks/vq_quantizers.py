@@ -62,6 +62,33 @@ def digits(codes: int) -> int:
     return codes.bit_length() - 1
 
 
+@torch.no_grad()
+def equiangular(rows: Tensor, steps: int = 30, rate: float = 0.5, chunk: int = 2048) -> Tensor:
+    """Turn rows away from those that they are most alike, keeping the mean norm.
+
+    Each step moves every row against its nearest row of largest absolute cosine: descent on the
+    largest cosine of Equiangular Basis Vectors, without the matrix of all cosines.
+    """
+    unit = nn.functional.normalize(rows, dim=-1)
+    for _ in range(steps):
+        moved = []
+        for start in range(0, len(unit), chunk):
+            part = unit[start : start + chunk]
+            cosine = part @ unit.t()
+            cosine[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0
+            worst = cosine.abs().argmax(1)
+            size = cosine.gather(1, worst[:, None])
+            moved.append(part - rate * size * unit[worst])
+        unit = nn.functional.normalize(torch.cat(moved), dim=-1)
+    return unit * rows.norm(dim=-1).mean()
+
+
+def turned(quantizer: SimVQ) -> SimVQ:
+    """SimVQ from an equiangular basis."""
+    quantizer.basis.copy_(equiangular(quantizer.basis))
+    return quantizer
+
+
 #: By name; of every number of codes that it can have.
 ARMS: dict[str, Callable[[int], Quantizer]] = {
     "vanilla": lambda k: plain(k, decay=None, init="uniform"),
@@ -71,14 +98,12 @@ ARMS: dict[str, Callable[[int], Quantizer]] = {
     "ema, cosine": lambda k: VectorQuantizer(DIM, k, metric="cosine"),
     "simvq": lambda k: SimVQ(DIM, k),
     "simvq, rotation trick": lambda k: SimVQ(DIM, k, rotation_trick=True),
-    "simvq, equiangular basis": lambda k: SimVQ(DIM, k, basis="equiangular"),
+    "simvq, equiangular basis": lambda k: turned(SimVQ(DIM, k)),
     "ibq": lambda k: IBQ(DIM, k),
     "fsq": lambda k: FSQ((2 ** (digits(k) // 4),) * 4, DIM),
     "bsq": lambda k: BSQ(DIM, digits(k)),
     "lfq": lambda k: LFQ(DIM, digits(k)),
-    "2 groups, ema": lambda k: Groups(
-        [VectorQuantizer(DIM // 2, math.isqrt(k))] * 1 + [VectorQuantizer(DIM // 2, math.isqrt(k))]
-    ),
+    "2 groups, ema": lambda k: Groups([VectorQuantizer(DIM // 2, math.isqrt(k)) for _ in range(2)]),
     "2 levels, ema": lambda k: Residual([VectorQuantizer(DIM, math.isqrt(k)) for _ in range(2)]),
 }
 

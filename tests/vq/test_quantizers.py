@@ -20,14 +20,13 @@ from sage_diffusion.vq.quantizers import (
 )
 from sage_diffusion.vq.quantizers.base import rotated, straight_through
 from sage_diffusion.vq.quantizers.scales import Scales
-from sage_diffusion.vq.quantizers.simvq import equiangular
 
 MATRIX = {
     "ema": (lambda: VectorQuantizer(8, 64), 6),
     "ema-cosine": (lambda: VectorQuantizer(8, 64, metric="cosine"), 6),
     "vanilla": (lambda: VectorQuantizer(8, 64, decay=None, kmeans=False, init="uniform"), 6),
     "simvq": (lambda: SimVQ(8, 64), 6),
-    "simvq-rotation": (lambda: SimVQ(8, 64, rotation_trick=True, basis="equiangular"), 6),
+    "simvq-rotation": (lambda: SimVQ(8, 64, rotation_trick=True), 6),
     "ibq": (lambda: IBQ(8, 64), 6),
     "fsq": (lambda: FSQ((8, 5, 4), 8), math.log2(160)),
     "fsq-bare": (lambda: FSQ((4,) * 8), 16),
@@ -178,18 +177,6 @@ class TestSimVQ:
         zero = torch.zeros(1, 1, 5, requires_grad=True)
         assert torch.equal(rotated(zero, q[:, :1]), q[:, :1])
 
-    def test_equiangular_rows_are_less_alike(self):
-        rows = latents(200, 24)
-        turned = equiangular(rows)
-
-        def coherence(x):
-            x = nn.functional.normalize(x, dim=-1)
-            return (x @ x.t()).fill_diagonal_(0).abs().max()
-
-        welch = math.sqrt((200 - 24) / (24 * 199))
-        assert welch < coherence(turned) < 0.85 * coherence(rows)
-        torch.testing.assert_close(turned.norm(dim=-1), rows.norm(dim=-1).mean().expand(200))
-
 
 class TestVectorQuantizer:
     def test_follows_its_latents(self):
@@ -322,7 +309,6 @@ class TestScales:
         (lambda: LFQ(8, 63), "1 to 62 bits, got 63"),
         (lambda: SimVQ(0, 8), "dim must be at least 1"),
         (lambda: SimVQ(8, 1), "codebook_size at least 2"),
-        (lambda: SimVQ(8, 8, basis="cubic"), "basis must be normal or equiangular"),
         (lambda: build({"kind": "vqvae"}), "one of vector, simvq, ibq, fsq, bsq, lfq"),
         (lambda: build({"kind": "simvq", "dim": 4, "codes": 9}), "does not take these settings"),
     ],

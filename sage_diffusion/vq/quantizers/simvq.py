@@ -21,13 +21,13 @@ class SimVQ(Quantizer):
 
     Every code moves when any is used, because all share W: that is what keeps them alive.
 
+    Other starts of C than its Gaussian did no better (``benchmarks/vq_quantizers.py``).
+
     Args:
         dim: D.
         codebook_size: K.
         commitment_weight: beta.
         rotation_trick: turn gradients (2410.06424) instead of passing them straight through.
-        basis: "normal" (standard deviation ``D^-0.5``, as published) or "equiangular": unit vectors
-            of small mutual cosines (Shen et al., 2303.11637), times the same norm.
     """
 
     kind = "simvq"
@@ -40,20 +40,15 @@ class SimVQ(Quantizer):
         *,
         commitment_weight: float = 0.25,
         rotation_trick: bool = False,
-        basis: str = "normal",
     ):
         settings = {
             "codebook_size": codebook_size,
             "commitment_weight": commitment_weight,
             "rotation_trick": rotation_trick,
-            "basis": basis,
         }
         super().__init__(dim, codebook_size, settings)
-        if basis not in ("normal", "equiangular"):
-            raise ValueError(f"basis must be normal or equiangular, got {basis!r}")
         self.commitment_weight, self.rotation_trick = commitment_weight, rotation_trick
-        rows = torch.randn(codebook_size, dim) * dim**-0.5
-        self.register_buffer("basis", equiangular(rows) if basis == "equiangular" else rows)
+        self.register_buffer("basis", torch.randn(codebook_size, dim) * dim**-0.5)
         self.projection = nn.Linear(dim, dim)
 
     def table(self) -> Tensor:
@@ -90,24 +85,3 @@ class SimVQ(Quantizer):
         plain = VectorQuantizer(self.dim, self.codebook_size, decay=None, kmeans=False)
         plain.codebook.copy_(self.table())
         return plain.to(self.basis.device, self.basis.dtype).train(self.training)
-
-
-@torch.no_grad()
-def equiangular(rows: Tensor, steps: int = 30, rate: float = 0.5, chunk: int = 2048) -> Tensor:
-    """Turn rows away from those that they are most alike, keeping the mean norm.
-
-    Each step moves every row against its nearest row of largest absolute cosine: descent on the
-    largest cosine of Equiangular Basis Vectors, without the matrix of all cosines.
-    """
-    unit = nn.functional.normalize(rows, dim=-1)
-    for _ in range(steps):
-        moved = []
-        for start in range(0, len(unit), chunk):
-            part = unit[start : start + chunk]
-            cosine = part @ unit.t()
-            cosine[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0
-            worst = cosine.abs().argmax(1)
-            size = cosine.gather(1, worst[:, None])
-            moved.append(part - rate * size * unit[worst])
-        unit = nn.functional.normalize(torch.cat(moved), dim=-1)
-    return unit * rows.norm(dim=-1).mean()
