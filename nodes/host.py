@@ -13,6 +13,7 @@ from server import PromptServer
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.library import OWN_PLANS, plan_files
 from sage_diffusion.vq.checkpoints import BUNDLED
+from sage_diffusion.vq.fill import BUNDLED as BUNDLED_FILL
 
 #: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
 PLANS = "sage_plans"
@@ -60,14 +61,14 @@ def tokenizer_names() -> list[str]:
 
 
 def fill_names() -> list[str]:
-    """Folders of fill models and of aMUSEd's pipelines."""
+    """The pack's own, folders of fill models and of aMUSEd's pipelines."""
     names = set()
     for root in map(Path, folder_paths.get_folder_paths(FILLS)):
         whole = {path.parent for path in root.rglob("model_index.json")}
         own = {path.parent for path in root.rglob("config.json")}
         names |= {p.relative_to(root).as_posix() for p in whole}
         names |= {p.relative_to(root).as_posix() for p in own if p.parent not in whole}
-    return sorted(names) or [f"(none in models/{FILLS})"]
+    return ["bundled", *sorted(names)]
 
 
 def tokenizer_path(name: str) -> Path:
@@ -87,6 +88,8 @@ def fill_path(name: str) -> Path:
     Raises:
         ValueError: there is none of that name.
     """
+    if name == "bundled":
+        return BUNDLED_FILL
     return _in_models(FILLS, name, "fill model", Path.is_dir)
 
 

@@ -37,7 +37,8 @@ class VQFill(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=fill_names(),
-                    tooltip="A folder of models/vq_fill: a UVit2DModel, or an aMUSEd pipeline.",
+                    tooltip="The bundled one, of the bundled tokenizer's tokens, or a folder of "
+                    "models/vq_fill: a UVit2DModel, or an aMUSEd pipeline.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -219,7 +219,8 @@ def main() -> None:
             print(f"{step + 1} {seen:.2f} bits, held out {bits:.2f}, {spent:.0f} CPU-s", flush=True)
             checkpoint(path, trained, optimizer, step + 1)
     model = trained.eval().whole().half()
-    save_fill(options.out / "model", model, Notes(fingerprint=tokenizer.fingerprint))
+    notes = Notes(fingerprint=tokenizer.fingerprint, window=max(SIDES))
+    save_fill(options.out / "model", model, notes)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,10 @@ def decode(
 @app.command("fill")
 def fill(
     tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file of ids (.vqt).")],
-    model: Annotated[
-        Path, typer.Option(help="A fill model: a folder of one, or of an aMUSEd pipeline.")
-    ],
     mask: Annotated[Path, typer.Option(help="A picture of the decoded size, white where to fill.")],
+    model: Annotated[
+        Path, typer.Option(help='"bundled", a folder of a fill model, or of an aMUSEd pipeline.')
+    ] = _BUNDLED,
     tokenizer: TokenizerPath = _BUNDLED,
     out: Annotated[Path, typer.Option(help="The picture; of several, one file each.")] = Path(
         "filled.png"

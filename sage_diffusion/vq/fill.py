@@ -14,6 +14,9 @@ from sage_diffusion.vq.tokenizer import TokenizerError
 #: Where the models live; imported by name, because integrations stand behind this package.
 _HOME = "sage_diffusion.integrations.diffusers.fill"
 
+#: The fill model that comes with this package, of the bundled tokenizer's tokens.
+BUNDLED = Path(__file__).parent.parent / "assets" / "photo_fill"
+
 
 def load_fill(source: str | Path, attention: str | None = None) -> Any:
     """A fill model, in evaluation mode on the CPU: ``fill(ids, mask, seed=0, steps=12)``.
@@ -21,7 +24,7 @@ def load_fill(source: str | Path, attention: str | None = None) -> Any:
     See :class:`sage_diffusion.integrations.diffusers.fill.FillModel`.
 
     Args:
-        source: a folder of diffusers' ``UVit2DModel`` as ``save_fill`` of that module
+        source: "bundled", a folder of diffusers' ``UVit2DModel`` as ``save_fill`` of that module
             writes it, or of a whole aMUSEd pipeline.
         attention: spec or path of a plan that its attention runs; None: unquantized.
 
@@ -29,7 +32,8 @@ def load_fill(source: str | Path, attention: str | None = None) -> Any:
         TokenizerError: there is no such folder, or it holds something else.
         ValueError: the attention's spec or plan won't do.
     """
-    return importlib.import_module(_HOME).load(Path(source), attention)
+    path = BUNDLED if str(source) == "bundled" else Path(source)
+    return importlib.import_module(_HOME).load(path, attention)
 
 
 def token_mask(picture: Tensor, factor: int) -> Tensor:

@@ -110,6 +110,33 @@ class TestFill:
         filler.fill(IDS[:1], torch.ones(6, 5, dtype=torch.bool), steps=4)
         assert masked == [30] + [int(30 * np.cos(np.pi / 2 * i / 4)) for i in (1, 2, 3)]
 
+    @pytest.mark.parametrize("steps", [1, 5])
+    def test_a_single_token(self, filler, steps):
+        mask = torch.zeros(6, 5, dtype=torch.bool)
+        mask[2, 3] = True
+        got = filler.fill(IDS, mask, steps=steps)
+        assert torch.equal(got[:, ~mask], IDS[:, ~mask]) and got.max() < CODES
+
+    @pytest.mark.parametrize(
+        "hole,read",
+        [
+            ((slice(9, 11), slice(10, 12)), (slice(6, 14), slice(7, 15))),
+            ((slice(0, 1), slice(19, 20)), (slice(0, 8), slice(12, 20))),
+            ((slice(4, 14), slice(0, 20)), (slice(2, 16), slice(0, 20))),
+        ],
+    )
+    def test_reads_a_window_around_the_mask(self, folder, tmp_path, hole, read):
+        save_fill(tmp_path, network(), Notes(window=8))
+        filler, ids = load_fill(tmp_path), torch.arange(400).view(1, 20, 20) % CODES
+        seen = []
+        filler.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        mask = torch.zeros(20, 20, dtype=torch.bool)
+        mask[hole] = True
+        got = filler.fill(ids, mask, steps=2)
+        assert torch.equal(seen[0], ids.masked_fill(mask, CODES)[(slice(None), *read)])
+        assert torch.equal(got[:, ~mask], ids[:, ~mask]) and got.max() < CODES
+        assert torch.equal(filler.fill(ids, mask & False), ids)
+
     def test_a_class_and_guidance_move_the_logits(self, filler):
         """Guidance 3: without + 3 (cats - without)."""
         seen, step = [], filler.scheduler.step
@@ -120,7 +147,7 @@ class TestFill:
 
         filler.scheduler.step = watched
         for options in ({}, {"prompt": "cats"}, {"prompt": "cats", "guidance": 3.0}):
-            filler.fill(IDS, MASK, steps=1, **options)
+            filler.fill(IDS[:1], MASK, steps=1, **options)
         without, cats, guided = seen
         assert not torch.allclose(without, cats, atol=1e-3)
         torch.testing.assert_close(guided, without + 3 * (cats - without), rtol=1e-4, atol=1e-4)
@@ -220,7 +247,7 @@ class TestFolders:
         (tmp_path / "model_index.json").write_text("{}")
         filler = load_fill(tmp_path)
         assert filler.mask_id == 59
-        inputs = filler._inputs(["", "a b"], (6, 5), 2)
+        inputs = filler.inputs(["", "a b"], (6, 5), 2)
         assert inputs["micro_conds"].tolist() == [[10.0, 12.0, 0.0, 0.0, 6.0]] * 4
         assert inputs["encoder_hidden_states"].shape == (4, 8, 8)
         assert not torch.allclose(inputs["pooled_text_emb"][0], inputs["pooled_text_emb"][2])

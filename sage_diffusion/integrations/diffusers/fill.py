@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sage_diffusion.files import write_bytes, write_text
@@ -35,11 +37,15 @@ class Notes:
         fingerprint: of the tokenizer whose ids it fills; None: any of its codebook's size.
         classes: names of the classes that it was trained with.
         masking_schedule: "cosine" or "linear", of the scheduler.
+        window: tokens along a side of the largest crops that it was trained on, of a model that is
+            not told where in the picture it is: it reads as much around a mask, and a quarter more
+            on each side of a larger one. 0: the whole picture.
     """
 
     fingerprint: str | None = None
     classes: tuple[str, ...] = field(default=())
     masking_schedule: str = "cosine"
+    window: int = 0
 
 
 class FillModel:
@@ -122,27 +128,67 @@ class FillModel:
             raise TokenizerError("guidance needs a prompt or class to move to, got none")
         device = self.model.device
         texts = ["", prompt] if guidance != 1.0 else [prompt]
-        inputs = self._inputs(texts, ids.shape[1:], len(ids) * variants)
-        given, mask = (x.to(device).repeat(variants, 1, 1) for x in (ids, mask))
+        region = self._region(mask)
+        given, mask = (
+            x[region].to(device).repeat(variants, 1, 1) for x in (ids, mask.expand_as(ids))
+        )
+        inputs = self.inputs(texts, given.shape[1:], len(given))
         generators = [torch.Generator().manual_seed(seed + i) for i in range(variants)]
-        scheduler, sample = self.scheduler, given.masked_fill(mask, self.mask_id)
-        scheduler.set_timesteps(steps, ends, device)
-        share = mask.flatten(1).float().mean(1, keepdim=True)
-        for i, timestep in enumerate(scheduler.timesteps):
+        self.scheduler.set_timesteps(steps, ends, device)
+        sample = given.masked_fill(mask, self.mask_id)
+        for i, timestep in enumerate(self.scheduler.timesteps):
             with self._at(i, steps):
                 logits = self.model(sample.repeat(len(texts), 1, 1), **inputs)
             logits = logits.float()
             if len(texts) > 1:
                 without, logits = logits.chunk(2)
                 logits = without + guidance * (logits - without)
-            parts = zip(
-                *(x.chunk(variants) for x in (logits, sample, share)), generators, strict=True
-            )
-            sample = torch.cat([self._step(timestep, *part) for part in parts])
-            # Far from its usual temperature the scheduler masks tokens that were given; and always
-            # one of a picture that has nothing to fill.
-            sample = torch.where(mask, sample, given)
-        return sample.to(ids.device)
+            for n, one in enumerate(sample):
+                self._step(timestep, logits[n], one, mask[n], generators[n // len(ids)])
+        filled = ids.repeat(variants, 1, 1)
+        filled[region] = sample.to(ids.device)
+        return filled
+
+    def _region(self, mask: Tensor) -> tuple[slice, ...]:
+        """What the model reads of ids ``[B, h, w]`` where these masks are to be filled."""
+        found = [slice(None)]
+        for dim, side in ((2, mask.shape[1]), (1, mask.shape[2])):
+            touched = mask.any(dim).any(0).nonzero().flatten().tolist()
+            if not (self.notes.window and touched):
+                return (slice(None),)
+            first, last = touched[0], touched[-1] + 1
+            wide = max(self.notes.window, last - first + self.notes.window // 2)
+            start = max(0, min((first + last - wide) // 2, side - wide))
+            found.append(slice(start, min(side, start + wide)))
+        return tuple(found)
+
+    @torch.no_grad()
+    def bits(self, ids: Tensor, mask: Tensor) -> float:
+        """Cross-entropy of the ids under a mask, all of them masked at once.
+
+        Args:
+            ids: ``[B, h, w]``; a model that knows crops is asked of whole ones, from the top left.
+            mask: boolean ``[h, w]`` or ``[B, h, w]``, true somewhere.
+
+        Returns:
+            Bits a masked token.
+
+        Raises:
+            TokenizerError: ids or mask do not fit the model, or nothing is masked.
+        """
+        mask = check_fill(ids, mask, self.codebook_size).expand_as(ids)
+        if not mask.any():
+            raise TokenizerError("a mask must be true somewhere, got none")
+        total, side = 0.0, self.notes.window or max(ids.shape[1:])
+        for rows in range(0, ids.shape[1], side):
+            for cols in range(0, ids.shape[2], side):
+                part = (slice(None), slice(rows, rows + side), slice(cols, cols + side))
+                some, where = ids[part].to(self.model.device), mask[part].to(self.model.device)
+                inputs = self.inputs([""], some.shape[1:], len(some))
+                logits = self.model(some.masked_fill(where, self.mask_id), **inputs).float()
+                logits = logits.movedim(1, 3)[where]
+                total += F.cross_entropy(logits, some[where].long(), reduction="sum").item()
+        return total / int(mask.sum()) / math.log(2)
 
     @property
     def mask_id(self) -> int:
@@ -150,14 +196,20 @@ class FillModel:
         return self.scheduler.config.mask_token_id
 
     def _step(
-        self, timestep: Tensor, logits: Tensor, sample: Tensor, share: Tensor, generator: Any
-    ) -> Tensor:
-        return self.scheduler.step(
-            logits, timestep, sample, starting_mask_ratio=share, generator=generator
-        ).prev_sample
+        self, timestep: Tensor, logits: Tensor, ids: Tensor, mask: Tensor, generator: Any
+    ) -> None:
+        """One picture's ids ``[h, w]`` after a step, from ``[K, h, w]``.
 
-    def _inputs(self, texts: Sequence[str], grid: Sequence[int], count: int) -> dict[str, Tensor]:
-        """Conditions of so many pictures, for each text."""
+        The scheduler sees what is to fill alone: of all tokens it would mask given ones where noise
+        is hot, one of a picture that has nothing to fill, and draw for each.
+        """
+        if mask.sum() > (timestep != 0):  # a single token stays masked until the last step
+            ids[mask] = self.scheduler.step(
+                logits[:, mask].T[None], timestep, ids[mask][None], generator=generator
+            ).prev_sample[0]
+
+    def inputs(self, texts: Sequence[str], grid: Sequence[int], count: int) -> dict[str, Tensor]:
+        """Arguments of the model besides its ids: conditions of so many pictures, for each text."""
         config, device, dtype = self.model.config, self.model.device, self.model.dtype
         hidden, pooled = zip(*(self.condition(text) for text in texts), strict=True)
         micro = torch.zeros(config.micro_cond_embed_dim // config.micro_cond_encode_dim)
