@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sage_diffusion.kv.layer import Layer
 
+_LEAST, _TILES = 128, 32
+
 
 class Scratch:
     """Two tensors that every :meth:`fill` writes anew, token by token as video hosts have them."""
@@ -30,7 +32,8 @@ class Scratch:
         if layer.tokens == 0:
             raise ValueError(f"layer {layer.number} has no tokens to read")
         start = 0
-        for tile in layer.tiles():
+        # Small tiles: what decoding one allocates comes on top of everything.
+        for tile in layer.tiles(max(_LEAST, layer.tokens // _TILES)):
             if start == 0:
                 self._make_room(tile, layer)
             assert self._held is not None
