@@ -27,6 +27,7 @@ def test_the_wheel_holds_every_module_under_one_name(wheel):
     for path in (ROOT / "sage_diffusion" / "plan" / "shipped").glob("*.json"):
         assert f"sage_diffusion/plan/shipped/{path.name}" in names
     assert "sage_diffusion/assets/emoji_dit/transformer/config.json" in names
+    assert "sage_diffusion/assets/causal_video/transformer/config.json" in names
     assert "sage_diffusion/accuracy/report.html.j2" in names
 
 
