@@ -9,6 +9,7 @@ from sage_diffusion.nodes.attention import SageAttention, SageReport
 from sage_diffusion.nodes.calibrate import SageCalibrate
 from sage_diffusion.nodes.doctor import SageDoctor
 from sage_diffusion.nodes.host import register_plan_folder, register_tokenizer_folder
+from sage_diffusion.nodes.kv import KVCacheCompression, KVCacheReport
 from sage_diffusion.nodes.plan import (
     SageEditPlan,
     SageLoadPlan,
@@ -55,6 +56,8 @@ NODES: list[type[io.ComfyNode]] = [
     TrainVQTokenizer,
     CodebookRepair,
     VQSearch,
+    KVCacheCompression,
+    KVCacheReport,
 ]
 
 

@@ -39,12 +39,16 @@ ALSO_TESTS = {
         "sage_diffusion.integrations.comfy.sampler"
     ),
     "comfy/test_server_training.py": "nodes.vq_train",
+    "comfy/test_in_process_kv.py": (
+        "sage_diffusion.integrations.comfy.causal_wan sage_diffusion.integrations.comfy.kv_patch"
+    ),
     "comfy/test_server.py": (
         "nodes.accuracy nodes.attention nodes.calibrate nodes.doctor nodes.extension nodes.host "
-        "nodes.plan nodes.verify nodes.vq nodes.vq_fill nodes.vq_search "
+        "nodes.kv nodes.plan nodes.verify nodes.vq nodes.vq_fill nodes.vq_search "
         "sage_diffusion.integrations.comfy.verify"
     ),
     "integrations/test_calibrated_pipelines.py": "sage_diffusion.integrations.diffusers.sampler",
+    "integrations/test_comfy_kv.py": "sage_diffusion.integrations.comfy.kv_report",
     "integrations/test_comfy_patch.py": "sage_diffusion.integrations.comfy.model",
     "integrations/test_diffusers_compile.py": "sage_diffusion.attend.ops",
     "integrations/test_diffusers_fill.py": "sage_diffusion.vq.fill",

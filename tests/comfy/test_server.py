@@ -34,6 +34,8 @@ NODES = (
     "SageDiffusionTrainVQTokenizer",
     "SageDiffusionCodebookRepair",
     "SageDiffusionVQSearch",
+    "SageDiffusionKVCache",
+    "SageDiffusionKVCacheReport",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 

@@ -1,0 +1,166 @@
+"""KV caches: compress those of video and text models, and show what that saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io, ui
+
+from sage_diffusion.nodes.host import CATEGORY, show
+
+if TYPE_CHECKING:
+    from sage_diffusion.integrations.comfy.kv_patch import Compressed
+
+KVCache = io.Custom("KV_CACHE")
+
+#: Presets that need nothing but K and V, those that keep most first.
+PRESETS = ("lossless", "k8v8", "k4v4", "k3v2", "k2v2")
+
+
+class KVCacheCompression(io.ComfyNode):
+    """A MODEL or CLIP whose KV cache is kept in few bits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SageDiffusionKVCache",
+            display_name="KV Cache Compression",
+            category=CATEGORY,
+            description="Keeps the KV cache of an autoregressive video model, of Flux KV Cache's "
+            "reference pictures or of text generation in 2 to 8 bits. The beginning and the newest "
+            "tokens stay exact.",
+            search_aliases=["kv cache", "less memory", "long video", "long prompt", "quantize kv"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="k4v4",
+                    tooltip="Bits of keys and values. k4v4 is hard to tell from exact, k2v2 is the "
+                    "smallest; lossless only spares what ComfyUI allocates in advance.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A causal Wan for Sampler AR Video, or a model behind Flux KV Cache.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="A language model for Generate Text."),
+                io.Int.Input(
+                    "sink",
+                    default=-1,
+                    min=-1,
+                    max=1_000_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="First tokens that stay exact. -1: a video's first block, 32 of text.",
+                ),
+                io.Int.Input(
+                    "recent",
+                    default=-1,
+                    min=-1,
+                    max=1_000_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Newest tokens that stay exact. -1: a video's newest block, 128 of "
+                    "text.",
+                ),
+                io.Int.Input(
+                    "window",
+                    default=-1,
+                    min=-1,
+                    max=100_000_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Most tokens of a video that are kept: the oldest after the first "
+                    "block are forgotten. -1: all.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler."),
+                io.Clip.Output(display_name="clip", tooltip="For Generate Text."),
+                KVCache.Output(display_name="cache", tooltip="For KV Cache Report."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        preset: str,
+        model: Any = None,
+        clip: Any = None,
+        sink: int = -1,
+        recent: int = -1,
+        window: int = -1,
+    ) -> io.NodeOutput:
+        from sage_diffusion.integrations.comfy.kv import Settings
+        from sage_diffusion.integrations.comfy.kv_patch import compress_clip, compress_model
+
+        if model is None and clip is None:
+            raise ValueError("KV Cache Compression needs a model or a clip")
+        settings = Settings(preset, sink, recent, window)
+        found: dict[str, Compressed] = {}
+        if model is not None:
+            found["model"] = compress_model(model, settings)
+        if clip is not None:
+            found["clip"] = compress_clip(clip, settings)
+        kinds = " and ".join(one.kind for one in found.values())
+        show(cls.hidden.unique_id, f"{preset}: {kinds}")
+        model, clip = (found[name].host if name in found else None for name in ("model", "clip"))
+        return io.NodeOutput(model, clip, list(found.values()))
+
+
+class KVCacheReport(io.ComfyNode):
+    """What a compressed KV cache took in the run that made what passes through."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SageDiffusionKVCacheReport",
+            display_name="KV Cache Report",
+            category=CATEGORY,
+            description="Shows the memory of a compressed KV cache, measured in the last run, "
+            "beside what ComfyUI would have allocated. Put it behind the sampler or Generate Text.",
+            search_aliases=["kv cache memory", "cache size", "memory saved"],
+            is_output_node=True,
+            inputs=[
+                io.AnyType.Input(
+                    "after",
+                    tooltip="The latent or the text: the report is read when it is there. It "
+                    "passes through unchanged.",
+                ),
+                KVCache.Input("cache", tooltip="From KV Cache Compression."),
+            ],
+            outputs=[
+                io.AnyType.Output(display_name="after", tooltip="What came in."),
+                io.Image.Output(display_name="bars", tooltip="Bytes as bars."),
+                io.String.Output(display_name="report", tooltip="The text."),
+                io.String.Output(display_name="json", tooltip="The same as JSON, in bytes."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> float:
+        return float("nan")  # never cached: it reports on what happened, not on its inputs
+
+    @classmethod
+    def execute(cls, after: Any, cache: list[Compressed]) -> io.NodeOutput:
+        import torch
+
+        from sage_diffusion.integrations.comfy.kv_report import bars, text_of
+
+        used = [one for one in cache if one.memory.kept] or cache
+        text = "\n".join(text_of(one.memory) for one in used)
+        pictures = [bars(one.memory) for one in used]
+        rows = max(picture.shape[1] for picture in pictures)
+        padded = [
+            torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, rows - picture.shape[1]), value=1.0)
+            for picture in pictures
+        ]
+        data = [{"kind": one.kind, **asdict(one.memory)} for one in used]
+        show(cls.hidden.unique_id, text)
+        return io.NodeOutput(
+            after, torch.cat(padded), text, json.dumps(data), ui=ui.PreviewText(text)
+        )

@@ -1,0 +1,189 @@
+"""Proxies for ComfyUI's KV caches, without ComfyUI: slices, what is measured, the report."""
+
+import pytest
+import torch
+
+from sage_diffusion.integrations.comfy.kv import (
+    Memory,
+    Newest,
+    References,
+    Settings,
+    text_cache,
+    video_caches,
+)
+from sage_diffusion.integrations.comfy.kv_report import bars, size, text_of
+from sage_diffusion.kv.methods.kivi import Kivi
+
+FRAME = 16
+
+
+def video(method="lossless", memory=None, **more):
+    """A layer's dict of a video of ten frames, as ComfyUI's attention sees it."""
+    memory = Memory() if memory is None else memory
+    make = video_caches(Settings(method, **more), memory, layers=1, heads=2, head_dim=32)
+    return make(1, 10 * FRAME, "cpu", torch.float32)[0]
+
+
+def attend(cache, seed):
+    """What ``CausalWanSelfAttention`` does with a block's K and V; the K that was written."""
+    random = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(1, FRAME, 2, 32, generator=random) for _ in "kv")
+    end = cache["end"]
+    cache["k"][:, end : end + FRAME] = k
+    cache["v"][:, end : end + FRAME] = v
+    cache["end"] = end + FRAME
+    read = cache["k"][:, : end + FRAME], cache["v"][:, : end + FRAME]
+    for side in read:
+        side.view(1, end + FRAME, 64)  # ComfyUI flattens the heads
+    return k, read
+
+
+def test_what_is_written_is_read_through_rewinds():
+    cache = video()
+    first, _ = attend(cache, 0)
+    attend(cache, 1)
+    cache["end"] -= FRAME
+    second, (keys, _) = attend(cache, 2)
+    assert torch.equal(keys, torch.cat([first, second], 1))
+    assert cache["k"].shape == (1, 160, 2, 32) and cache["end"] == 2 * FRAME
+
+
+def test_blocks_are_compressed_when_they_have_left_the_newest():
+    memory = Memory()
+    cache = video(Kivi(4, 4, 16), memory)
+    written = [attend(cache, seed)[0] for seed in range(5)]
+    _, (keys, _) = attend(cache, 5)
+    exact = [torch.equal(keys[:, i * FRAME : (i + 1) * FRAME], written[i]) for i in range(5)]
+    assert exact == [True, False, False, False, True]
+    assert memory.host == 2 * 10 * FRAME * 64 * 4
+    assert memory.parts["sink"] == 2 * FRAME * 64 * 4 and memory.parts["k.codes"] > 0
+    assert memory.tokens == 6 * FRAME and memory.kept < memory.peak
+
+
+def test_a_rewind_forgets_blocks_beyond_the_window():
+    cache = video(window=3 * FRAME)
+    written = []
+    for seed in range(6):
+        attend(cache, 100 + seed)
+        cache["end"] -= FRAME
+        k, (keys, _) = attend(cache, seed)
+        written.append(k)
+    assert torch.equal(keys, torch.cat([written[0], *written[4:]], 1))
+
+
+def test_a_slice_that_the_proxy_does_not_know_is_refused():
+    cache = video()
+    k, _ = attend(cache, 0)
+    with pytest.raises(TypeError, match="along its tokens only"):
+        cache["k"][:, :, 0]
+    with pytest.raises(TypeError, match="read and written by slices"):
+        cache["k"][:, 3]
+    with pytest.raises(ValueError, match="read from its first token"):
+        cache["k"][:, 4:16]
+    with pytest.raises(ValueError, match="K must be written before V"):
+        cache["v"][:, 0:FRAME] = k
+    cache["k"][:, 99:115] = k
+    with pytest.raises(ValueError, match="has 16 tokens, the next must be written there"):
+        cache["v"][:, 99:115] = k
+
+
+def entries(batch, length, device, dtype):
+    """A cache of four kinds of layers: whole, linear, shared, and one that is an object."""
+    whole = torch.empty(batch, 2, length, 32, dtype=dtype)
+    state = torch.zeros(batch, 5)
+    return [(whole, whole.clone(), 0), (state, state, 0), (), object()]
+
+
+def test_layers_that_are_no_pair_of_tensors_stay():
+    memory = Memory()
+    found = text_cache(entries, Settings(), memory, ())(1, 1000, "cpu", torch.float32)
+    assert memory.layers == 1 and found[0][0].shape == (1, 2, 1000, 32)
+    assert isinstance(found[1][0], torch.Tensor) and found[2] == ()
+    assert memory.left == {
+        "the state of a linear layer": 1,
+        "grows by itself, or is another layer's": 1,
+        "object is read without slices": 1,
+    }
+    assert memory.host == 2 * 2 * 1000 * 32 * 4
+
+
+def test_text_keeps_sink_and_newest_exact():
+    memory = Memory()
+    make = text_cache(entries, Settings("k4v4"), memory, ())
+    k_side, v_side, _ = make(1, 400, "cpu", torch.float32)[0]
+    k = torch.randn(1, 2, 300, 32, generator=torch.Generator().manual_seed(0))
+    for start in range(300):
+        k_side[:, :, start : start + 1] = k[:, :, start : start + 1]
+        v_side[:, :, start : start + 1] = k[:, :, start : start + 1]
+    read = k_side[:, :, :300]
+    assert torch.equal(read[:, :, :32], k[:, :, :32])
+    assert torch.equal(read[:, :, -128:], k[:, :, -128:])
+    error = (read - k).norm() / k.norm()
+    assert 0 < error < 0.1
+    assert k_side[:, :, :300].data_ptr() == read.data_ptr()
+
+
+def test_newest_is_a_window_that_can_begin_again():
+    layer = Newest(4)
+    k = torch.arange(10.0).view(1, 1, 10, 1)
+    layer.append(k, -k)
+    layer.append(k[:, :, :1], -k[:, :, :1])
+    assert layer.read()[0].flatten().tolist() == [7, 8, 9, 0] and layer.tokens == 11
+    layer.crop(10)
+    assert layer.read()[1].flatten().tolist() == [-7, -8, -9]
+    with pytest.raises(ValueError, match="takes one token at a time, got 2"):
+        layer.append(k[:, :, :2], k[:, :, :2])
+    with pytest.raises(ValueError, match="can't go back by 3 tokens"):
+        layer.crop(7)
+    assert layer.tokens == 10
+
+
+def test_references_are_written_once_and_read_often():
+    memory = Memory()
+    cache = References(Settings("k8v8"), memory)
+    k, v = (torch.randn(1, 2, 96, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert len(cache) == 0 and "double_0" not in cache
+    cache["double_0"], cache["double_1"] = (k, v), (v, k)
+    for _ in range(2):
+        for name, want in (("double_0", (k, v)), ("double_1", (v, k))):
+            for found, side in zip(cache[name], want, strict=True):
+                assert 0 < (found - side).norm() / side.norm() < 0.01
+    assert list(cache) == ["double_0", "double_1"] and memory.layers == 2
+    assert memory.kept < memory.host
+    del cache["double_0"]
+    assert list(cache) == ["double_1"]
+
+
+def test_the_report_says_what_was_measured():
+    memory = Memory()
+    assert text_of(memory).startswith("WARNING: no run has used this KV cache yet")
+    cache = video(Kivi(4, 4, 16), memory)
+    for seed in range(8):
+        attend(cache, seed)
+    memory.left["the state of a linear layer"] = 3
+    text = text_of(memory)
+    assert f"{size(memory.peak)} at its peak instead of {size(memory.host)}" in text
+    assert f"{memory.host / memory.peak:.1f}x smaller" in text
+    assert "left as it is: 3 x the state of a linear layer" in text
+    picture = bars(memory)
+    assert picture.shape[0] == 1 and picture.shape[3] == 3 and picture.shape[2] == 640
+    assert picture.min() >= 0 and picture.max() == 1 and picture.std() > 0.1
+    sizes = [size(n) for n in (5, 2048, 3 * 2**20, 2**31)]
+    assert sizes == ["5 B", "2.0 KiB", "3.0 MiB", "2.0 GiB"]
+
+
+def test_a_run_begins_with_an_empty_memory():
+    memory = Memory()
+    make = video_caches(Settings("lossless"), memory, layers=2, heads=2, head_dim=32)
+    attend(make(1, 4 * FRAME, "cpu", torch.float32)[0], 0)
+    assert memory.kept > 0
+    make(1, 2 * FRAME, "cpu", torch.bfloat16)
+    assert memory.kept == 0 and memory.host == 2 * 2 * 2 * FRAME * 64 * 2
+
+
+@pytest.mark.parametrize("name", ["sink", "recent", "window"])
+def test_settings_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be -1 or more, got -2"):
+        Settings("k4v4", **{name: -2})
+    with pytest.raises(ValueError, match="preset must be one of"):
+        Settings("best")
