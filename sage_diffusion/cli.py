@@ -20,7 +20,7 @@ from sage_diffusion.commands.common import CommandError
 #: ``app`` of sub-commands.  The one line that a new command adds.
 COMMANDS = (
     *("demo", "compare", "calibrate", "evaluate", "plan"),
-    *("doctor", "verify", "cost", "bench", "tune", "vq"),
+    *("doctor", "verify", "cost", "bench", "tune", "vq", "kv"),
 )
 
 

@@ -116,10 +116,17 @@ ALSO_TESTS = {
     "kernels/test_kv_triton.py": "kernels.kv.triton",
     "kernels/test_nearest_code.py": "kernels.vq.blocks kernels.vq.reference kernels.vq.terms",
     "kernels/test_nearest_code_triton.py": "kernels.vq.triton",
-    "integrations/test_transformers_cache.py": "sage_diffusion.integrations.transformers.lazy",
+    "integrations/test_transformers_cache.py": (
+        "sage_diffusion.integrations.transformers.lazy "
+        "sage_diffusion.integrations.transformers.rope sage_diffusion.kv.report"
+    ),
+    "commands/test_cli_kv.py": (
+        "sage_diffusion.commands.kv sage_diffusion.integrations.transformers.loading"
+    ),
     "kv/test_methods.py": (
-        "sage_diffusion.kv.method sage_diffusion.kv.methods.kivi "
-        "sage_diffusion.kv.methods.lossless sage_diffusion.kv.presets"
+        "sage_diffusion.kv.method sage_diffusion.kv.methods.gear sage_diffusion.kv.methods.kivi "
+        "sage_diffusion.kv.methods.lossless sage_diffusion.kv.methods.vidkv "
+        "sage_diffusion.kv.presets sage_diffusion.kv.split"
     ),
     "kv/test_rolling.py": "sage_diffusion.kv.scratch",
     "kv/test_layer.py": "sage_diffusion.kv.kept",

@@ -65,7 +65,14 @@ class Layer:
         self._heavy: Heavy | None = None
         self._weight: Tensor | None = None  # [B, H, first of the tail]
         self.batch = 0  # sequences
+        self._home: torch.device | None = None  # where it belongs, while it is parked
+        self._laid: list[Store] = []
         self._offset: Tensor | None = None  # [B] int64: position of a token minus its index
+
+    @property
+    def heads(self) -> int:
+        """Of K and V."""
+        return self._filled().place.heads
 
     @property
     def compressed(self) -> int:
@@ -87,13 +94,15 @@ class Layer:
         Raises:
             ValueError: shapes or device are not those of the tokens before.
         """
+        self._check_here()
         self.settle()
         if self.body is None:
             self.body = self.method.body(self._place(k, v))
         self._check(k, v)
         self.batch = k.shape[0]
         if positions is not None and self._rope is not None:
-            self._offset = positions[:, -1] - (self.tokens + k.shape[2] - 1)
+            last = self.tokens + k.shape[2] - 1
+            self._offset = (positions[:, -1] - last).expand(k.shape[0])
         free = min(self.sink - self._sink["k"].length, k.shape[2])
         if free > 0 and self.compressed == 0 and self._tail is None:
             self._sink["k"].append(k[:, :, :free])
@@ -395,3 +404,89 @@ class Layer:
         tail = sum(x.untyped_storage().nbytes() for x in self._tail or ())
         body = 0 if self.body is None else self.body.nbytes
         return tail + body + sum(store.nbytes for store in self._stores())
+
+    def elements(self, tokens: int) -> int:
+        """Numbers that ``tokens`` tokens of K and V are."""
+        place = self._filled().place
+        return self.batch * tokens * place.heads * (place.head_dim + place.value_dim)
+
+    def exact_bytes(self, tokens: int) -> int:
+        """Bytes of these as they come."""
+        return self.elements(tokens) * self._filled().place.dtype.itemsize
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of the body that grow with its tokens, better copies included."""
+        body = self._filled()
+        grown = sum(size for name, size in body.parts().items() if name not in body.constants)
+        return grown + sum(s.used for kept in self._kept() for s in kept.stores.values())
+
+    def bytes_at(self, tokens: int) -> float:
+        """Bytes if ``tokens`` were held, from what the body takes now.
+
+        Raises:
+            ValueError: some would be compressed and nothing is yet.
+        """
+        body = self._filled()
+        over = max(tokens - self.sink - self.window, 0) // body.unit * body.unit
+        constant = sum(x.numel() * x.element_size() for x in body.constants.values())
+        if not over:
+            return constant + self.exact_bytes(tokens)
+        if not self.compressed:
+            raise ValueError(
+                f"bits at {tokens} tokens follow from what is compressed, and nothing is yet: "
+                f"layer {self.number} holds {self.tokens} tokens"
+            )
+        rate = self.body_bytes / self.compressed
+        return constant + rate * over + self.exact_bytes(tokens - over)
+
+    def _filled(self) -> Body:
+        if self.body is None:
+            raise ValueError(f"layer {self.number} has no tokens yet")
+        return self.body
+
+    def park(self, device: torch.device | str = "cpu", level: int = 0) -> None:
+        """Lay everything aside on another device; it is there again after :meth:`unpark`.
+
+        Args:
+            level: of zlib's deflate, 1 to 9; 0: as it is.  Deflated bytes lie in the host's memory.
+
+        Raises:
+            ValueError: there is no such level.
+            RuntimeError: it is parked already.
+        """
+        if not 0 <= level <= 9:
+            raise ValueError(f"level must be 0 to 9, got {level}")
+        self._check_here()
+        self.settle()
+        if self.body is None:
+            return
+        self._home = self.body.place.device
+        self._laid = [Store(), Store()] if self._tail is not None else []
+        for store, x in zip(self._laid, self._tail or (), strict=True):
+            store.append(x)
+        self._tail = None
+        for store in (*self._stores(), *self._laid):
+            store.park(device, level)
+        self.body.park(device, level)
+
+    def unpark(self) -> None:
+        """Bring everything back, bit for bit."""
+        if self._home is None:
+            return
+        body = self._filled()
+        for store in (*self._stores(), *self._laid):
+            store.unpark(self._home)
+        body.unpark(self._home)
+        if self._laid:
+            self._tail = self._laid[0].read(), self._laid[1].read()
+        self._home, self._laid = None, []
+
+    @property
+    def parked(self) -> bool:
+        """Whether it lies aside."""
+        return self._home is not None
+
+    def _check_here(self) -> None:
+        if self.parked:
+            raise RuntimeError(f"layer {self.number} is parked: unpark it before it is used")

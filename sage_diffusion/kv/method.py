@@ -120,6 +120,18 @@ class Body(ABC):
         self.map(to(device))
         self.constants = {name: to(device)(x) for name, x in self.constants.items()}
 
+    def park(self, device: torch.device | str, level: int) -> None:
+        """Lay every tensor aside, see :meth:`Store.park`; constants are moved."""
+        for store in self.stores.values():
+            store.park(device, level)
+        self.constants = {name: to(device)(x) for name, x in self.constants.items()}
+
+    def unpark(self, device: torch.device | str) -> None:
+        """Bring every tensor back."""
+        for store in self.stores.values():
+            store.unpark(device)
+        self.constants = {name: to(device)(x) for name, x in self.constants.items()}
+
     def parts(self) -> Counter[str]:
         """Bytes that are filled, by the name of the tensor."""
         found = Counter({name: store.used for name, store in self.stores.items()})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from sage_diffusion.kv.method import Method
+from sage_diffusion.kv.methods.gear import Gear
 from sage_diffusion.kv.methods.kivi import Kivi
 from sage_diffusion.kv.methods.lossless import Lossless
 from sage_diffusion.kv.methods.video import Video
+from sage_diffusion.kv.methods.vidkv import VidKV
 
 #: The one line that a new preset adds.
 PRESETS: dict[str, Method] = {
     "lossless": Lossless(),
     "k8v8": Kivi(8, 8),
     "k4v4": Kivi(4, 4),
-    "k3v2": Kivi(3, 2),
-    "k2v2": Kivi(2, 2),
+    # K's wide channels carry the attention: the same bits in unequal shares lose far less.
+    "k3v2": Kivi((4, 2), 2),
+    "k2v2": Kivi((3, 1), 2),
+    "vidkv": VidKV(),
+    "gear": Gear(),
     "video": Video(),
 }
 

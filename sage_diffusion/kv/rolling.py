@@ -123,6 +123,14 @@ class RollingBody(Body):
         for body in self._bodies:
             body.to(device)
 
+    def park(self, device: torch.device | str, level: int) -> None:
+        for body in self._bodies:
+            body.park(device, level)
+
+    def unpark(self, device: torch.device | str) -> None:
+        for body in self._bodies:
+            body.unpark(device)
+
     def parts(self) -> Counter[str]:
         return sum((body.parts() for body in self._bodies), Counter())
 

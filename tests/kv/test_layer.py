@@ -164,6 +164,73 @@ def test_heavy_hitters_are_found_while_decoding_too():
     assert (layer.read()[0][:, :, 250] - k[:, :, 250]).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("level", [0, 6])
+def test_a_parked_layer_comes_back_bit_for_bit(level):
+    layer, k, v = filled(Attended(2, 2, form="fp8"), tokens=400)
+    layer.observe(torch.randn(2, 4, 8, 32), 0.2)
+    layer.append(k, v)
+    layer.settle()
+    want = [x.clone() for x in layer.read()]
+    before = layer.nbytes
+    assert layer.heavy
+    layer.park("cpu", level)
+    assert layer.parked
+    if level:
+        assert layer.nbytes < before
+    with pytest.raises(RuntimeError, match="layer 0 is parked: unpark it"):
+        layer.append(k, v)
+    if level:
+        with pytest.raises(RuntimeError, match="must be unparked before it is used"):
+            layer.read()
+    layer.unpark()
+    assert all(torch.equal(a, b) for a, b in zip(layer.read(), want, strict=True))
+    layer.append(k[:, :, :50], v[:, :, :50])
+    assert layer.tokens == 850
+    with pytest.raises(ValueError, match="level must be 0 to 9, got 10"):
+        layer.park(level=10)
+
+
+def test_bytes_at_another_length_follow_from_what_is_compressed():
+    layer, _, _ = filled(Kivi(2, 2), tokens=160 + 1024)
+    longer, _, _ = filled(Kivi(2, 2), tokens=160 + 4096)
+    assert layer.bytes_at(160 + 4096) == sum(longer.parts().values())
+    short, _, _ = filled(Kivi(2, 2), tokens=100)
+    assert short.bytes_at(150) == 150 * 2 * 2 * 2 * 32 * 4
+    with pytest.raises(ValueError, match="nothing is yet: layer 0 holds 100 tokens"):
+        short.bytes_at(4096)
+
+
+def test_k_before_rope_is_rotated_by_each_tokens_position():
+    class Shift:
+        def rotate(self, x, positions, inverse=False):
+            return x.float() + (-1 if inverse else 1) * positions[:, None, :, None]
+
+    seen = []
+
+    class Spy(Lossless):
+        pre_rope, exact = True, False
+
+        def body(self, place):
+            body = super().body(place)
+            append = body.append
+            body.append = lambda k, v: (seen.append(k), append(k, v))
+            return body
+
+    k, v = past(300)
+    positions = torch.stack((torch.arange(300), torch.arange(300) - 70)).clamp(min=0)  # left pad
+    layer = Layer(Spy(), window=40, rope=Shift())
+    layer.append(k + positions[:, None, :, None], v, positions)
+    layer.settle()
+    want = k[:, :, 32 : 32 + layer.compressed]
+    torch.testing.assert_close(torch.cat(seen, 2), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(layer.read()[0], k + positions[:, None, :, None], atol=1e-4, rtol=0)
+    layer.select(torch.tensor([1]))
+    want = (k + positions[:, None, :, None])[1:]
+    torch.testing.assert_close(layer.read()[0], want, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="compresses K before RoPE, and how layer 0 rotates"):
+        Layer(Spy())
+
+
 def test_lossless_is_bit_exact():
     layer, k, v = filled(Lossless())
     assert layer.compressed == 140

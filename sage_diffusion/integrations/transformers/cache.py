@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -17,12 +19,20 @@ from transformers.cache_utils import (
 )
 
 from sage_diffusion.integrations.transformers.lazy import LazyPast
+from sage_diffusion.integrations.transformers.rope import model_rope
+from sage_diffusion.kv import report as _report
+from sage_diffusion.kv.kept import QUERIES
 from sage_diffusion.kv.layer import Layer
 from sage_diffusion.kv.method import Method
 from sage_diffusion.kv.presets import method as by_name
+from sage_diffusion.kv.report import Report
+from sage_diffusion.kv.scratch import Scratch
 
 #: Layers whose past is kept whole, and can be compressed.
 _FULL = "full_attention"
+
+#: Query rows of a KV head up to which attention reads codes tile by tile; more share the scratch.
+_FEW = 32
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -32,9 +42,9 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, scratch: Scratch):
         super().__init__()
-        self.past = layer
+        self.past, self._scratch = layer, scratch
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -47,16 +57,37 @@ class CompressedLayer(CacheLayerMixin):
         first = self.past.tokens == 0
         positions = (kwargs.get("kwargs") or {}).get("position_ids")
         self.past.append(key_states, value_states, positions)
-        if first:
+        method = self.past.method
+        if first and not method.heavy:
             return key_states, value_states
-        if self.past.method.exact:
+        if method.exact:
             return self.past.read()
         tokens = self.past.tokens
         k, v = (
-            LazyPast(self.past, side, (*x.shape[:2], tokens, x.shape[3]), x)
+            LazyPast(self, side, (*x.shape[:2], tokens, x.shape[3]), x)
             for side, x in enumerate((key_states, value_states))
         )
         return k, v
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All K and V, in the scratch that all layers share: until the next layer asks."""
+        return self._scratch.fill(self.past)
+
+    def attend(self, q: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention of ``q [B, Hq, L, D]`` as ``scaled_dot_product_attention`` computes it."""
+        kv_heads = self.past.heads
+        few = q.shape[1] // kv_heads * q.shape[2] <= _FEW
+        if few and not causal and self.past.compressed:
+            self._scratch.clear()
+            return self.past.attend(q, scale, mask)
+        k, v = self.read()
+        out = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != kv_heads
+        )
+        if causal:
+            mask = _last_rows(q.shape[2], k.shape[2], q.device)
+        self.past.observe(q, scale, mask)
+        return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.past.tokens + query_length, 0
@@ -88,21 +119,39 @@ class CompressedLayer(CacheLayerMixin):
             self.past.select(torch.arange(self.past.batch).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        self.past.to("cpu")
+        if not self.past.parked:
+            self.past.park("cpu")
+
+    def prefetch(self) -> None:
+        self.past.unpark()
+
+
+def _last_rows(rows: int, tokens: int, device: torch.device) -> Tensor:
+    """A causal mask's last rows, as many as observing looks at; ``[1, 1, n, T]``."""
+    row = torch.arange(max(rows - QUERIES, 0), rows, device=device)[:, None]
+    return (torch.arange(tokens, device=device) <= row)[None, None]
 
 
 class KVCache(Cache):
     """A cache whose layers of full attention are compressed; the others are transformers' own.
 
+    The tokens of one call see each other and the window exactly; a layer compresses what has left
+    its window when the next layer is called, so that never more than one holds a long prompt.
+
     Attributes:
+        preset: name of the method.
         compressed: numbers of the layers that are compressed.
         left: number -> type of those that are left alone.
+        peak_bytes: most that the compressed layers and their scratch had allocated at once.
     """
 
-    def __init__(self, layers: list[Any], kinds: list[str]):
+    def __init__(self, layers: list[Any], kinds: list[str], preset: str, scratch: Scratch):
         super().__init__(layers=layers)
+        self.preset, self.peak_bytes = preset, 0
         self.compressed = tuple(i for i, x in enumerate(layers) if isinstance(x, CompressedLayer))
         self.left = {i: kinds[i] for i in range(len(layers)) if i not in self.compressed}
+        self._scratch, self._open = scratch, -1
+        self._bytes = dict.fromkeys(self.compressed, 0)
 
     @classmethod
     def for_model(
@@ -121,35 +170,114 @@ class KVCache(Cache):
             sink, window: first and last tokens that stay exact.
 
         Raises:
-            ValueError: no layer can be compressed, or the preset is not known.
+            ValueError: no layer can be compressed, the preset is not known, or the method wants K
+                before RoPE of a model whose RoPE is not known.
         """
         method = by_name(preset)
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         kinds, arguments = get_layer_types_and_kwargs(config)
-        shared: dict[Any, Any] = {}
-        layers: list[Any] = []
-        for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
-            if kind == _FULL:
-                layer = Layer(method, sink, window, i, calibration=calibration, shared=shared)
-                layers.append(CompressedLayer(layer))
-            else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**given))
         if _FULL not in kinds:
             found = ", ".join(sorted(set(kinds)))
             raise ValueError(
                 f"a layer must be of {_FULL} to be compressed, {type(model).__name__} has {found}"
             )
-        return cls(layers, kinds)
+        scratch, shared = Scratch(), dict[Any, Any]()
+        rope = model_rope(model) if method.pre_rope else None
+        layers: list[Any] = []
+        for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
+            if kind == _FULL:
+                layer = Layer(
+                    method, sink, window, i, rope=rope, calibration=calibration, shared=shared
+                )
+                layers.append(CompressedLayer(layer, scratch))
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**given))
+        name = preset if isinstance(preset, str) else repr(preset)
+        return cls(layers, kinds, name, scratch)
 
     @property
     def pasts(self) -> dict[int, Layer]:
         """Of the compressed layers, by their number."""
         return {i: x.past for i, x in enumerate(self.layers) if isinstance(x, CompressedLayer)}
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As every cache's; the layer before compresses what has left its window."""
+        if self._open not in (-1, layer_idx):
+            self._close()
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self._bytes:
+            self._open = layer_idx
+            self._count(layer_idx)
+        return given
+
+    def _close(self) -> None:
+        if self._open != -1:
+            self.layers[self._open].past.settle()  # type: ignore[union-attr]
+            self._count(self._open)
+            self._open = -1
+
+    def _count(self, layer: int) -> None:
+        self._bytes[layer] = self.layers[layer].past.nbytes  # type: ignore[union-attr]
+        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self._scratch.nbytes)
+
+    def reset(self) -> None:
+        """Forget every token, and the peak."""
+        super().reset()
+        self._open, self.peak_bytes = -1, 0
+        self._bytes = dict.fromkeys(self.compressed, 0)
+        self._scratch.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes that the compressed layers have allocated."""
+        self._close()
         return sum(past.nbytes for past in self.pasts.values())
+
+    def bits(self, tokens: int | None = None) -> float:
+        """All-in bits of an element of K or V: codes, steps, bases, sink, window and all else.
+
+        Args:
+            tokens: in the cache; None: those that are. Another number is extrapolated from what
+                the bodies take now.
+
+        Raises:
+            ValueError: the cache is empty, or nothing is compressed yet that would be.
+        """
+        self._close()
+        pasts = list(self.pasts.values())
+        return self.report().bits if tokens is None else _report.bits(pasts, tokens)
+
+    def report(self) -> Report:
+        """What the cache takes, measured.
+
+        Raises:
+            ValueError: the cache is empty.
+        """
+        self._close()
+        left = Counter(self.left.values())
+        return _report.measure(self.preset, list(self.pasts.values()), left, self.peak_bytes)
+
+    def park(self, device: torch.device | str = "cpu", level: int = 0) -> None:
+        """Lay the compressed layers aside until :meth:`unpark`.
+
+        Args:
+            device: where to.
+            level: of zlib's deflate, 1 to 9, into the host's memory; 0: as they are.
+
+        Raises:
+            RuntimeError: they are parked already.
+        """
+        self._close()
+        self._scratch.clear()
+        for past in self.pasts.values():
+            past.park(device, level)
+
+    def unpark(self) -> None:
+        """Bring them back, bit for bit."""
+        for past in self.pasts.values():
+            past.unpark()
 
 
 class Compressing:

@@ -32,7 +32,7 @@ class LazyPast(Tensor):
     is followed without reading.
 
     Attributes:
-        past: of the layer.
+        past: of the layer: has ``read()`` and ``attend(q, scale, mask, causal)``.
         side: 0 for K, 1 for V.
         groups: how often each head is repeated.
         state: None, or "indexed" / "expanded" inside ``repeat_kv``.
@@ -128,7 +128,7 @@ def _attention(
         return None
     if key.past is not value.past or (key.side, value.side) != (0, 1) or query.ndim != 4:
         return None
-    if key.state or value.state or key.groups != value.groups or dropout_p or is_causal:
+    if key.state or value.state or key.groups != value.groups or dropout_p:
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return key.past.attend(query, scale, attn_mask)
+    return key.past.attend(query, scale, attn_mask, is_causal)

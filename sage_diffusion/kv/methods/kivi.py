@@ -12,18 +12,22 @@ from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.method import TILE, Body, Method, Place, Rotate
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.parts import Part
+from sage_diffusion.kv.split import SplitSide
 
 
 class PackedBody(Body):
-    """K and V as two packed sides.
+    """K and V as two packed sides; with ``widths``, shares of K's channels have these.
 
     Without a kernel, attention to K in channel groups and V in token groups multiplies codes as
     they are: steps go into the queries and the weights.
     """
 
-    def __init__(self, place: Place, k: Grouping, v: Grouping):
+    def __init__(self, place: Place, k: Grouping, v: Grouping, widths: tuple[Width, ...] = ()):
         super().__init__(place)
-        self.k, self.v = PackedSide(k, place.head_dim), PackedSide(v, place.value_dim)
+        self.k: PackedSide | SplitSide = (
+            SplitSide(k, widths, place.head_dim) if widths else PackedSide(k, place.head_dim)
+        )
+        self.v = PackedSide(v, place.value_dim)
         self.unit = max(k.unit, v.unit)
         if self.unit % k.unit or self.unit % v.unit:
             raise ValueError(f"groups of {k.unit} and {v.unit} tokens must divide one another")
@@ -32,6 +36,8 @@ class PackedBody(Body):
 
     def append(self, k: Tensor, v: Tensor) -> None:
         self.k.append(k)
+        if isinstance(self.k, SplitSide) and self.k.order is not None:
+            self.constants["k.order"] = self.k.order
         self.v.append(v)
         self.tokens += k.shape[2]
 
@@ -70,20 +76,23 @@ class Kivi(Method):
     """Uniform codes, K per channel over ``group`` tokens and V per token over ``group`` channels.
 
     Attributes:
-        k_bits, v_bits: 8, 4, 3, 2, "ternary" or 1.
+        k_bits, v_bits: 8, 4, 3, 2, "ternary" or 1; several for K: of equal shares of a head's
+            channels, from those of the largest range down.
         group: elements that share a step and a zero.
         form: of steps and zeros, "fp16" or "fp8".
         pre_rope: whether K is compressed as it was before RoPE, where its channels keep to
             themselves.
     """
 
-    k_bits: Width = 2
+    k_bits: Width | tuple[Width, ...] = 2
     v_bits: Width = 2
     group: int = 32
     form: Form = "fp16"
     pre_rope: bool = False
 
     def body(self, place: Place) -> PackedBody:
-        k = Grouping(self.k_bits, "channel", self.group, self.form)
+        widths = self.k_bits if isinstance(self.k_bits, tuple) else ()
+        k_bits = widths[0] if isinstance(self.k_bits, tuple) else self.k_bits
+        k = Grouping(k_bits, "channel", self.group, self.form)
         v = Grouping(self.v_bits, "token", self.group, self.form)
-        return PackedBody(place, k, v)
+        return PackedBody(place, k, v, widths)
