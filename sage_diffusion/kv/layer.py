@@ -72,7 +72,7 @@ class Layer:
     @property
     def heads(self) -> int:
         """Of K and V."""
-        return self._filled().place.heads
+        return self.filled().place.heads
 
     @property
     def compressed(self) -> int:
@@ -213,7 +213,8 @@ class Layer:
         """Tokens of the body that are kept exact, as they were not finite or beyond FP16."""
         return len(self._exact)
 
-    def _kept(self) -> list[Kept]:
+    def kept(self) -> list[Kept]:
+        """Better copies of some tokens of the body."""
         return [x for x in (self._heavy, self._exact) if x is not None and len(x)]
 
     def _rotated(self, k: Tensor, start: int, inverse: bool = False) -> Tensor:
@@ -242,7 +243,7 @@ class Layer:
         k, v = self.body.read(start, stop)
         if self.method.pre_rope:
             k = self._rotated(k, start)
-        for kept in self._kept():
+        for kept in self.kept():
             k, v = kept.overlay(k, v, start)
         return k, v
 
@@ -282,7 +283,7 @@ class Layer:
     def _attend_body(self, q: Tensor, scale: float, mask: Tensor | None) -> list[Part]:
         assert self.body is not None
         found = []
-        kept = self._kept()
+        kept = self.kept()
         if kept:
             shape = (self.batch, self.compressed + 1)
             hidden = torch.zeros(shape, dtype=torch.bool, device=q.device)
@@ -351,7 +352,7 @@ class Layer:
             dtype = self.body.place.dtype
             self._tail = k.to(dtype, copy=True), v.to(dtype, copy=True)
         self.body.crop(whole)
-        for kept in self._kept():
+        for kept in self.kept():
             kept.crop(whole)
 
     def select(self, index: Tensor) -> None:
@@ -405,42 +406,12 @@ class Layer:
         body = 0 if self.body is None else self.body.nbytes
         return tail + body + sum(store.nbytes for store in self._stores())
 
-    def elements(self, tokens: int) -> int:
-        """Numbers that ``tokens`` tokens of K and V are."""
-        place = self._filled().place
-        return self.batch * tokens * place.heads * (place.head_dim + place.value_dim)
-
-    def exact_bytes(self, tokens: int) -> int:
-        """Bytes of these as they come."""
-        return self.elements(tokens) * self._filled().place.dtype.itemsize
-
-    @property
-    def body_bytes(self) -> int:
-        """Bytes of the body that grow with its tokens, better copies included."""
-        body = self._filled()
-        grown = sum(size for name, size in body.parts().items() if name not in body.constants)
-        return grown + sum(s.used for kept in self._kept() for s in kept.stores.values())
-
-    def bytes_at(self, tokens: int) -> float:
-        """Bytes if ``tokens`` were held, from what the body takes now.
+    def filled(self) -> Body:
+        """The body.
 
         Raises:
-            ValueError: some would be compressed and nothing is yet.
+            ValueError: no tokens came yet.
         """
-        body = self._filled()
-        over = max(tokens - self.sink - self.window, 0) // body.unit * body.unit
-        constant = sum(x.numel() * x.element_size() for x in body.constants.values())
-        if not over:
-            return constant + self.exact_bytes(tokens)
-        if not self.compressed:
-            raise ValueError(
-                f"bits at {tokens} tokens follow from what is compressed, and nothing is yet: "
-                f"layer {self.number} holds {self.tokens} tokens"
-            )
-        rate = self.body_bytes / self.compressed
-        return constant + rate * over + self.exact_bytes(tokens - over)
-
-    def _filled(self) -> Body:
         if self.body is None:
             raise ValueError(f"layer {self.number} has no tokens yet")
         return self.body
@@ -474,7 +445,7 @@ class Layer:
         """Bring everything back, bit for bit."""
         if self._home is None:
             return
-        body = self._filled()
+        body = self.filled()
         for store in (*self._stores(), *self._laid):
             store.unpark(self._home)
         body.unpark(self._home)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sage_diffusion.kernels.kv.layout import Width, bits, pack_checked, unpack
 from sage_diffusion.kernels.kv.quantize import Axis, Form, decode, quantize
+from sage_diffusion.kernels.kv.sides import Side
 from sage_diffusion.kv.columns import Columns
 from sage_diffusion.kv.store import Store
 
@@ -74,6 +75,20 @@ class PackedSide:
         zeros = self.stores["zeros"]
         zero = zeros.read(first, last) if zeros.length else None
         return decode(self.stores["steps"].read(first, last), zero, self.grouping.width)
+
+    def side(self) -> Side:
+        """As the kernels take it; views of what is there."""
+        g, zeros = self.grouping, self.stores["zeros"]
+        return Side(
+            self.stores["codes"].read(),
+            self.stores["steps"].read(),
+            zeros.read() if zeros.length else None,
+            g.width,
+            g.axis,
+            g.size,
+            self.dim,
+            self.tokens,
+        )
 
     def read(self, start: int, stop: int) -> Tensor:
         """Tokens ``start`` to ``stop`` as float32 ``[B, H, n, D]``."""

@@ -14,8 +14,8 @@ PRESETS: dict[str, Method] = {
     "lossless": Lossless(),
     "k8v8": Kivi(8, 8),
     "k4v4": Kivi(4, 4),
-    # K's wide channels carry the attention: the same bits in unequal shares lose far less.
-    "k3v2": Kivi((4, 2), 2),
+    "k3v2": Kivi(3, 2),
+    # K's wide channels carry the attention: at 2 bits unequal shares lose far less.
     "k2v2": Kivi((3, 1), 2),
     "vidkv": VidKV(),
     "gear": Gear(),

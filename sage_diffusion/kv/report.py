@@ -70,13 +70,78 @@ class Report:
         return "\n".join(lines)
 
 
+def elements(layer: Layer, tokens: int) -> int:
+    """Numbers that ``tokens`` tokens of K and V are."""
+    place = layer.filled().place
+    return layer.batch * tokens * place.heads * (place.head_dim + place.value_dim)
+
+
+def exact_bytes(layer: Layer, tokens: int) -> int:
+    """Bytes of these as they come."""
+    return elements(layer, tokens) * layer.filled().place.dtype.itemsize
+
+
+def body_bytes(layer: Layer) -> int:
+    """Bytes of a body that grow with its tokens, better copies included."""
+    body = layer.filled()
+    grown = sum(size for name, size in body.parts().items() if name not in body.constants)
+    return grown + sum(s.used for kept in layer.kept() for s in kept.stores.values())
+
+
+def constant_bytes(layer: Layer) -> int:
+    """Bytes of a body that do not: bases and the like."""
+    return sum(x.numel() * x.element_size() for x in layer.filled().constants.values())
+
+
+def bytes_at(layer: Layer, tokens: int) -> float:
+    """Bytes if ``tokens`` were held, from what the body takes now.
+
+    Raises:
+        ValueError: some would be compressed and nothing is yet.
+    """
+    over = _leaving(layer, tokens)
+    constant = constant_bytes(layer)
+    if not over:
+        return constant + exact_bytes(layer, tokens)
+    if not layer.compressed:
+        raise ValueError(
+            f"bits at {tokens} tokens follow from what is compressed, and nothing is yet: "
+            f"layer {layer.number} holds {layer.tokens} tokens"
+        )
+    rate = body_bytes(layer) / layer.compressed
+    return constant + rate * over + exact_bytes(layer, tokens - over)
+
+
+def check_constants(layer: Layer, tokens: int) -> None:
+    """Whether constants such as a basis pay at this length.
+
+    Raises:
+        ValueError: they take at least as much as compression saves.
+    """
+    constant, over = constant_bytes(layer), _leaving(layer, tokens)
+    if not constant or not layer.compressed:
+        return
+    saved = exact_bytes(layer, over) - body_bytes(layer) / layer.compressed * over
+    if constant >= saved:
+        raise ValueError(
+            f"the basis of layer {layer.number} must save more than it takes at {tokens} tokens: "
+            f"it takes {constant} bytes, compression saves {max(round(saved), 0)}"
+        )
+
+
+def _leaving(layer: Layer, tokens: int) -> int:
+    """Tokens that would be compressed."""
+    unit = layer.filled().unit
+    return max(tokens - layer.sink - layer.window, 0) // unit * unit
+
+
 def bits(layers: Sequence[Layer], tokens: int) -> float:
     """All-in bits of an element if ``tokens`` were held, from what the bodies take now.
 
     Raises:
         ValueError: some would be compressed and nothing is yet.
     """
-    return 8 * sum(x.bytes_at(tokens) for x in layers) / sum(x.elements(tokens) for x in layers)
+    return 8 * sum(bytes_at(x, tokens) for x in layers) / sum(elements(x, tokens) for x in layers)
 
 
 def measure(
@@ -92,9 +157,9 @@ def measure(
     parts: Counter[str] = Counter()
     for layer in layers:
         parts.update(layer.parts())
-    elements = sum(x.elements(x.tokens) for x in layers)
+    stored = sum(elements(x, x.tokens) for x in layers)
     compressed = sum(x.compressed for x in layers)
-    body = sum(x.elements(x.compressed) for x in layers)
+    body = sum(elements(x, x.compressed) for x in layers)
     return Report(
         preset=preset,
         tokens=layers[0].tokens,
@@ -103,10 +168,10 @@ def measure(
         layers=len(layers),
         left=dict(left),
         nbytes=sum(x.nbytes for x in layers),
-        exact_bytes=sum(x.exact_bytes(x.tokens) for x in layers),
+        exact_bytes=sum(exact_bytes(x, x.tokens) for x in layers),
         peak_bytes=peak_bytes,
-        bits=8 * parts.total() / elements,
-        body_bits=8 * sum(x.body_bytes for x in layers) / body if body else None,
+        bits=8 * parts.total() / stored,
+        body_bits=8 * sum(body_bytes(x) for x in layers) / body if body else None,
         bits_at={n: bits(layers, n) for n in _CONTEXTS} if body else {},
         parts=dict(sorted(parts.items())),
         heavy=sum(x.heavy for x in layers),

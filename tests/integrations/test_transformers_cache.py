@@ -170,6 +170,25 @@ def test_bytes_bits_and_peak_are_measured(llama):
     assert cache.get_seq_length() == 0 and cache.peak_bytes == 0
 
 
+def test_a_basis_that_takes_more_than_it_saves_is_refused_with_both_numbers(llama):
+    class Based(Kivi):
+        def body(self, place):
+            made = super().body(place)
+            made.constants["k.basis"] = torch.zeros(4000)
+            return made
+
+    def run(context):
+        cache = KVCache.for_model(llama, Based(4, 4), sink=8, window=16, context=context)
+        logits(llama, cache, ids(100), [100])
+        return cache
+
+    assert run(None).bits(100) > run(None).bits(4096) and run(4096)
+    with pytest.raises(
+        ValueError, match=r"layer 0 must .* at 60 tokens: it takes 16000 bytes, .* saves 13824"
+    ):
+        run(60)
+
+
 def test_many_rows_share_one_scratch(llama):
     cache = KVCache.for_model(llama, "k4v4", sink=8, window=16)
     logits(llama, cache, ids(200), [150, 50])

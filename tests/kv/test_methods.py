@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sage_diffusion.kernels.kv.quantize import dequantize, quantize
+from sage_diffusion.kv.decode import attend as attend_packed
 from sage_diffusion.kv.method import Place
 from sage_diffusion.kv.methods.gear import Gear
 from sage_diffusion.kv.methods.kivi import Kivi
@@ -47,6 +48,18 @@ def test_more_bits_are_nearer():
         body.append(k, v)
         errors.append(sum((a - b).norm() for a, b in zip(body.read(), (k, v), strict=True)))
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 50
+
+
+def test_the_kernels_sides_are_what_is_read():
+    k, v = past(320)
+    body = Kivi(3, 2).body(PLACE)
+    body.append(k, v)
+    q = torch.randn(2, 4, 2, 64, generator=torch.Generator().manual_seed(9))
+    mask = torch.rand(2, 1, 2, 320, generator=torch.Generator().manual_seed(4)) < 0.7
+    got = attend_packed(q, body.k.side(), body.v.side(), 0.1, mask)
+    want = body.attend(q, 0.1, mask)
+    torch.testing.assert_close(got.out, want.out, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.lse, want.lse, atol=1e-4, rtol=1e-4)
 
 
 def test_wide_channels_have_more_bits():

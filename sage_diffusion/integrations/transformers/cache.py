@@ -145,8 +145,16 @@ class KVCache(Cache):
         peak_bytes: most that the compressed layers and their scratch had allocated at once.
     """
 
-    def __init__(self, layers: list[Any], kinds: list[str], preset: str, scratch: Scratch):
+    def __init__(
+        self,
+        layers: list[Any],
+        kinds: list[str],
+        preset: str,
+        scratch: Scratch,
+        context: int | None = None,
+    ):
         super().__init__(layers=layers)
+        self._context = context
         self.preset, self.peak_bytes = preset, 0
         self.compressed = tuple(i for i, x in enumerate(layers) if isinstance(x, CompressedLayer))
         self.left = {i: kinds[i] for i in range(len(layers)) if i not in self.compressed}
@@ -161,6 +169,7 @@ class KVCache(Cache):
         calibration: Any = None,
         sink: int = 32,
         window: int = 128,
+        context: int | None = None,
     ) -> KVCache:
         """An empty cache for a model of transformers.
 
@@ -168,6 +177,8 @@ class KVCache(Cache):
             preset: a name of :data:`sage_diffusion.kv.PRESETS`, or a method.
             calibration: of this model, where the method needs one.
             sink, window: first and last tokens that stay exact.
+            context: tokens that will be held; a basis that takes more than it saves there is
+                refused with the two numbers, when the first layer has compressed something.
 
         Raises:
             ValueError: no layer can be compressed, the preset is not known, or the method wants K
@@ -193,7 +204,7 @@ class KVCache(Cache):
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**given))
         name = preset if isinstance(preset, str) else repr(preset)
-        return cls(layers, kinds, name, scratch)
+        return cls(layers, kinds, name, scratch, context)
 
     @property
     def pasts(self) -> dict[int, Layer]:
@@ -214,7 +225,10 @@ class KVCache(Cache):
 
     def _close(self) -> None:
         if self._open != -1:
-            self.layers[self._open].past.settle()  # type: ignore[union-attr]
+            past = self.pasts[self._open]
+            past.settle()
+            if self._context is not None:
+                _report.check_constants(past, self._context)
             self._count(self._open)
             self._open = -1
 

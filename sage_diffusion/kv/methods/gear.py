@@ -24,7 +24,7 @@ class _Piece(NamedTuple):
     left: int
     right: int
     outliers: int
-    count: int
+    each: int
 
 
 class _Side:
@@ -99,11 +99,11 @@ class _Side:
 
     def _put_outliers(self, piece: _Piece, part: Tensor, first: int) -> None:
         """Write the outliers of a piece into ``part``, its tokens from ``first`` on."""
-        if not piece.count:
+        if not piece.each:
             return
-        at = piece.outliers, piece.outliers + piece.count * self._row_count(piece)
+        at = piece.outliers, piece.outliers + piece.each * self._row_count(piece)
         values, index = (
-            self.stores[name].read(*at).unflatten(1, (-1, piece.count))
+            self.stores[name].read(*at).unflatten(1, (-1, piece.each))
             for name in ("outliers", "outliers.index")
         )
         rows, offset = self._rows(part), first - piece.start
@@ -131,7 +131,7 @@ class _Side:
             rank = self.method.prompt_rank if piece.kind == "prompt" else self.method.rank
             ends[f"{piece.kind}.left"] = piece.left + piece.stop - piece.start
             ends[f"{piece.kind}.right"] = piece.right + rank
-            end = piece.outliers + piece.count * self._row_count(piece)
+            end = piece.outliers + piece.each * self._row_count(piece)
             ends["outliers"] = ends["outliers.index"] = end
         for name, end in ends.items():
             self.stores[name].cut(end)

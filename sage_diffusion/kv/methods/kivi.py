@@ -9,6 +9,8 @@ from torch import Tensor
 from sage_diffusion.kernels.kv.layout import Width
 from sage_diffusion.kernels.kv.quantize import Form
 from sage_diffusion.kv import parts as _parts
+from sage_diffusion.kv.decode import attend as attend_packed
+from sage_diffusion.kv.decode import choose
 from sage_diffusion.kv.method import TILE, Body, Method, Place, Rotate
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.parts import Part
@@ -18,8 +20,8 @@ from sage_diffusion.kv.split import SplitSide
 class PackedBody(Body):
     """K and V as two packed sides; with ``widths``, shares of K's channels have these.
 
-    Without a kernel, attention to K in channel groups and V in token groups multiplies codes as
-    they are: steps go into the queries and the weights.
+    On a GPU the decode kernel attends to them.  Elsewhere attention to K in channel groups and V in
+    token groups multiplies codes as they are: steps go into the queries and the weights.
     """
 
     def __init__(self, place: Place, k: Grouping, v: Grouping, widths: tuple[Width, ...] = ()):
@@ -56,6 +58,10 @@ class PackedBody(Body):
         axes = self.k.grouping.axis, self.v.grouping.axis
         if rotate is not None or axes != ("channel", "token"):
             return super().attend(q, scale, mask, rotate)
+        if q.device.type != "cpu" and isinstance(self.k, PackedSide):
+            k, v = self.k.side(), self.v.side()
+            if choose(q, k, v) != "torch":
+                return attend_packed(q, k, v, scale, mask)
         rows = _parts.grouped(q, self.place.heads) * scale
         found = []
         step = TILE // self.unit * self.unit or self.unit
