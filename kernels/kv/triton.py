@@ -21,7 +21,7 @@ from .tuning import splits, tiles
 _LOG2E = tl.constexpr(LOG2E)
 
 #: Tokens of a program of packing or unpacking, and of a tile of decoding.
-_ROWS, _TILE = 16, 64
+_ROWS, _TILE = 16, 32
 
 
 @triton.jit

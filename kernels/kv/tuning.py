@@ -41,8 +41,8 @@ def launch(dim: int, k: Width, v: Width, rows: int, group: int, gains: int = 1) 
     A lane has ``tile * D * bits / 1024`` words of K and of V in registers, and
     ``tile * rows / 32`` scores; ``gains`` are the steps of a token of V.
     """
-    block = 8 if rows <= 8 else 16
-    tile = 128 if gains == 1 else 64
+    block = 8 if rows <= 8 or dim > 128 else 16  # a warp sums all channels of all rows
+    tile = 128 if gains == 1 else 8192 // max(dim, 128)
     wide = max(bits(k), bits(v))
     while tile > 16 and (tile * dim * wide * block > _MOST_BITS or tile >= 2 * group):
         tile //= 2

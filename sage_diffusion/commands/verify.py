@@ -57,7 +57,7 @@ def verify(
     Triton or this package change.  Exit code 1 if any kernel is not right.
     """
     from sage_diffusion.verify import kernels as known
-    from sage_diffusion.verify import places, procedure, record, run, text
+    from sage_diffusion.verify import packed_past, places, procedure, record, run, text
 
     began = time.monotonic()
     if emulate is not None and device is not None:
@@ -75,6 +75,9 @@ def verify(
             found += verdicts
             bar.update(task, description=kernel.name, advance=1)
         found = run.combine(found, chosen)
+        if not spec and not backend:  # all kernels
+            bar.update(task, description="packed past")
+            found += packed_past.verify(place)
         bar.update(task, description="times")
         timed = procedure.times(place, chosen, found) if timing else []
     lines = [*text.verdict_lines(f"{place.name}, {place.arch}", found), *text.time_lines(timed)]
