@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import tuning as cards
 from ..formats import LOG2E
 from ..vq.tuning import processors
 from .layout import BLOCK, Width, bits, planes, row_words
 from .quantize import decode as decode_steps
 from .sides import Side, mask_kind, of_heads
-from .tuning import splits, tiles
+from .tuning import portable_tile, splits, tiles
 
 _LOG2E = tl.constexpr(LOG2E)
 
-#: Tokens of a program of packing or unpacking, and of a tile of decoding.
-_ROWS, _TILE = 16, 32
+#: Tokens of a program of packing or unpacking.
+_ROWS = 16
 
 
 @triton.jit
@@ -274,7 +275,8 @@ def decode(
     rows = q_heads // heads * queries
     block = max(16, min(64, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block)
-    count = tiles(k.tokens, k.group, _TILE)
+    tile = portable_tile(cards.architecture(q.device))
+    count = tiles(k.tokens, k.group, tile)
     split = split or splits(count, batch * heads * blocks, processors(q.device), 1)
     span = triton.cdiv(count, split)
     split = triton.cdiv(count, span)
@@ -323,7 +325,7 @@ def decode(
             V1=v_planes[1],
             K_ROW=-(-dim // BLOCK) * bits(k.width),
             V_ROW=-(-dim // BLOCK) * bits(v.width),
-            TILE=_TILE,
+            TILE=tile,
             GROUP=k.group,
             GAINS=dim // v.group,
             ROWS=block,
@@ -359,7 +361,8 @@ def _merge_kernel(
         p_parts += rows * D
     acc = acc / tl.where(total > 0.0, total, 1.0)
     tl.store(p_out + i_n * D + o_d, acc, mask=o_d < D)
-    tl.store(p_lse + i_n, (base + tl.log2(total)) / _LOG2E)
+    lse = tl.where(total > 0.0, (base + tl.log2(total)) / _LOG2E, float("-inf"))
+    tl.store(p_lse + i_n, lse)
 
 
 def merge(parts: Tensor, parts_lse: Tensor) -> tuple[Tensor, Tensor]:

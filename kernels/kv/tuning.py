@@ -49,6 +49,11 @@ def launch(dim: int, k: Width, v: Width, rows: int, group: int, gains: int = 1) 
     return Launch(tile, block, NUM_WARPS)
 
 
+def portable_tile(arch: str) -> int:
+    """Tokens of a tile of the kernel in Triton; RDNA's operands take twice the registers."""
+    return 16 if arch.startswith("gfx1") else 32
+
+
 def shorter(config: Launch, tokens: int, programs: int, processors: int) -> Launch:
     """With smaller tiles where few tokens would leave most of a card idle."""
     tile = config.tile
