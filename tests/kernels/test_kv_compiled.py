@@ -12,6 +12,7 @@ import targets
 from test_compiled_matrix import read
 
 from sage_diffusion.kernels.kv import gluon, layout, triton, tuning
+from sage_diffusion.kernels.versions import TRITON
 from sage_diffusion.speed.cost_compile import compiling_for
 
 NVIDIA, AMD = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), ("gfx942", "gfx1100", "gfx1201")
@@ -27,6 +28,14 @@ SHAPES = [
     ((4, 8), 256, 8, 256),
     ((2, 3), 128, 16, 32),
 ]
+
+#: Spills that are known, by Triton, then by widths and D.
+SPILLS = {
+    (3, 6): {
+        ((2, 3), 128): ("sm_80", "sm_86", "sm_89", "sm_120"),
+        ((2, 2), 256): ("sm_120",),
+    }
+}
 
 
 def operands(widths, dim, group, v_group):
@@ -55,7 +64,8 @@ def test_gluon(target, shape):
     assert code.matrix == {"HMMA.16816.F32"}
     assert "MOVM.16.MT88" in code.opcodes
     assert code.shared <= targets.SHARED_MEMORY[target]
-    assert code.spills == 0
+    known = SPILLS.get(TRITON, {}).get((widths, dim), ())
+    assert (code.spills > 0) == (target in known), code.spills
 
 
 @pytest.mark.parametrize("target", [*AMD, "sm_89"])
