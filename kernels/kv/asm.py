@@ -4,8 +4,8 @@ Every function is called while compiling, with the names of the registers that o
 each tensor, in layout order, and returns PTX.  Lane ``4 g + t`` of a warp has the row g and the
 columns 2 t and 2 t + 1 of 8 x 8 values (PTX ISA, fragments of ``mma.m16n8k16``).
 
-Half an AND and half an OR make two numbers of two codes: with bits s to s + w - 1 of a half kept
-and the exponent of ``2^(10 - s)`` put over them, the half is ``2^(10 - s) + code``.  The offsets
+One AND with an OR makes two numbers of two codes: with bits s to s + w - 1 of both halves kept and
+the exponent of ``2^(10 - s)`` put over them, each half is ``2^(10 - s) + code``.  The offsets
 are the same for every token, so their products leave the sums by the sum of the other operand.
 """
 

@@ -38,7 +38,8 @@ def attend(
 
     Args:
         q: ``[B, Hq, L, D]``, floating; Hq a multiple of the heads of K and V.
-        k, v: packed sides (:class:`~sage_diffusion.kernels.kv.sides.Side`) of as many tokens.
+        k, v: packed sides (:class:`~sage_diffusion.kernels.kv.sides.Side`) of as many tokens; the
+            Gluon kernel multiplies V's steps by up to 32 in half precision: below 2,047.
         scale: of the scores.
         mask: boolean (true: seen) or additive, broadcastable to ``[B, Hq, L, tokens]``.
         backend: "gluon" (NVIDIA), "triton", "torch", or "auto": the first that can.
