@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sage_diffusion.kv.layer import Layer
 
-_LEAST, _TILES = 128, 32
+_LEAST, _TILES = 64, 32
 
 
 class Scratch:
