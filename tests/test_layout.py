@@ -123,6 +123,17 @@ ALSO_TESTS = {
     "commands/test_cli_kv.py": (
         "sage_diffusion.commands.kv sage_diffusion.integrations.transformers.loading"
     ),
+    "integrations/test_transformers_kv_calibration.py": (
+        "sage_diffusion.integrations.transformers.tap"
+    ),
+    "kv/test_calibrated.py": (
+        "sage_diffusion.kv.calibration sage_diffusion.kv.coefficients sage_diffusion.kv.moments"
+    ),
+    "integrations/test_transformers_kv_evaluate.py": "sage_diffusion.kv.evaluate",
+    "kv/test_other_methods.py": (
+        "sage_diffusion.kv.methods.matryoshka sage_diffusion.kv.methods.prefixkv "
+        "sage_diffusion.kv.methods.xkv"
+    ),
     "kv/test_methods.py": (
         "sage_diffusion.kv.method sage_diffusion.kv.methods.gear sage_diffusion.kv.methods.kivi "
         "sage_diffusion.kv.methods.lossless sage_diffusion.kv.methods.vidkv "

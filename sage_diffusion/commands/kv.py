@@ -55,3 +55,80 @@ def report(
             ids = logits[:, -1:].argmax(-1)
     found = cache.report()
     emit(as_json, found.to_dict(), str(found))
+
+
+Texts = Annotated[list[Path], typer.Option("--text", help="A text; give it again for more.")]
+
+
+@app.command("calibrate")
+def calibrate(
+    model: Model,
+    text: Texts,
+    out: Annotated[Path, typer.Option(help="File of the calibration.")] = Path("kv.safetensors"),
+    draws: Annotated[
+        int, typer.Option(help="Backward passes for each chunk; 0: plain covariance.", min=0)
+    ] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a model's K, V and gradients are like, for the calibrated presets."""
+    from sage_diffusion.integrations.transformers.kv_calibration import Recipe
+    from sage_diffusion.integrations.transformers.kv_calibration import calibrate as measure
+    from sage_diffusion.integrations.transformers.loading import load_model
+
+    with quiet_stdout():
+        loaded, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    texts = [path.read_text(encoding="utf-8") for path in text]
+    made = measure(loaded.float(), texts, tokenizer, recipe=Recipe(draws=draws))
+    made.save(out)
+    document = {"out": str(out), "bytes": out.stat().st_size, "fingerprint": made.fingerprint}
+    about = made.about
+    emit(
+        as_json,
+        document | {"about": about},
+        f"{out}: {document['bytes']} bytes, of {about['tokens']} tokens and "
+        f"{about['gradients']} gradients",
+    )
+
+
+@app.command("bench")
+def bench(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="What is scored; not what was calibrated on.")],
+    preset: Annotated[list[str], typer.Option(help="How to compress; give it again for more.")],
+    calibration: Annotated[
+        Optional[Path], typer.Option(help="Of this model, as `kv calibrate` writes it.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Prefilled, and compressed.", min=256)] = 3584,
+    scored: Annotated[int, typer.Option(help="Tokens after them.", min=1)] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """What presets do to a model's predictions, and the bits that they take."""
+    from dataclasses import asdict
+
+    from sage_diffusion.integrations.transformers.kv_evaluate import judge, passage
+    from sage_diffusion.integrations.transformers.loading import load_model
+    from sage_diffusion.kv.calibration import Calibration
+    from sage_diffusion.kv.presets import method
+
+    methods = {name: method(name) for name in preset}
+    with quiet_stdout():
+        loaded, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    found = None if calibration is None else Calibration.load(calibration)
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    if ids.numel() < tokens + 2:
+        raise CommandError(f"{text} must have more than {tokens + 1} tokens, it has {ids.numel()}")
+    exact = passage(loaded, ids[: tokens + scored + 1], tokens)
+    rows, lines = {}, []
+    for name, made in methods.items():
+        verdict = judge(loaded, exact, made, found, scored=scored)
+        at, bits = verdict.agreement, verdict.bits
+        rows[name] = asdict(at) | {"body_bits": bits.body, "all_in_bits": bits.all_in(tokens)}
+        lines.append(
+            f"{name}: {bits.body:.2f} bits ({bits.all_in(tokens):.2f} all in), KL {at.kl:.5f}, "
+            f"top-1 {at.top1:.3f}, perplexity {at.perplexity:.3f} ({at.exact_perplexity:.3f})"
+        )
+    emit(as_json, {"tokens": tokens, "scored": scored, "presets": rows}, *lines)

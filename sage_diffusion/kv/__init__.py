@@ -18,24 +18,29 @@ _TRANSFORMERS = "sage_diffusion.integrations.transformers.cache"
 _HOMES = {
     "PRESETS": "sage_diffusion.kv.presets",
     "Body": "sage_diffusion.kv.method",
+    "Calibration": "sage_diffusion.kv.calibration",
     "KVCache": _TRANSFORMERS,
     "Layer": "sage_diffusion.kv.layer",
     "Method": "sage_diffusion.kv.method",
     "Place": "sage_diffusion.kv.method",
+    "calibrate": "sage_diffusion.integrations.transformers.kv_calibration",
     "compress": _TRANSFORMERS,
 }
 
 __all__ = [
     "PRESETS",
     "Body",
+    "Calibration",
     "KVCache",
     "Layer",
     "Method",
     "Place",
+    "calibrate",
     "compress",
 ]
 
 if TYPE_CHECKING:
+    from sage_diffusion.kv.calibration import Calibration
     from sage_diffusion.kv.layer import Layer
     from sage_diffusion.kv.method import Body, Method, Place
     from sage_diffusion.kv.presets import PRESETS

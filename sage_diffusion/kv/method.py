@@ -163,12 +163,14 @@ class Method(ABC):
     Attributes:
         pre_rope: whether its bodies want K as it was before RoPE.
         exact: whether :meth:`Body.read` gives back bit for bit what was appended.
+        evicts: whether its bodies lack tokens, so that they can be attended to and not read.
         heavy: share of the older tokens that are kept at 8 bits, those that the newest queries
             attend to most; a subclass may have a field of this name.
     """
 
     pre_rope: bool = False
     exact: bool = False
+    evicts: bool = False
     heavy: float = 0.0
 
     @abstractmethod

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from sage_diffusion.kv.method import Method
+from sage_diffusion.kv.methods.calibrated import Calibrated
 from sage_diffusion.kv.methods.gear import Gear
 from sage_diffusion.kv.methods.kivi import Kivi
 from sage_diffusion.kv.methods.lossless import Lossless
+from sage_diffusion.kv.methods.matryoshka import Matryoshka
+from sage_diffusion.kv.methods.prefixkv import PrefixKV
 from sage_diffusion.kv.methods.video import Video
 from sage_diffusion.kv.methods.vidkv import VidKV
+from sage_diffusion.kv.methods.xkv import XKV
 
 #: The one line that a new preset adds.
 PRESETS: dict[str, Method] = {
@@ -20,6 +24,13 @@ PRESETS: dict[str, Method] = {
     "vidkv": VidKV(),
     "gear": Gear(),
     "video": Video(),
+    "calibrated-3.9": Calibrated(3.4, 4),
+    "calibrated-2.9": Calibrated(2.5, 3),
+    "calibrated-2.25": Calibrated(1.25, 3),
+    "calibrated-1.8": Calibrated(0.95, "ternary", heavy=0.04),
+    "xkv": XKV(),
+    "matryoshka": Matryoshka(0.75),
+    "prefixkv": PrefixKV(0.5),
 }
 
 

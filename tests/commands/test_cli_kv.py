@@ -43,3 +43,46 @@ def test_what_is_not_there_is_said(model, tmp_path, capsys):
     text.write_text("once upon a time")
     assert main(["kv", "report", str(model), "--text", str(text)]) == 1
     assert "must have a tokenizer to read a text" in capsys.readouterr().err
+
+
+class Letters:
+    """A tokenizer that the tiny model is given."""
+
+    def __call__(self, text, **kwargs):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(input_ids=torch.tensor([[ord(letter) % 97 for letter in text]]))
+
+
+@pytest.fixture
+def written(model, tmp_path, monkeypatch):
+    from sage_diffusion.integrations.transformers import loading
+
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda path: (load(path)[0], Letters()))
+    text = tmp_path / "text"
+    text.write_text("".join(chr(32 + i * i % 91) for i in range(900)))
+    return text
+
+
+def test_calibrated_on_one_text_and_judged_on_another(model, written, tmp_path, capsys):
+    out = tmp_path / "kv.safetensors"
+    given = ["kv", "calibrate", str(model), "--text", str(written), "--out", str(out), "--json"]
+    assert main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == out.stat().st_size and found["about"]["tokens"] == 900
+    bench = ["kv", "bench", str(model), "--text", str(written), "--calibration", str(out)]
+    bench += ["--tokens", "512", "--scored", "64", "--preset", "lossless", "--preset", "k4v4"]
+    assert main([*bench, "--preset", "calibrated-2.25", "--json"]) == 1  # heads of 32 channels
+    assert "groups of 64 channels must divide the head's 32" in capsys.readouterr().err
+    assert main([*bench, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["presets"]
+    assert rows["lossless"]["kl"] < 1e-9 < rows["k4v4"]["kl"] and rows["k4v4"]["body_bits"] == 5
+
+
+def test_bench_refuses_what_it_cannot_judge(model, written, capsys):
+    given = ["kv", "bench", str(model), "--text", str(written), "--preset", "k4v4"]
+    assert main(given) == 1
+    assert "must have more than 3585 tokens, it has 900" in capsys.readouterr().err
+    assert main([*given, "--preset", "k5v5"]) == 1
+    assert "preset must be one of" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from transformers.cache_utils import (
 )
 
 from sage_diffusion.integrations.transformers.lazy import LazyPast
-from sage_diffusion.integrations.transformers.rope import model_rope
+from sage_diffusion.integrations.transformers.rope import fingerprint, model_rope
 from sage_diffusion.kv import report as _report
+from sage_diffusion.kv.calibration import Calibration
 from sage_diffusion.kv.kept import QUERIES
 from sage_diffusion.kv.layer import Layer
 from sage_diffusion.kv.method import Method
@@ -76,7 +77,7 @@ class CompressedLayer(CacheLayerMixin):
     def attend(self, q: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
         """Attention of ``q [B, Hq, L, D]`` as ``scaled_dot_product_attention`` computes it."""
         kv_heads = self.past.heads
-        few = q.shape[1] // kv_heads * q.shape[2] <= _FEW
+        few = q.shape[1] // kv_heads * q.shape[2] <= _FEW or self.past.method.evicts
         if few and not causal and self.past.compressed:
             self._scratch.clear()
             return self.past.attend(q, scale, mask)
@@ -194,6 +195,8 @@ class KVCache(Cache):
             )
         scratch, shared = Scratch(), dict[Any, Any]()
         rope = model_rope(model) if method.pre_rope else None
+        if isinstance(calibration, Calibration):
+            calibration.check(fingerprint(model))
         layers: list[Any] = []
         for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
             if kind == _FULL:

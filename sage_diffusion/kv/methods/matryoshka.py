@@ -1,0 +1,92 @@
+"""MatryoshkaKV (Lin et al., 2410.14731): K and V of a head, rotated; first coordinates only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sage_diffusion.kv.allocation import allocate
+from sage_diffusion.kv.calibration import Calibration, CalibrationError
+from sage_diffusion.kv.method import Body, Method, Place
+from sage_diffusion.kv.store import Store
+
+
+@dataclass(frozen=True)
+class Matryoshka(Method):
+    """Orthogonal projections of K (after RoPE) and V, a rank for each layer, head and side.
+
+    The rotations are the calibration's principal components, one for each KV head, so that GQA's
+    saving stays.  Ranks take energy by one level over all layers, heads and sides.
+
+    Attributes:
+        kept: mean share of the channels that are kept.
+        adaptive: ranks by energy; False: the same rank everywhere.
+    """
+
+    kept: float = 0.5
+    adaptive: bool = True
+
+    def body(self, place: Place) -> MatryoshkaBody:
+        if not isinstance(place.calibration, Calibration):
+            raise CalibrationError("matryoshka needs a calibration of the model")
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kept must be above 0 and at most 1, got {self.kept}")
+        return MatryoshkaBody(place, self)
+
+    def ranks(self, calibration: Calibration) -> Tensor:
+        """``[L, 2, H]`` int64."""
+        energy = calibration.tensors["post.energy"].double()
+        layers, sides, heads, dim = energy.shape
+        if not self.adaptive:
+            return torch.full((layers, sides, heads), round(self.kept * dim))
+        energy = energy / energy.sum((2, 3), keepdim=True)  # a side of a layer counts 1
+        left = energy.flip(-1).cumsum(-1).flip(-1)  # what ranks 0 .. D - 1 lose
+        losses = torch.cat([left, torch.zeros_like(left[..., :1])], -1).flatten(0, 2)
+        costs = torch.arange(dim + 1.0)
+        return allocate(losses, costs, self.kept * dim * len(losses)).view(layers, sides, heads)
+
+
+class MatryoshkaBody(Body):
+    """See :class:`Matryoshka`; heads have stores of their own, as their ranks differ."""
+
+    def __init__(self, place: Place, method: Matryoshka):
+        super().__init__(place)
+        calibration: Calibration = place.calibration
+        row = calibration.row(place.layer)
+        self.ranks = method.ranks(calibration)[row]  # [2, H]
+        mean, basis = (calibration.tensors[f"post.{name}"][row] for name in ("mean", "basis"))
+        for side in range(2):
+            for head in range(place.heads):
+                rank, name = int(self.ranks[side, head]), f"{'kv'[side]}{head}"
+                self.stores[f"{name}.coefficients"] = Store(1)
+                self.constants[f"{name}.mean"] = mean[side, head].to(place.device)
+                self.constants[f"{name}.basis"] = basis[side, head, :, :rank].to(place.device)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        for side, x in (("k", k), ("v", v)):
+            for head in range(self.place.heads):
+                name = f"{side}{head}"
+                centred = x[:, head].float() - self.constants[f"{name}.mean"].float()
+                found = centred @ self.constants[f"{name}.basis"].float()
+                self.stores[f"{name}.coefficients"].append(found.to(x.dtype))
+        self.tokens += k.shape[2]
+
+    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        stop = self.tokens if stop is None else stop
+        sides = []
+        for side in "kv":
+            heads = []
+            for head in range(self.place.heads):
+                name = f"{side}{head}"
+                found = self.stores[f"{name}.coefficients"].read(start, stop).float()
+                basis = self.constants[f"{name}.basis"].float()
+                heads.append(found @ basis.T + self.constants[f"{name}.mean"].float())
+            sides.append(torch.stack(heads, 1))
+        return sides[0], sides[1]
+
+    def crop(self, tokens: int) -> None:
+        for store in self.stores.values():
+            store.cut(tokens)
+        self.tokens = tokens

@@ -1,0 +1,117 @@
+"""xKV, MatryoshkaKV and PrefixKV, by the formulas that they publish."""
+
+import pytest
+import torch
+
+from sage_diffusion.kv.calibration import Calibration, CalibrationError
+from sage_diffusion.kv.layer import Layer
+from sage_diffusion.kv.method import Place
+from sage_diffusion.kv.methods.matryoshka import Matryoshka
+from sage_diffusion.kv.methods.prefixkv import PrefixKV
+from sage_diffusion.kv.methods.xkv import XKV
+from sage_diffusion.kv.moments import LayerMoments
+
+CPU = torch.device("cpu")
+
+
+def place(layer=0, calibration=None, shared=None):
+    return Place(
+        layer, 2, 16, 16, torch.float32, CPU, None, calibration, {} if shared is None else shared
+    )
+
+
+def low_rank(tokens, rank, seed=0, batch=2):
+    """Four layers' K in one subspace."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(rank, 4, 32, generator=g)
+    z = torch.randn(batch, tokens, rank, generator=torch.Generator().manual_seed(seed))
+    x = torch.einsum("btr,rld->lbtd", z, mix)
+    return x.unflatten(3, (2, 16)).transpose(2, 3)  # [layer, B, H, T, D]
+
+
+@pytest.fixture
+def group():
+    shared = {}
+    return [XKV(k_rank=0.125, v_rank=0.25, unit=8).body(place(i, None, shared)) for i in range(4)]
+
+
+def test_xkv_shares_coefficients_and_really_stores_factors(group):
+    k = low_rank(40, 16)
+    for body, x in zip(group, k, strict=True):
+        body.append(x, x)
+    for body, x in zip(group, k, strict=True):
+        for got in body.read():
+            torch.testing.assert_close(got, x, atol=1e-3, rtol=1e-3)
+    stored = sum(n for body in group for name, n in body.parts().items() if "factors" in name)
+    assert stored == 2 * 40 * (16 + 32) * 4  # one copy for four layers, ranks of 1/8 and 1/4
+    assert all(body.parts()["k.waiting"] == 0 for body in group)
+
+
+def test_xkv_is_exact_until_its_group_is_whole_and_projects_what_comes_later(group):
+    k, later = low_rank(16, 16), low_rank(8, 16, seed=5)
+    for i, body in enumerate(group):
+        body.append(k[i], k[i])
+        if i < 3:
+            assert torch.equal(body.read()[0], k[i])
+    group[0].append(later[0], later[0])
+    assert torch.equal(group[0].read(16, 24)[0], later[0])
+    for body, x in zip(group[1:], later[1:], strict=True):
+        body.append(x, x)
+    torch.testing.assert_close(group[0].read(12, 24)[0][:, :, 4:], later[0], atol=1e-3, rtol=1e-3)
+
+
+def calibration():
+    parts = []
+    for layer in range(2):
+        moments = LayerMoments()
+        k = low_rank(256, 6, seed=layer, batch=1)[layer, 0]
+        v = low_rank(256, 20, seed=layer, batch=1)[layer, 0]
+        moments.k.append(k.transpose(0, 1).flatten(1).half())
+        moments.add_sides(k, v)
+        received = torch.ones(100) if layer else torch.ones(100).cumsum(0) ** 8
+        moments.received.append(received)
+        parts.append(moments.tensors(2))
+    tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return Calibration("abc", (0, 1), tensors | {"heavy": torch.ones(2, 2)})
+
+
+def test_matryoshka_gives_ranks_to_those_that_need_them():
+    made = calibration()
+    ranks = Matryoshka(0.5).ranks(made)
+    assert ranks.sum() <= 0.5 * 16 * ranks.numel() and ranks[:, 1].sum() > ranks[:, 0].sum()
+    assert (Matryoshka(0.5, adaptive=False).ranks(made) == 8).all()
+    body = Matryoshka(0.75).body(place(0, made))
+    k = low_rank(64, 6, seed=9)[0]
+    body.append(k, k)
+    torch.testing.assert_close(body.read()[0], k, atol=0.15, rtol=0.05)  # K has rank 6
+    torch.testing.assert_close(body.read(5, 9)[0], body.read()[0][:, :, 5:9])
+    with pytest.raises(CalibrationError):
+        Matryoshka().body(place())
+
+
+def test_prefixkv_keeps_what_the_newest_queries_look_at():
+    layer = Layer(PrefixKV(0.25), sink=4, window=8)
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 112, 16, generator=g) for _ in "kv")
+    q = k[:, :, [20, 50]] * 4  # looks at these two
+    layer.append(k, v)
+    layer.observe(q, 0.25)
+    layer.settle()
+    assert layer.compressed == 100 and layer.tokens == 112
+    kept = layer.body.stores["index"].read()[0]
+    assert kept.numel() == 25 and {16, 46} <= set(kept.tolist())
+    mask = torch.zeros(112, dtype=torch.bool)
+    mask[[*range(4), *(kept + 4).tolist(), *range(104, 112)]] = True
+    got = layer.attend(q, 0.25)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[None], scale=0.25)
+    torch.testing.assert_close(got, want)
+    layer.crop(60)
+    assert layer.tokens == 60 and (layer.body.stores["index"].read() < 56).all()
+    with pytest.raises(ValueError, match="evicted tokens"):
+        layer.read()
+
+
+def test_prefixkv_gives_flat_layers_more_tokens():
+    made = calibration()
+    peaked, flat = (PrefixKV(0.4).body(place(i, made)).share for i in range(2))
+    assert peaked < 0.4 < flat and (peaked + flat) / 2 == pytest.approx(0.4, abs=0.01)
