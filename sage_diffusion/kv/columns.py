@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,25 @@ class Columns:
     def split(self, words: Tensor) -> Tensor:
         """Codes uint8 ``[.., C]`` of words int32 ``[.., W]``."""
         return _split(words, self.width)
+
+    def floats(self, words: Tensor, room: dict[Any, Any]) -> Tensor:
+        """:meth:`split` as float32, in memory that the next call with this ``room`` writes anew.
+
+        Memory that is mapped and given back for each tile costs as much as all arithmetic.
+        """
+        shape = (*words.shape[:-1], len(self.channel))
+        size, key = math.prod(shape), ("kv.columns", words.device)
+        if key not in room or room[key].numel() < size:
+            room[key] = torch.empty(size, device=words.device)
+        out: Tensor = room[key][:size].view(shape)
+        p = bits(self.width)
+        if len(planes(self.width)) > 1 or p == 8:
+            return out.copy_(self.split(words))
+        octets = words.contiguous().view(torch.uint8)
+        for part, shift in zip(out.chunk(8 // p, -1), range(0, 8, p), strict=True):
+            shifted = octets >> shift if shift else octets
+            part.copy_(shifted if shift == 8 - p else shifted & ((1 << p) - 1))
+        return out
 
     def spread(self, x: Tensor) -> Tensor:
         """``[.., D]`` in the order of columns ``[.., C]``, zero at padding."""

@@ -53,7 +53,7 @@ class Layer:
             )
         self.method, self.sink, self.window, self.number = method, sink, window, number
         self._rope, self._calibration = rope, calibration
-        self._shared = {} if shared is None else shared
+        self.shared = {} if shared is None else shared
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +124,7 @@ class Layer:
             k.device,
             self._rope,
             self._calibration,
-            self._shared,
+            self.shared,
         )
 
     def _check(self, k: Tensor, v: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +51,14 @@ class PackedSide:
         stores: ``codes`` words, ``steps`` and ``zeros``; the last is empty where zeros follow from
             the steps.
         dim: channels.
+
+    Args:
+        room: where memory that is needed for a moment is shared, e.g. by all layers of a cache.
     """
 
-    def __init__(self, grouping: Grouping, dim: int):
+    def __init__(self, grouping: Grouping, dim: int, room: dict[Any, Any] | None = None):
         grouping.check(dim)
+        self._room = {} if room is None else room
         self.grouping, self.dim, self.tokens = grouping, dim, 0
         self.stores = {"codes": Store(), "steps": Store(), "zeros": Store()}
         self._columns = Columns.of(grouping.width, dim)
@@ -110,13 +115,14 @@ class PackedSide:
         The steps go into q, so that a code is only made a float; ``start`` begins a group.
         """
         g, n = self.grouping, stop - start
-        codes = self._columns.split(self.stores["codes"].read(start, stop))
+        codes = self._columns.floats(self.stores["codes"].read(start, stop), self._room)
         step, zero = self._scales(start, stop)  # [B, H, G, D]
         bias = q @ zero.transpose(2, 3)  # [B, H, R, G]
-        scaled = self._columns.spread(q[:, :, None] * step[:, :, :, None])  # [B, H, G, R, C]
+        rows, steps = self._columns.spread(q), self._columns.spread(step)
+        scaled = rows[:, :, None] * steps[:, :, :, None]  # [B, H, G, R, C]
         if n % g.size:  # a group that is not read to its end
             codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % g.size))
-        grouped = codes.float().unflatten(2, (-1, g.size)).transpose(3, 4)
+        grouped = codes.unflatten(2, (-1, g.size)).transpose(3, 4)
         found = torch.matmul(scaled, grouped) + bias.transpose(2, 3)[..., None]
         return found.transpose(2, 3).flatten(3)[..., :n]
 
@@ -126,8 +132,9 @@ class PackedSide:
         Each group of channels has its own steps, which go into p; of each product with all codes
         the channels of its group are kept.
         """
-        codes = self._columns.split(self.stores["codes"].read(start, stop)).float()
-        step, zero = (x.transpose(2, 3) for x in self._scales(start, stop))  # [B, H, G, n]
+        codes = self._columns.floats(self.stores["codes"].read(start, stop), self._room)
+        scales = self._scales(start, stop)
+        step, zero = (x.transpose(2, 3).contiguous() for x in scales)  # [B, H, G, n]
         rows, groups = p.shape[2], step.shape[2]
         scaled = (p[:, :, None] * step[:, :, :, None]).flatten(2, 3)  # [B, H, G R, n]
         product = self._columns.gather(scaled @ codes).unflatten(2, (groups, rows))

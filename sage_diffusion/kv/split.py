@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ class SplitSide:
             first tokens.
     """
 
-    def __init__(self, grouping: Grouping, widths: tuple[Width, ...], dim: int):
+    def __init__(
+        self, grouping: Grouping, widths: tuple[Width, ...], dim: int, room: dict[Any, Any]
+    ):
         if dim % len(widths):
             raise ValueError(
                 f"{len(widths)} shares of equal size must divide the head's {dim} channels"
@@ -30,7 +33,7 @@ class SplitSide:
         self.grouping, self.dim = grouping, dim
         self.order: Tensor | None = None
         share = dim // len(widths)
-        self.sides = [PackedSide(replace(grouping, width=width), share) for width in widths]
+        self.sides = [PackedSide(replace(grouping, width=width), share, room) for width in widths]
         self.stores = {
             f"{i}.{name}": store
             for i, side in enumerate(self.sides)

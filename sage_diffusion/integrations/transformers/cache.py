@@ -141,7 +141,8 @@ class KVCache(Cache):
 
     Attributes:
         preset: name of the method.
-        compressed: numbers of the layers that are compressed.
+        pasts: of the compressed layers, by their number.
+        compressed: these numbers.
         left: number -> type of those that are left alone.
         peak_bytes: most that the compressed layers and their scratch had allocated at once.
     """
@@ -157,7 +158,8 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         self._context = context
         self.preset, self.peak_bytes = preset, 0
-        self.compressed = tuple(i for i, x in enumerate(layers) if isinstance(x, CompressedLayer))
+        self.pasts = {i: x.past for i, x in enumerate(layers) if isinstance(x, CompressedLayer)}
+        self.compressed = tuple(self.pasts)
         self.left = {i: kinds[i] for i in range(len(layers)) if i not in self.compressed}
         self._scratch, self._open = scratch, -1
         self._bytes = dict.fromkeys(self.compressed, 0)
@@ -209,11 +211,6 @@ class KVCache(Cache):
         name = preset if isinstance(preset, str) else repr(preset)
         return cls(layers, kinds, name, scratch, context)
 
-    @property
-    def pasts(self) -> dict[int, Layer]:
-        """Of the compressed layers, by their number."""
-        return {i: x.past for i, x in enumerate(self.layers) if isinstance(x, CompressedLayer)}
-
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -236,8 +233,11 @@ class KVCache(Cache):
             self._open = -1
 
     def _count(self, layer: int) -> None:
-        self._bytes[layer] = self.layers[layer].past.nbytes  # type: ignore[union-attr]
-        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self._scratch.nbytes)
+        past = self.pasts[layer]
+        self._bytes[layer] = past.nbytes
+        room = sum(x.nbytes for x in past.shared.values() if isinstance(x, Tensor))
+        now = sum(self._bytes.values()) + self._scratch.nbytes + room
+        self.peak_bytes = max(self.peak_bytes, now)
 
     def reset(self) -> None:
         """Forget every token, and the peak."""

@@ -11,10 +11,13 @@ from sage_diffusion.kernels.kv.quantize import Form
 from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.decode import attend as attend_packed
 from sage_diffusion.kv.decode import choose
-from sage_diffusion.kv.method import TILE, Body, Method, Place, Rotate
+from sage_diffusion.kv.method import Body, Method, Place, Rotate
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.split import SplitSide
+
+#: Tokens whose codes are multiplied at once.
+_TILE = 2048
 
 
 class PackedBody(Body):
@@ -27,9 +30,11 @@ class PackedBody(Body):
     def __init__(self, place: Place, k: Grouping, v: Grouping, widths: tuple[Width, ...] = ()):
         super().__init__(place)
         self.k: PackedSide | SplitSide = (
-            SplitSide(k, widths, place.head_dim) if widths else PackedSide(k, place.head_dim)
+            SplitSide(k, widths, place.head_dim, place.shared)
+            if widths
+            else PackedSide(k, place.head_dim, place.shared)
         )
-        self.v = PackedSide(v, place.value_dim)
+        self.v = PackedSide(v, place.value_dim, place.shared)
         self.unit = max(k.unit, v.unit)
         if self.unit % k.unit or self.unit % v.unit:
             raise ValueError(f"groups of {k.unit} and {v.unit} tokens must divide one another")
@@ -64,7 +69,7 @@ class PackedBody(Body):
                 return attend_packed(q, k, v, scale, mask)
         rows = _parts.grouped(q, self.place.heads) * scale
         found = []
-        step = TILE // self.unit * self.unit or self.unit
+        step = _TILE // self.unit * self.unit or self.unit
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
 
