@@ -72,3 +72,37 @@ def test_stage_a_searches_in_a_copy_and_says_what_it_saved(monkeypatch, families
     assert shown[-1].endswith("the same ids")
     mine(x, dim=1)
     assert len(shown) == 2
+
+
+def test_a_file_that_was_written_in_place_is_read_anew(tmp_path, monkeypatch, families):
+    """A folder's own time does not change when a file in it does."""
+    import os
+
+    from sage_diffusion.nodes import vq, vq_fill
+
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    file = folder / "unet" / "config.json"
+    file.write_text("{}")
+    monkeypatch.setattr(vq, "tokenizer_path", lambda name: folder)
+    monkeypatch.setattr(vq_fill, "fill_path", lambda name: folder)
+
+    def seen():
+        return (
+            vq.LoadVQTokenizer.fingerprint_inputs("model"),
+            vq_fill.VQFill.fingerprint_inputs(model="model", seed=3),
+        )
+
+    before, times = seen(), folder.stat()
+    assert before == seen()
+    file.write_text("[]")
+    os.utime(file, ns=(1, 1))
+    os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = seen()
+    assert after[0] != before[0] and after[1] != before[1]
+
+    def missing(name):
+        raise ValueError(name)
+
+    monkeypatch.setattr(vq_fill, "fill_path", missing)
+    assert vq_fill.VQFill.fingerprint_inputs(model="gone") == []
