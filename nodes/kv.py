@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
@@ -159,7 +158,7 @@ class KVCacheReport(io.ComfyNode):
             torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, rows - picture.shape[1]), value=1.0)
             for picture in pictures
         ]
-        data = [{"kind": one.kind, **asdict(one.memory)} for one in used]
+        data = [{"kind": one.kind, **one.memory.to_dict()} for one in used]
         show(cls.hidden.unique_id, text)
         return io.NodeOutput(
             after, torch.cat(padded), text, json.dumps(data), ui=ui.PreviewText(text)

@@ -394,3 +394,25 @@ def test_the_bundled_video_model_remembers_in_comfyuis_sampler(bundled, capsys):
     assert "at its peak instead of" in capsys.readouterr().out
     window = compress_model(bundled, settings("lossless", sink=0, recent=0, window=384))
     assert not right(window.host).any()
+
+
+def test_the_nodes_compress_and_report(bundled, clip, monkeypatch):
+    from types import SimpleNamespace
+
+    from server import PromptServer
+
+    from sage_diffusion.nodes.kv import KVCacheCompression, KVCacheReport
+
+    monkeypatch.setattr(PromptServer, "instance", None, raising=False)
+    for node in (KVCacheCompression, KVCacheReport):
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None), raising=False)
+    model, text, cache = KVCacheCompression.execute("k4v4", bundled, clip, 8, 8).args
+    assert [one.kind for one in cache] == ["video", "text"] and model is not bundled
+    _, _, before, _ = KVCacheReport.execute("latent", cache).args
+    assert before.count("WARNING: no run has used this KV cache yet") == 2
+    text.write(length=300)
+    after, bars, report, data = KVCacheReport.execute("the text", cache).args
+    assert after == "the text" and "at its peak instead of" in report and "WARNING" not in report
+    assert bars.shape[0] == 1 and '"kind": "text"' in data and '"video"' not in data
+    with pytest.raises(ValueError, match="needs a model or a clip"):
+        KVCacheCompression.execute("k4v4")

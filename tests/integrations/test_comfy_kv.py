@@ -1,5 +1,7 @@
 """Proxies for ComfyUI's KV caches, without ComfyUI: slices, what is measured, the report."""
 
+import json
+
 import pytest
 import torch
 
@@ -165,6 +167,9 @@ def test_the_report_says_what_was_measured():
     assert f"{size(memory.peak)} at its peak instead of {size(memory.host)}" in text
     assert f"{memory.host / memory.peak:.1f}x smaller" in text
     assert "left as it is: 3 x the state of a linear layer" in text
+    data = json.loads(json.dumps(memory.to_dict()))
+    assert data["parts"]["sink"] > 0 and data["left"] == {"the state of a linear layer": 3}
+    assert data["peak"] == memory.peak
     picture = bars(memory)
     assert picture.shape[0] == 1 and picture.shape[3] == 3 and picture.shape[2] == 640
     assert picture.min() >= 0 and picture.max() == 1 and picture.std() > 0.1

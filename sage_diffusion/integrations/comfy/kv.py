@@ -69,6 +69,10 @@ class Memory:
     peak: int = 0
     parts: Counter[str] = field(default_factory=Counter)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "left": dict(self.left), "parts": dict(self.parts)}
+
     def begin(self) -> None:
         """Forget the run before."""
         vars(self).update(vars(Memory()))
