@@ -2,6 +2,7 @@
 
     python -m benchmarks.causal_video                            all rows over 64 clips
     python -m benchmarks.causal_video exact k2v2 --clips 8       some, quickly
+    python -m benchmarks.causal_video --memory                   bytes alone, of a clip, in seconds
 
 The bundled causal video model sees unseen clips until the digit has passed behind the wall (25
 frames), and draws the 7 frames in which it comes out again; every row has the same noise.  A judge
@@ -177,6 +178,31 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(names: Sequence[str]) -> str:
+    """Markdown: bytes of a clip of 32 frames of random K and V, beside what the peak may be."""
+    lines = [
+        "| cache | bits, all in | kept, KiB | + one layer | + a tile | = peak | at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    model = CausalVideo.bundled()
+    layers, random = len(model.transformer.blocks), torch.Generator().manual_seed(0)
+    heads = model.transformer.config.num_attention_heads
+    exact = 2 * 2 * layers * FRAMES * TOKENS * heads * model.transformer.config.attention_head_dim
+    for name in names:
+        cache = ROWS[name](model)
+        for _ in range(FRAMES):
+            for layer in range(layers):
+                shape = (1, TOKENS, heads, model.transformer.config.attention_head_dim)
+                k, v = (torch.randn(shape, generator=random).bfloat16() for _ in "kv")
+                cache.update(layer, k, v)
+        tile, share = transient(cache), cache.nbytes / exact
+        peak, most = cache.peak_bytes + tile, (share + 1 / layers + 0.05) * exact
+        cells = (cache.nbytes, cache.scratch.nbytes, tile, peak, most)
+        text = " | ".join(f"{count / 1024:.0f}" for count in cells)
+        lines.append(f"| {name} | {16 * share:.2f} | {text} |")
+    return "\n".join(lines)
+
+
 def picture(pictures: dict[str, Tensor], clips: Clips, shown: int = 4) -> Image.Image:
     """Frames after the wall: the truth, then each row, for a few clips side by side."""
     truth = render(clips[:shown])[:, SEEN:]
@@ -239,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} [default: all]")
     parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--memory", action="store_true", help="bytes alone, without the model")
     parser.add_argument("--model", type=Path, default=ASSETS)
     parser.add_argument("--out", type=Path, default=Path("out/causal_video"))
     args = parser.parse_args(arguments)
@@ -246,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         if name not in ROWS:
             parser.error(f"a row must be one of {', '.join(ROWS)}, got {name!r}")
+    if args.memory:
+        print(memory_table(names))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     model = CausalVideo.bundled(args.model)
     clips = sample_clips(args.clips, seed=64, split="test")

@@ -30,6 +30,15 @@ def test_rows_are_measured_shown_and_kept(tmp_path, monkeypatch, capsys):
     bench.main(arguments)
 
 
+def test_the_peak_is_the_packed_past_one_layer_and_a_tile(capsys):
+    bench.main(["exact", "k2v2", "k4v4", "--memory"])
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 3 and float(rows[0][0]) == 16
+    for bits, kept, layer, tile, peak, most in (map(float, row) for row in rows):
+        assert abs(kept + layer + tile - peak) <= 2 and peak <= most
+        assert layer == 1536 and abs(bits / 16 * 7680 - kept) < 3
+
+
 def test_rows_that_do_not_exist_are_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["k9"])
