@@ -35,10 +35,13 @@ from sage_diffusion.integrations.transformers.rope import fingerprint
 from sage_diffusion.kv.calibration import Calibration
 from sage_diffusion.kv.method import Method
 from sage_diffusion.kv.methods.calibrated import Calibrated
+from sage_diffusion.kv.methods.gear import Gear
 from sage_diffusion.kv.methods.kivi import Kivi
 from sage_diffusion.kv.methods.matryoshka import Matryoshka
 from sage_diffusion.kv.methods.prefixkv import PrefixKV
+from sage_diffusion.kv.methods.vidkv import VidKV
 from sage_diffusion.kv.methods.xkv import XKV
+from sage_diffusion.kv.presets import PRESETS
 
 PREFIX, SCORED = 3584, 512
 
@@ -51,7 +54,10 @@ TOPICS = (
 METHODS: dict[str, Method] = {
     "k4v4": Kivi(4, 4),
     "k3v2": Kivi(3, 2),
-    "k2v2": Kivi(2, 2),
+    "kivi, K and V at 2 bits": Kivi(2, 2),
+    "k2v2": PRESETS["k2v2"],
+    "vidkv": VidKV(),
+    "gear": Gear(),
     "xkv, groups of 5 layers": XKV(group=5),
     "matryoshka 50 %": Matryoshka(),
     "matryoshka 50 %, equal ranks": Matryoshka(adaptive=False),

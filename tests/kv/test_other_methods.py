@@ -45,6 +45,8 @@ def test_xkv_shares_coefficients_and_really_stores_factors(group):
     stored = sum(n for body in group for name, n in body.parts().items() if "factors" in name)
     assert stored == 2 * 40 * (16 + 32) * 4  # one copy for four layers, ranks of 1/8 and 1/4
     assert all(body.parts()["k.waiting"] == 0 for body in group)
+    held, basis = sum(body.nbytes for body in group), 4 * 32 * (16 + 32) * 4 * 2
+    assert held <= (stored + basis) * 9 / 8  # what waited is gone, not only forgotten
 
 
 def test_xkv_is_exact_until_its_group_is_whole_and_projects_what_comes_later(group):
@@ -84,6 +86,7 @@ def test_matryoshka_gives_ranks_to_those_that_need_them():
     k = low_rank(64, 6, seed=9)[0]
     body.append(k, k)
     torch.testing.assert_close(body.read()[0], k, atol=0.15, rtol=0.05)  # K has rank 6
+    assert body.nbytes < 1.2 * sum(body.parts().values())  # nothing of other layers is held
     torch.testing.assert_close(body.read(5, 9)[0], body.read()[0][:, :, 5:9])
     with pytest.raises(CalibrationError):
         Matryoshka().body(place())

@@ -78,7 +78,8 @@ class CalibratedBody(Body):
         back, scale, mean = calibration.back(place.layer, method.basis)
         names = ("k.basis", "k.scales", "k.mean")
         self.constants = {
-            name: x.to(place.device) for name, x in zip(names, (back, scale, mean), strict=True)
+            name: x.to(place.device, copy=True)  # a view would keep, and count, all layers' rows
+            for name, x in zip(names, (back, scale, mean), strict=True)
         }
         self.k = Coefficients(widths, GROUP)
         self.v = TokenCodes(method.v_width, method.v_group, place.value_dim)

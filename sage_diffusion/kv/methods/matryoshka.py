@@ -61,8 +61,10 @@ class MatryoshkaBody(Body):
             for head in range(place.heads):
                 rank, name = int(self.ranks[side, head]), f"{'kv'[side]}{head}"
                 self.stores[f"{name}.coefficients"] = Store(1)
-                self.constants[f"{name}.mean"] = mean[side, head].to(place.device)
-                self.constants[f"{name}.basis"] = basis[side, head, :, :rank].to(place.device)
+                self.constants[f"{name}.mean"] = mean[side, head].to(place.device, copy=True)
+                self.constants[f"{name}.basis"] = basis[side, head, :, :rank].to(
+                    place.device, copy=True, memory_format=torch.contiguous_format
+                )
 
     def append(self, k: Tensor, v: Tensor) -> None:
         for side, x in (("k", k), ("v", v)):

@@ -97,7 +97,7 @@ class XKVBody(Body):
             self.group.factors[side].append(found.to(joined.dtype))
         for body in members:
             for store in body._waiting:
-                store.cut(0)
+                store.clear()
         self.group.done = self.tokens
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
