@@ -177,7 +177,7 @@ class Vote:
 def vote(pictures: Tensor, visible: int = SPRITE) -> Vote:
     """The nearest template and its place, by squared error over the whole frame.
 
-    Every digit in every colour is drawn at every place with the same number of visible columns.
+    Every digit in every colour is tried at every place that shows enough of it.
 
     Args:
         pictures: one frame of N clips, ``[N, 3, 32, 32]`` in -1 .. 1.
