@@ -19,8 +19,8 @@ PRESETS: dict[str, Method] = {
     "k8v8": Kivi(8, 8),
     "k4v4": Kivi(4, 4),
     "k3v2": Kivi(3, 2),
-    # K's wide channels carry the attention: at 2 bits unequal shares lose far less.
-    "k2v2": Kivi((3, 1), 2),
+    # K's wide channels carry the attention; steps of 8 bits pay for the third bit of theirs.
+    "k2v2": Kivi((3, 2), 2, form="fp8"),
     "vidkv": VidKV(),
     "gear": Gear(),
     "video": Video(),

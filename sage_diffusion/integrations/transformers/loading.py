@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
-def load_model(path: Path) -> tuple[Any, Any]:
+def load_model(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
     """A model in evaluation mode, on the CPU, and its tokenizer or None.
 
     Args:
         path: a folder as transformers writes it, one with a single ``.gguf``, or such a file.
+        dtype: of the weights; "auto": as they are stored.
 
     Raises:
         ValueError: there is neither.
@@ -26,7 +27,7 @@ def load_model(path: Path) -> tuple[Any, Any]:
         if len(files) != 1:
             raise ValueError(f"{path} must hold a config.json or one .gguf, it has {len(files)}")
         given["gguf_file"] = files[0].name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **given).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given).eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **given)
     except (OSError, ValueError):
