@@ -24,6 +24,7 @@ ALSO_TESTS = {
     ),
     "attend/test_guard.py": "sage_diffusion.attend.finite",
     "attend/test_session.py": "sage_diffusion.attend.layer sage_diffusion.attend.summary",
+    "attend/test_signs.py": "sage_diffusion.plan.signs",
     "commands/test_cli.py": (
         "sage_diffusion.__main__ sage_diffusion.cli sage_diffusion.commands.common "
         "sage_diffusion.commands.compare "
@@ -211,9 +212,11 @@ MANY_ARGUMENTS = {
     "kernels.attention.gluon": "attend_quantized attention",
     "kernels.attention.gluon_columns": "key_bias",
     "kernels.attention.hopper": "attend_quantized attention",
+    "kernels.attention.operands": "quantize_operands",
     "kernels.attention.reference": "attention",
     "kernels.attention.triton": "attend_quantized attention",
     "kernels.attention.triton_fp4": "attend_quantized attention",
+    "kernels.quantize.triton": "quantize_rows",
     "nodes.accuracy": "execute",
     "nodes.calibrate": "execute",
     "sage_diffusion.adapt.calibrate": "calibrate",

@@ -43,12 +43,14 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
         *,
         rope_q: Rope | None = None,
         rope_k: Rope | None = None,
+        sign_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As :func:`.reference.attention` for the specs that the kernels compute.
 
         Args:
             tuned: launches measured on this card, instead of the built-in ones.
             rope_q, rope_k: rotate q and k as they are quantized.
+            sign_seed: read by the kernels, so that a captured graph can be fed another.
 
         Returns:
             Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]``
@@ -64,7 +66,15 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
         if dtype == torch.float64:
             q, k, v = q.float(), k.float(), v.float()
         x = quantize_operands(
-            q, k, v, spec, scale, permuted=kernels.permuted(spec), rope_q=rope_q, rope_k=rope_k
+            q,
+            k,
+            v,
+            spec,
+            scale,
+            permuted=kernels.permuted(spec),
+            rope_q=rope_q,
+            rope_k=rope_k,
+            sign_seed=sign_seed,
         )
         options: dict[str, Any] = {}
         key_mask = None

@@ -53,6 +53,7 @@ def quantize_operands(
     permuted: bool = False,
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
+    sign_seed: Tensor | None = None,
 ) -> Operands:
     """Smooth, rotate and quantize on the GPU, as :func:`.reference.attention` does in Torch.
 
@@ -61,6 +62,7 @@ def quantize_operands(
         scale: softmax scale, ``1 / sqrt(D)`` if None.
         permuted: V's tokens in the order of P's registers (:mod:`..quantize.permute`).
         rope_q, rope_k: rotate q and k as they are loaded, in float32.
+        sign_seed: as of :func:`.reference.attention`.
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
@@ -73,6 +75,7 @@ def quantize_operands(
             rows,
             spec.qk,
             rotation=spec.rotate,
+            sign_seed=sign_seed,
             clip=spec.clip,
             multiplier=multiplier,
             rope=rope_q,
@@ -84,6 +87,7 @@ def quantize_operands(
             spec.qk,
             mean=q_mean,
             rotation=spec.rotate,
+            sign_seed=sign_seed,
             clip=spec.clip,
             block=Q_SCALE_BLOCK if by_block else 1,
             multiplier=multiplier,
@@ -94,6 +98,7 @@ def quantize_operands(
         spec.qk,
         mean=k_mean,
         rotation=spec.rotate,
+        sign_seed=sign_seed,
         clip=spec.clip,
         block=K_SCALE_BLOCK if by_block else 1,
         rope=rope_k,

@@ -7,6 +7,7 @@ attention is ``torch.nn.functional.scaled_dot_product_attention`` in float64.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ def attention(
     scale: float | None = None,
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
+    sign_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Smooth, rotate, quantize and attend.
 
@@ -53,6 +55,8 @@ def attention(
         is_causal: query i sees keys 0 .. i, combined with ``mask``.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
         rope_q, rope_k: rotate q and k first, in float32.
+        sign_seed: one int32 on q's device, from which the signs of the spec's Hadamard rotation
+            come (:func:`..quantize.reference.hadamard_signs`); other signs round other errors.
 
     Returns:
         Output ``[B, H, Lq, D]`` in q's dtype, and the natural log-sum-exp ``[B, H, Lq]`` float32
@@ -68,7 +72,11 @@ def attention(
     q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
     by_block = spec.granularity == "block"
-    options = {"rotation": spec.rotate, "clip": spec.clip}
+    options: dict[str, Any] = {
+        "rotation": spec.rotate,
+        "sign_seed": sign_seed,
+        "clip": spec.clip,
+    }
     q_codes = quantize.quantize_rows(
         q,
         spec.qk,

@@ -6,7 +6,6 @@ the same order wherever order matters.  None of them changes its input.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -58,30 +57,39 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     return sums / counts[:, None]
 
 
-@functools.lru_cache(maxsize=32)
-def hadamard_signs(dim: int) -> tuple[float, ...]:
-    """The fixed +-1 diagonal in front of the Hadamard matrix, from a 32-bit integer hash.
+def hadamard_signs(dim: int, seed: Tensor | None, device: torch.device) -> Tensor:
+    """The +-1 diagonal in front of the Hadamard matrix, ``[dim]`` float32, from a 32-bit hash.
 
     Without it a constant row would keep all of its energy in one channel.
+
+    Args:
+        dim: channels.
+        seed: one int32 on ``device``; None is the same as 0.  Read there, never by the host.
+        device: of the result.
     """
-    signs = []
-    for i in range(dim):
-        h = (i + 1) * 0x9E3779B1 & 0xFFFFFFFF
-        h = (h ^ (h >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
-        signs.append(1.0 if (h ^ (h >> 13)) & 1 else -1.0)
-    return tuple(signs)
+    low = 0xFFFFFFFF
+    h = torch.arange(1, dim + 1, device=device) * 0x9E3779B1
+    if seed is not None:
+        h = h + seed.reshape(())
+    h = h & low
+    h = (h ^ (h >> 15)) * 0x85EBCA77 & low
+    return ((h ^ (h >> 13)) & 1).float() * 2 - 1
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, seed: Tensor | None = None) -> Tensor:
     """``x @ diag(signs) @ H / sqrt(Dp)`` for float32 ``[..., Dp]``, Dp a power of two.
 
     A butterfly in float32: stage h adds and subtracts channels h apart, h = 1, 2, 4 ..; the
     normalization is one multiplication at the end.  Orthogonal, so Q K^T keeps its value.
+
+    Args:
+        x: rows.
+        seed: of the signs, see :func:`hadamard_signs`.
     """
     dim = x.shape[-1]
     if dim & (dim - 1):
         raise ValueError(f"the rotated dim must be a power of two, got {dim}")
-    x = x * torch.tensor(hadamard_signs(dim), device=x.device)
+    x = x * hadamard_signs(dim, seed, x.device)
     h = 1
     while h < dim:
         pairs = x.unflatten(-1, (dim // (2 * h), 2, h))
@@ -94,13 +102,15 @@ def rotate(x: Tensor) -> Tensor:
     return x * (1.0 / math.sqrt(dim))
 
 
-def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
+def prepare(
+    x: Tensor, mean: Tensor | None, rotation: bool, sign_seed: Tensor | None = None
+) -> Tensor:
     """Smoothed, padded and rotated rows in float32: what the quantizer then scales.
 
     Args:
         x: ``[B, H, L, D]`` of any float dtype.
         mean: ``[B, H, D]`` (one mean) or ``[B, H, n, D]`` (one per ``ceil(L / n)`` rows), float32.
-        rotation: apply :func:`rotate`.
+        rotation: apply :func:`rotate`, with the signs of ``sign_seed``.
 
     Returns:
         ``[B, H, L, padded_dim(D)]`` float32.
@@ -109,7 +119,7 @@ def prepare(x: Tensor, mean: Tensor | None, rotation: bool) -> Tensor:
     if mean is not None:
         rows = rows - expand_block_mean(mean, x.shape[2])
     rows = F.pad(rows, (0, padded_dim(x.shape[-1]) - x.shape[-1]))
-    return rotate(rows) if rotation else rows
+    return rotate(rows, sign_seed) if rotation else rows
 
 
 def expand_block_mean(mean: Tensor, length: int) -> Tensor:
@@ -126,6 +136,7 @@ def quantize_rows(
     *,
     mean: Tensor | None = None,
     rotation: bool = False,
+    sign_seed: Tensor | None = None,
     clip: bool = False,
     block: int = 1,
     multiplier: float = 1.0,
@@ -138,11 +149,12 @@ def quantize_rows(
         mean: subtracted first; ``[B, H, D]``, or ``[B, H, ceil(L / 128), D]`` for a mean per
             128 rows.
         rotation: signed Hadamard rotation along the padded head dim.
+        sign_seed: of its signs, see :func:`hadamard_signs`.
         clip: 4 bit only, search the scale (:data:`CLIP_CANDIDATES`).
         block: tokens per scale.
         multiplier: folded into the scale after rounding, e.g. ``sm_scale * log2(e)`` for Q.
     """
-    rows = prepare(x, mean, rotation)
+    rows = prepare(x, mean, rotation, sign_seed)
     if precision is Precision.FP4:
         return _quantize_fp4(rows, clip, multiplier)
     length = rows.shape[2]

@@ -47,13 +47,17 @@ _CLIP_LIMIT, _CLIP_RESOLUTION = tl.constexpr(CLIP_LIMIT), tl.constexpr(CLIP_RESO
 
 
 @triton.jit
-def _hadamard(x, ROWS: tl.constexpr, DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
+def _hadamard(x, p_seed, ROWS: tl.constexpr, DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
     """Signed Hadamard rotation of [ROWS, DIM], the butterfly of ``reference.rotate``.
+
+    The seed of the signs comes by a pointer, so that a captured graph can be fed another one.
 
     Every stage pairs neighbours and moves sums to the lower and differences to the upper half: the
     index bit that was lowest becomes the highest, so after all stages each is back in its place.
     """
     h = (tl.arange(0, DIM) + 1).to(tl.uint32) * 0x9E3779B1
+    if p_seed is not None:
+        h += tl.load(p_seed).to(tl.uint32, bitcast=True)
     h = (h ^ (h >> 15)) * 0x85EBCA77
     x = x * tl.where(((h ^ (h >> 13)) & 1) != 0, 1.0, -1.0)[None, :]
     for _ in tl.static_range(LOG2_DIM):
@@ -84,6 +88,7 @@ def _clipped_scale(x, scale, SHARES: tl.constexpr):
 @triton.jit
 def _quantize_tile(
     x,  # [BLOCK, DP], smoothed
+    p_seed,
     p_codes,
     p_scale,
     p_micro,
@@ -104,7 +109,7 @@ def _quantize_tile(
     """Rotate, scale, round and store one tile of :func:`_quantize_rows_kernel`."""
     o_l, o_d = i_l * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     if ROTATE:
-        x = _hadamard(x, BLOCK, DP, LOG2_DP)
+        x = _hadamard(x, p_seed, BLOCK, DP, LOG2_DP)
     amax = tl.max(tl.abs(x), 1)
     if GROUPED:
         amax = tl.zeros_like(amax) + tl.max(amax, 0)
@@ -146,6 +151,7 @@ def _quantize_tile(
 def _quantize_rows_kernel(
     p_x,
     p_mean,  # [B, H, means, D] contiguous, or None
+    p_seed,  # one int32, seed of the rotation's signs, or None
     p_codes,  # [B, H, L, bytes of DP]
     p_scale,  # [B, H, groups]
     p_micro,  # [B, H, L, DP / 16], FP4 only
@@ -203,6 +209,7 @@ def _quantize_rows_kernel(
         x = tl.where(inside, x - mean[None, :], 0.0)
     _quantize_tile(
         x,
+        p_seed,
         p_codes,
         p_scale,
         p_micro,
@@ -226,6 +233,7 @@ def _quantize_rows_kernel(
 def _quantize_smoothed_rows_kernel(
     p_x,
     p_mean,  # [B, H, ceil(L / MEAN_BLOCK), D], written
+    p_seed,  # as of _quantize_rows_kernel
     p_codes,
     p_scale,
     p_micro,
@@ -304,6 +312,7 @@ def _quantize_smoothed_rows_kernel(
         x = tl.where(inside, x - mean[None, :], 0.0)
         _quantize_tile(
             x,
+            p_seed,
             p_codes,
             p_scale,
             p_micro,
@@ -329,6 +338,7 @@ def quantize_rows(
     *,
     mean: Tensor | None = None,
     rotation: bool = False,
+    sign_seed: Tensor | None = None,
     clip: bool = False,
     block: int = 1,
     multiplier: float = 1.0,
@@ -361,6 +371,7 @@ def quantize_rows(
             (blocks * batch * heads,),
             x,
             None if mean is None else mean.contiguous(),
+            sign_seed if rotation else None,
             codes,
             scale,
             micro,
@@ -391,6 +402,7 @@ def quantize_smoothed_rows(
     precision: Precision,
     *,
     rotation: bool = False,
+    sign_seed: Tensor | None = None,
     clip: bool = False,
     multiplier: float = 1.0,
     rope: Rope | None = None,
@@ -418,6 +430,7 @@ def quantize_smoothed_rows(
             (groups * batch * heads,),
             x,
             mean,
+            sign_seed if rotation else None,
             codes,
             scale,
             micro,

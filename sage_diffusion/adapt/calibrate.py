@@ -113,15 +113,7 @@ class Calibrator:
             return
         seed = (self.seed * 7919 + place * 1009 + event.step) % (2**31)
         index = sample_rows(q_len, self.rows, seed, event.q.device)
-        call = RowCall(
-            event.q,
-            event.k,
-            event.v,
-            index,
-            mask=event.mask,
-            is_causal=event.is_causal,
-            scale=event.scale,
-        )
+        call = RowCall.seen(event, index)
         exact = None
         if not event.spec.quantized and event.out.dtype == torch.float32:
             exact = event.out[:, :, index]  # the host computed these rows exactly already
@@ -159,6 +151,7 @@ def calibrate(
     method: Literal["auto", "gradient", "groups"] = "auto",
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
+    sign_seed: int | None = None,
 ) -> ScoreTable:
     """Measure what each spec does to each layer and step of a model, on live sampling.
 
@@ -185,6 +178,8 @@ def calibrate(
             (:mod:`.sensitivity`), "auto" takes gradients where the sampler has them.
         path: the table's file; an existing one is continued.
         progress: called after each run.
+        sign_seed: sequence of the rotations' signs, of the table and of its plans.  None has one
+            rotation for all steps: plans that know how errors add up break them up by themselves.
 
     Returns:
         The table, as saved.
@@ -212,7 +207,7 @@ def calibrate(
         )
     if rows < 1:
         raise CalibrationError(f"rows must be at least 1, got {rows}")
-    job = _Job(sampler, candidates, share, rows, seed, path, progress)
+    job = _Job(sampler, candidates, share, rows, seed, path, progress, sign_seed)
     job.passes("measure", pairs, job.table.runs)
     if not job.table.extra:
         job.table.extra = _doubtful(job.table, bar_db)
@@ -268,11 +263,13 @@ class _Job:
         seed: int,
         path: str | Path | None,
         progress: Callable[[Progress], None] | None,
+        sign_seed: int | None,
     ):
         self.sampler, self.path, self.progress = sampler, path, progress
         self.began = time.monotonic()
         self.watcher = Calibrator(specs, sampler.session, share=share, rows=rows, seed=seed)
         settings: dict[str, Any] = {"share": share, "rows": rows, "seed": seed}
+        settings["sign_seed"] = sign_seed
         settings["sampling"] = dict(getattr(sampler, "settings", {}))
         self.table = ScoreTable(tuple(map(str, specs)), 0, self._fingerprint(), settings)
         if path is not None and Path(path).exists():
@@ -311,7 +308,7 @@ class _Job:
         watcher.begin()
         session.observers.append(watcher)
         try:
-            with planned(session, "fp16"):
+            with planned(session, self.table.unquantized):
                 self.sampler.sample(prompt, seed)
         finally:
             session.observers.remove(watcher)

@@ -57,15 +57,7 @@ class _Errors:
                 "host samples without autograd, or the model is compiled"
             )
         rows = torch.arange(event.q.shape[2], device=event.q.device)
-        call = RowCall(  # all rows; specs share the codes that they have in common
-            event.q,
-            event.k,
-            event.v,
-            rows,
-            mask=event.mask,
-            is_causal=event.is_causal,
-            scale=event.scale,
-        )
+        call = RowCall.seen(event, rows)  # specs share the codes that they have in common
         self.cells.append((event.layer, event.step, event.branch or BOTH))
         self.outs.append(event.out)
         found = [call.run(spec).to(event.out.dtype) - event.out for spec in self.specs]
@@ -126,7 +118,7 @@ def measure_gradient(
         watcher = _Errors(specs)
         sampler.session.observers.append(watcher)
         try:
-            with planned(sampler.session, "fp16"):
+            with planned(sampler.session, table.unquantized):
                 final = sampler.trace(some)
         finally:
             sampler.session.observers.remove(watcher)

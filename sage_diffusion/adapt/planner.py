@@ -244,6 +244,7 @@ def make_plan(
         schedule_unit=table.schedule_unit,
         fingerprint=table.fingerprint or None,
         calibration=_provenance(task, time_, damage_, floor, budget, costs),
+        sign_seed=table.unquantized.sign_seed,
     )
     return Planned(
         plan,

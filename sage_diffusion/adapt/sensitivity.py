@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from sage_diffusion.adapt.gradient import cell_effects
 from sage_diffusion.adapt.sampling import Sampler, planned
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
-from sage_diffusion.kernels.spec import FP16, AttentionSpec
+from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 from sage_diffusion.plan.globs import cover, step_range
 
@@ -77,7 +77,7 @@ def measure_sensitivity(
     for number, (prompt, seed) in enumerate(pairs):
         if len(runs) >= (number + 1) * len(plans):
             continue
-        with planned(sampler.session, "fp16"):
+        with planned(sampler.session, table.unquantized):
             reference = sampler.sample(prompt, seed).float()
         peak = max(peak, float(reference.max() - reference.min()))
         for plan in plans[len(runs) - number * len(plans) :]:
@@ -132,7 +132,9 @@ class _Groups:
         """One per run: the masks', then every spec used everywhere."""
         low = table.specs[self.low]
         plans = [group_plan(low, mask, self.layers, self.steps, table) for mask in self.masks]
-        return plans + [PrecisionPlan.of(name) for name in table.specs]
+        return plans + [
+            replace(table.unquantized, default=AttentionSpec.parse(name)) for name in table.specs
+        ]
 
     def fit(self, table: ScoreTable, error: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
         """What the runs say of the groups, as :func:`measure_sensitivity` returns it.
@@ -232,7 +234,7 @@ def group_plan(
             if on:
                 start, end = step_range(first, stop, table.steps)
                 rules += [Rule(parsed, g, start, end) for g in cover(names, table.layers)]
-    return PrecisionPlan(FP16, tuple(rules))
+    return table.unquantized.with_rules(rules)
 
 
 def nonnegative_fit(design: np.ndarray, target: np.ndarray, start: np.ndarray) -> np.ndarray:

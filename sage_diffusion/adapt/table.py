@@ -15,6 +15,8 @@ from sage_diffusion.adapt.table_json import VERSION, TableError, parse_table
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
 from sage_diffusion.json_files import JSONError, read_json
+from sage_diffusion.kernels.spec import FP16
+from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.fingerprint import mismatch
 
 #: Branch of calls that serve both or where the host doesn't say.
@@ -162,6 +164,11 @@ class ScoreTable:
             counts = (~np.isnan(total)).sum(1, keepdims=True)
             mean = np.nansum(total, 1, keepdims=True) / np.maximum(counts, 1)
         return np.where(np.isnan(total), np.broadcast_to(mean, total.shape), total)
+
+    @property
+    def unquantized(self) -> PrecisionPlan:
+        """FP16 everywhere, with the sequence of signs that candidates are measured with."""
+        return PrecisionPlan(FP16, sign_seed=self.settings.get("sign_seed"))
 
     def head_dims(self) -> list[int]:
         """Head dim of every layer; 128 where the fingerprint doesn't say."""

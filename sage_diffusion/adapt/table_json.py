@@ -43,6 +43,8 @@ def parse_table(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     if not isinstance(data, Mapping) or not _whole(data.get("version")):
         raise TableError("is not a score table: version is missing")
+    if "default" in data:  # plans have versions, too
+        raise TableError("is not a score table, it is a plan")
     if data["version"] != VERSION:
         raise TableError(
             f"score table of version {shown(data['version'])}, this program reads {VERSION}"

@@ -82,7 +82,17 @@ def run_kernel(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """A kernel's entry on a call; kernels know no calls."""
-    q, k, v, mask, is_causal, scale, *ropes = call
+    q, k, v, mask, is_causal, scale, rope_q, rope_k, sign_seed = call
     return attention(
-        q, k, v, spec, mask, is_causal, scale, return_lse, rope_q=ropes[0], rope_k=ropes[1]
+        q,
+        k,
+        v,
+        spec,
+        mask,
+        is_causal,
+        scale,
+        return_lse,
+        rope_q=rope_q,
+        rope_k=rope_k,
+        sign_seed=sign_seed,
     )

@@ -61,6 +61,7 @@ def _load_reference() -> Run:
             scale=call.scale,
             rope_q=call.rope_q,
             rope_k=call.rope_k,
+            sign_seed=call.sign_seed,
         )
 
     return run

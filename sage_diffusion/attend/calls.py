@@ -33,6 +33,7 @@ class Call(NamedTuple):
         is_causal: query i sees keys 0 .. i.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
         rope_q, rope_k: what q and k are still to be rotated by.
+        sign_seed: one int32 on q's device, of the signs of a spec's Hadamard rotation; None is 0.
     """
 
     q: Tensor
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     scale: float | None = None
     rope_q: Rope | None = None
     rope_k: Rope | None = None
+    sign_seed: Tensor | None = None
 
     @property
     def rope(self) -> bool:
@@ -199,6 +201,7 @@ class AttentionEvent:
         spec: what ran; ``fp16`` also where the plan's spec was declined.
         q, k, v, mask, is_causal, scale: the call, ``[B, H, L, D]``; q and k rotated, also where
             that was left to the kernels.
+        sign_seed: of the call, whatever spec ran: candidates are to be measured with it.
         out: ``[B, H, Lq, D]``.
     """
 
@@ -214,6 +217,7 @@ class AttentionEvent:
     is_causal: bool
     scale: float | None
     out: Tensor
+    sign_seed: Tensor | None = None
 
 
 class Observer(Protocol):

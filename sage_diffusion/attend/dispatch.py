@@ -8,9 +8,10 @@ from torch import Tensor
 from sage_diffusion.attend import ops
 from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
-from sage_diffusion.attend.validation import check_call, check_ropes, not_forward
+from sage_diffusion.attend.validation import check_call, check_rotations, not_forward
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan.signs import SEEDS
 
 DEFAULT_SPEC = AttentionSpec()
 
@@ -26,6 +27,7 @@ def attention(
     scale: float | None = None,
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
+    sign_seed: int | Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -41,6 +43,9 @@ def attention(
         rope_q, rope_k: rotate q and k first; for self-attention hand the same tables over twice.
             This package's kernels and their twin rotate in float32 as they quantize.  For the other
             backends PyTorch rotates first, and rounds to q's dtype.
+        sign_seed: of the signs of the spec's Hadamard rotation, one int32 on q's device or a number
+            below 2^31; None is the same as 0.  Another seed rounds to other errors of the same
+            size.  A tensor may be changed between calls, and between replays of a captured graph.
         backend: ``"auto"``, or a name of :data:`sage_diffusion.attend.backends.BACKENDS`;
             ``"reference"`` is the Torch twin of the kernels, on any device.
         return_lse: return the natural log-sum-exp ``[B, H, Lq]`` float32 too.
@@ -56,7 +61,11 @@ def attention(
         RuntimeError: a derivative is asked for, by grad mode or forward mode, a transform of
             torch.func is around, or the default dtype is float64.
     """
-    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k)
+    if isinstance(sign_seed, int):
+        if not 0 <= sign_seed < SEEDS:
+            raise ValueError(f"sign_seed must be at least 0 and below 2^31, got {sign_seed}")
+        sign_seed = torch.full((1,), sign_seed, dtype=torch.int32, device=q.device)
+    call = Call(q, k, v, mask, is_causal, scale, rope_q, rope_k, sign_seed)
     if call.wants_grad:
         raise RuntimeError(
             "attention() is forward only, but q, k or v requires grad: use torch.no_grad()"
@@ -64,7 +73,7 @@ def attention(
     parsed = AttentionSpec.parse(spec)
     if torch.compiler.is_compiling():
         check_call(call)
-        check_ropes(call)
+        check_rotations(call)
         out, lse = ops.by_spec(call, str(parsed), backend, return_lse)
         return (out, lse) if return_lse else out
     reason = not_forward(call) if parsed.quantized else None

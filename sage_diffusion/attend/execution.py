@@ -20,7 +20,7 @@ from torch import Tensor
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.backends import Backend
 from sage_diffusion.attend.calls import AttentionCall, Call
-from sage_diffusion.attend.validation import check_call, check_ropes, four_dims
+from sage_diffusion.attend.validation import check_call, check_rotations, four_dims
 from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
@@ -127,7 +127,7 @@ def compute(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`sage_diffusion.attention` without the conveniences: a parsed spec, always a pair."""
     check_call(call)
-    check_ropes(call)
+    check_rotations(call)
     _, out, lse = run(call, AttentionCall.of(call, spec, return_lse), backend)
     return out, lse
 

@@ -70,7 +70,8 @@ def _find(handle: Tensor) -> Attends:
 def by_spec(call: Call, spec: str, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
     """:func:`attention` of a call."""
     how = (spec, call.is_causal, call.scale, backend, return_lse)
-    return attention(*call[:4], *how, *_tables(call.rope_q), *_tables(call.rope_k))
+    tables = (*_tables(call.rope_q), *_tables(call.rope_k))
+    return attention(*call[:4], *how, *tables, call.sign_seed)
 
 
 def by_layer(call: Call, layer: Tensor) -> Tensor:
@@ -106,13 +107,14 @@ def attention(
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
     k_interleaved: bool = True,
+    sign_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sage_diffusion.attention`; without ``return_lse`` the second result is empty.
 
     The tables of both rotations come one by one.
     """
     ropes = _rope(q_cos, q_sin, q_interleaved), _rope(k_cos, k_sin, k_interleaved)
-    call = Call(q, k, v, mask, is_causal, scale, *ropes)
+    call = Call(q, k, v, mask, is_causal, scale, *ropes, sign_seed)
     out, lse = compute(call, AttentionSpec.parse(spec), backend, return_lse)
     if lse is None or not return_lse:
         lse = q.new_empty(0, dtype=torch.float32)
@@ -136,6 +138,7 @@ def _(
     k_cos: Tensor | None = None,
     k_sin: Tensor | None = None,
     k_interleaved: bool = True,
+    sign_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.attend.calls import Call
+from sage_diffusion.attend.calls import AttentionEvent, Call
 from sage_diffusion.attend.validation import four_dims
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.formats import (
@@ -48,6 +48,7 @@ class RowCall:
         mask: None, boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         is_causal: query i sees keys 0 .. i.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
+        sign_seed: as in :class:`.Call`.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class RowCall:
         mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        sign_seed: Tensor | None = None,
     ):
         self.q, self.k, self.v, self.index = q, k, v, index
+        self.sign_seed = sign_seed
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.mask = row_mask(mask, is_causal, index, k.shape[2])
         self._made: dict[tuple[Any, ...], Any] = {}
@@ -71,7 +74,30 @@ class RowCall:
         """Some rows of a call whose q and k are rotated."""
         q, k, v, mask, is_causal, scale = call[:6]
         mask = four_dims(mask)
-        return cls(q, k, v, index, mask=mask, is_causal=is_causal, scale=scale)
+        return cls(
+            q,
+            k,
+            v,
+            index,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            sign_seed=call.sign_seed,
+        )
+
+    @classmethod
+    def seen(cls, event: AttentionEvent, index: Tensor) -> RowCall:
+        """Some rows of a call as an observer sees it."""
+        return cls(
+            event.q,
+            event.k,
+            event.v,
+            index,
+            mask=event.mask,
+            is_causal=event.is_causal,
+            scale=event.scale,
+            sign_seed=event.sign_seed,
+        )
 
     def exact(self) -> Tensor:
         """The rows of exact attention in float32, ``[B, H, R, D]``."""
@@ -125,6 +151,7 @@ class RowCall:
     def _quantize_q(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
         options: dict[str, Any] = {
             "rotation": spec.rotate,
+            "sign_seed": self.sign_seed,
             "clip": spec.clip,
             "multiplier": self.scale * LOG2E,
         }
@@ -149,6 +176,7 @@ class RowCall:
                 spec.qk,
                 mean=mean,
                 rotation=spec.rotate,
+                sign_seed=self.sign_seed,
                 clip=spec.clip,
                 block=K_SCALE_BLOCK if spec.granularity == "block" else 1,
             )

@@ -32,14 +32,16 @@ from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.health import Verdicts
 from sage_diffusion.attend.layer import AttentionRefused, Layer
 from sage_diffusion.attend.runs import RunLog, nothing_quantized
+from sage_diffusion.attend.signs import SignSeed
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
-from sage_diffusion.attend.validation import check_call, check_ropes, not_forward
+from sage_diffusion.attend.validation import check_call, check_rotations, not_forward
 from sage_diffusion.attend.where import Where
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.names import LayerName
 from sage_diffusion.plan.noise import NoiseScale
+from sage_diffusion.plan.signs import step_seed
 
 log = logging.getLogger("sage_diffusion")
 
@@ -91,6 +93,7 @@ class AttentionSession:
         self.warnings: Counter[str] = Counter()
         self.logged: set[str] = set()
         self._specs: dict[tuple[str, int, str | None], AttentionSpec] = {}
+        self._signs = SignSeed()
         self._placed = False  # inside of a block that says where its calls happen
         self.noise = NoiseScale()
         self._place: Callable[[float], float] | None = None
@@ -113,7 +116,7 @@ class AttentionSession:
     @plan.setter
     def plan(self, plan: PrecisionPlan | AttentionSpec | str) -> None:
         self._plan = PrecisionPlan.of(plan)
-        self._specs.clear()
+        self._moved()
         self._find_place()
         self.guard.reset()
 
@@ -166,7 +169,12 @@ class AttentionSession:
         if self.run is not None:
             self.run.visit(step, sigma, self.where.progress)
         self._read_verdicts()
+        self._moved()
+
+    def _moved(self) -> None:
+        """The place in sampling, or the plan, is another one."""
         self._specs.clear()
+        self._signs.tell(step_seed(self._plan.sign_seed or 0, self.where.step))
 
     def _find_place(self) -> None:
         """Where the host's numbers stand in the plan's schedule, if it has one."""
@@ -210,13 +218,13 @@ class AttentionSession:
         before = self.where
         self.where = replace(before, progress=progress, step=step, branch=branch)
         placed, self._placed = self._placed, True
-        self._specs.clear()
+        self._moved()
         try:
             yield
         finally:
             self.where = before
             self._placed = placed
-            self._specs.clear()
+            self._moved()
 
     def finish(self, judge: bool = True) -> RunLog | None:
         """Sampling ended: look at the last step's outputs, waiting for the device.
@@ -256,7 +264,7 @@ class AttentionSession:
     def _stand_still(self) -> None:
         self.where = self.where.finished()
         self.run = self.before_call = None
-        self._specs.clear()
+        self._moved()
 
     def warn(self, message: str | None) -> None:
         """Put a warning into the summary, and log it the first time; None is none."""
@@ -329,8 +337,9 @@ class AttentionSession:
                 takes more than a layer can know.
 
         While a CUDA graph is captured, whose replays run no Python, a plan that gives the layer
-        one spec at all steps is captured with it (not watched and not guarded); any other call is
-        declined, so that replays repeat the host's own attention and not one step's precision.
+        one spec at all steps is captured with it (not watched and not guarded) once a call warmed
+        up; any other call is declined, so that replays repeat the host's own attention and not one
+        step's precision.  Replays rotate with the signs of the step that :meth:`begin_step` told.
 
         Raises:
             ValueError, TypeError: the tables of a rotation do not fit.
@@ -341,12 +350,14 @@ class AttentionSession:
         if self.before_call is not None:
             self.settle()
         layer.tokens = max(layer.tokens, call.k.shape[2])
-        check_ropes(call)
-        if capturing(call.q) and not self._plan.steady(layer.name, call.k.shape[2]):
-            layer.decline("a CUDA graph is captured, which would repeat this step's precision")
+        check_rotations(call)
+        if capturing(call.q) and (reason := self._signs.captured(self._plan, layer.name, call)):
+            layer.decline(reason)
             out = native(*call.plain())
             self._show(layer, self.where.branch, FP16, call, out)
             return out
+        if self._plan.sign_seed is not None:
+            call = call._replace(sign_seed=self._signs.on(call.q.device))
         parts = self.where.parts
         if parts and not call.q.shape[0] % (len(parts) * max(self.where.pictures, 1)):
             return self._attend_parts(layer, call, native)
@@ -399,8 +410,9 @@ class AttentionSession:
         self, layer: Layer, branch: str | None, spec: AttentionSpec, call: Call, out: Tensor
     ) -> None:
         if self.observers:
+            at, seed = self.where, call.sign_seed
             event = AttentionEvent(
-                layer.name, self.where.step, self.where.progress, branch, spec, *call.plain(), out
+                layer.name, at.step, at.progress, branch, spec, *call.plain(), out, seed
             )
             with torch.no_grad():
                 for observer in self.observers:
@@ -450,16 +462,7 @@ class AttentionSession:
             self.warn(self.run.stuck())
         return SessionSummary(
             tuple(
-                LayerSummary(
-                    layer.name,
-                    dict(layer.ran),
-                    dict(layer.declined),
-                    tuple(self.verdicts.non_finite.get(layer.name, ())),
-                    tuple(self.guard.reasons.get(layer.name, ())),
-                    self.guard.drift.get(layer.name),
-                    tuple(self.verdicts.came_in.get(layer.name, ())),
-                )
-                for layer in self.layers.values()
+                LayerSummary.of(layer, self.verdicts, self.guard) for layer in self.layers.values()
             ),
             dict(self.compilations.counts),
             tuple(self.warnings),

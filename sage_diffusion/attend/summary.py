@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sage_diffusion.attend.guard import GuardState
+from sage_diffusion.attend.health import Verdicts
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -30,6 +33,19 @@ class LayerSummary:
     stepped_up: tuple[str, ...] = ()
     drift: float | None = None
     came_in: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Any, verdicts: Verdicts, guard: GuardState) -> LayerSummary:
+        """What a layer counted, and what was found of it."""
+        return cls(
+            layer.name,
+            dict(layer.ran),
+            dict(layer.declined),
+            tuple(verdicts.non_finite.get(layer.name, ())),
+            tuple(guard.reasons.get(layer.name, ())),
+            guard.drift.get(layer.name),
+            tuple(verdicts.came_in.get(layer.name, ())),
+        )
 
     @property
     def calls(self) -> int:

@@ -69,8 +69,14 @@ def check_call(call: Call) -> None:
         check_mask(mask, q, k_len)
 
 
-def check_ropes(call: Call) -> None:
-    """Raise ValueError or TypeError unless the tables are None or fit ``[B, H, L, D]``."""
+def check_rotations(call: Call) -> None:
+    """Raise ValueError or TypeError unless the tables are None or fit ``[B, H, L, D]``, and the
+    seed of the signs is None or one int32 on q's device."""
+    seed = call.sign_seed
+    if seed is not None and (seed.dtype is not torch.int32 or seed.numel() != 1):
+        raise TypeError(f"sign_seed must be one int32, got {seed.dtype} {tuple(seed.shape)}")
+    if seed is not None and seed.device != call.q.device:
+        raise ValueError(f"sign_seed must be on q's device {call.q.device}, got {seed.device}")
     for name, x, rope in (("q", call.q, call.rope_q), ("k", call.k, call.rope_k)):
         if rope is not None:
             check_rope(rope, x, name)

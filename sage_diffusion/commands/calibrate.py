@@ -54,6 +54,15 @@ def calibrate(
     method: Annotated[
         str, typer.Option(help="Of the end-to-end stage: auto, gradient or groups.")
     ] = "auto",
+    sign_seed: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Sequence of the rotations' signs, other signs at every step. "
+            "[default: one rotation for all steps]",
+            min=0,
+            max=2**31 - 1,
+        ),
+    ] = None,
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
@@ -113,6 +122,7 @@ def calibrate(
             sensitivity=sensitivity,
             method=method,  # type: ignore[arg-type]  # checked there
             path=table,
+            sign_seed=sign_seed,
             progress=lambda p: bar.update(
                 task, description=p.stage, completed=p.done, total=p.total
             ),

@@ -33,6 +33,7 @@ def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:
     Rules of ``second`` that ``first``'s leave nothing are dropped.  What only describes one of the
     two (schedule, fingerprint, calibration) is kept where both agree or only ``second`` has it, as
     progress of the merged rules is counted in one schedule only.
+    ``sign_seed`` is ``second``'s.
 
     Raises:
         PlanError: both plans store schedules, and different ones, or fingerprints of different

@@ -2,7 +2,7 @@
 
 A plan is a list of rules, the first match wins::
 
-    {"version": 1, "default": "int4/fp8-fast",
+    {"version": 2, "default": "int4/fp8-fast",
      "rules": [{"layers": "*", "start": 0.9, "spec": "int8/fp8"},
                {"layers": "transformer_blocks.0.*", "spec": {"qk": "int8", "smooth_v": true}}]}
 
@@ -35,6 +35,7 @@ from sage_diffusion.plan.rules import (
     progress,
     rule_to_dict,
 )
+from sage_diffusion.plan.signs import SEEDS
 
 #: Globs such as ``??[ab]*`` are tried on every name and held against each other.
 _MOST_VAGUE = 200
@@ -56,6 +57,9 @@ class PrecisionPlan:
         fingerprint: what the model must look like (class, layer names, head dims); checked where
             it is present.
         calibration: where the plan comes from.  Provenance only, never read by the runtime.
+        sign_seed: sequence of the rotations' signs, other signs at every step
+            (:func:`.signs.step_seed`); None has the same at all steps, as plans of version 1.  A
+            calibrated plan knows how the errors of its own sequence add up.
     """
 
     default: AttentionSpec = field(default_factory=AttentionSpec)
@@ -66,6 +70,7 @@ class PrecisionPlan:
     fingerprint: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     schedule_unit: str | None = None
+    sign_seed: int | None = 0
     #: What stands before the first dot of a layer that the plan names: components, perhaps.
     _heads: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
     _lookup: Lookup = field(init=False, repr=False, compare=False)
@@ -93,6 +98,11 @@ class PrecisionPlan:
                 order = "ascending" if rises else "descending"
                 raise PlanError(f"schedule must have at least two strictly {order} values")
             object.__setattr__(self, "schedule", values)
+        seed = self.sign_seed
+        if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
+            raise PlanError(
+                f"sign_seed must be a whole number from 0 to {SEEDS - 1} or null, got {shown(seed)}"
+            )
         if self.schedule_unit not in (None, *UNITS):
             raise PlanError(
                 f"schedule_unit must be one of {', '.join(UNITS)}, got {shown(self.schedule_unit)}"
@@ -247,6 +257,7 @@ class PrecisionPlan:
             data["schedule"] = list(self.schedule)
         if self.schedule_unit is not None:
             data["schedule_unit"] = self.schedule_unit
+        data["sign_seed"] = self.sign_seed
         for key in ("fingerprint", "calibration"):
             if getattr(self, key) is not None:
                 data[key] = dict(getattr(self, key))

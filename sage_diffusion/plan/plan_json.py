@@ -45,6 +45,7 @@ class _Plan(_Strict):
     schedule_unit: str | None = None
     fingerprint: _Fingerprint | None = None
     calibration: dict[str, Any] | None = None
+    sign_seed: Any = 0  # the plan checks it
 
 
 def plan_fields(data: Any) -> dict[str, Any]:
@@ -63,8 +64,10 @@ def plan_fields(data: Any) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise PlanError(f"{error_path(first['loc'])}: {error_message(first)}") from None
-    if parsed.version != VERSION:
-        raise PlanError(f"version: must be {VERSION}, got {shown(parsed.version)}")
+    if parsed.version not in (1, VERSION):
+        raise PlanError(f"version: must be 1 or {VERSION}, got {shown(parsed.version)}")
+    if parsed.version == 1 and "sign_seed" in data:
+        raise PlanError("sign_seed: plans of version 1 have none")
     default = _spec(parsed.default, AttentionSpec(), "default")
     rules = []
     for i, rule in enumerate(parsed.rules):
@@ -84,6 +87,7 @@ def plan_fields(data: Any) -> dict[str, Any]:
         "schedule_unit": parsed.schedule_unit,
         "fingerprint": data.get("fingerprint"),
         "calibration": parsed.calibration,
+        "sign_seed": None if parsed.version == 1 else parsed.sign_seed,
     }
 
 

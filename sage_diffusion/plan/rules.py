@@ -12,7 +12,9 @@ from sage_diffusion.json_files import shown
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.names import means
 
-VERSION = 1
+#: Of the JSON.  1 knew no :attr:`.PrecisionPlan.sign_seed`: its rotations have the same signs at
+#: every step.
+VERSION = 2
 
 #: What the numbers of a schedule may be, see :mod:`sage_diffusion.plan.noise`.
 UNITS = ("timesteps", "sigmas", "flow-sigmas", "log-snr")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sage_diffusion.verify.cases import Case, Inputs, make_mask, make_rope
+from sage_diffusion.verify.cases import Case, Inputs, make_mask, make_rope, make_sign_seed
 from sage_diffusion.verify.kernels import Kernel
 from sage_diffusion.verify.places import Place, capability_of, posing_as
 
@@ -104,4 +104,5 @@ def _shapes(case: Case) -> Inputs:
         for heads, length in parts
     )
     cpu = torch.device("cpu")
-    return Inputs(q, k, v, make_mask(case, torch.Generator(), cpu), make_rope(case, cpu))
+    mask = make_mask(case, torch.Generator(), cpu)
+    return Inputs(q, k, v, mask, make_rope(case, cpu), make_sign_seed(case, cpu))

@@ -24,6 +24,7 @@ class Case:
         mask: none, one of the keys, or one per query, boolean or added.
         is_causal, return_lse: as in :func:`sage_diffusion.attention`.
         rope: q and k are rotated as they are quantized.
+        sign_seed: of the Hadamard rotation's signs, None: as 0, but without reading one.
         dtype: of q, k and v.
         stride: elements between two tokens, 0: tokens, heads and channels as in a fused projection.
     """
@@ -39,6 +40,7 @@ class Case:
     is_causal: bool = False
     return_lse: bool = False
     rope: bool = False
+    sign_seed: int | None = None
     dtype: torch.dtype = torch.float16
     stride: int = 0
 
@@ -68,6 +70,7 @@ class Inputs(NamedTuple):
     v: Tensor
     mask: Tensor | None
     rope: Rope | None
+    sign_seed: Tensor | None
 
 
 _FP16, _BF16 = torch.float16, torch.bfloat16
@@ -78,12 +81,12 @@ _FP16, _BF16 = torch.float16, torch.bfloat16
 #: :data:`REPEATED` are of kinds that stand above them.
 CARD_CASES = (
     Case("odd lengths", 1, 4, 2, 257, 1031, 72, return_lse=True),
-    Case("head dim 64", 2, 3, 3, 1000, 1000, 64, dtype=_BF16),
-    Case("causal, grouped heads", 1, 4, 1, 1025, 1025, 128, is_causal=True, dtype=_BF16),
+    Case("head dim 64", 2, 3, 3, 1000, 1000, 64, sign_seed=987654321, dtype=_BF16),
+    Case("causal, grouped heads", 1, 4, 1, 1025, 1025, 128, is_causal=True, sign_seed=7),
     Case("mask of keys", 2, 2, 2, 300, 333, 128, "keys"),
     Case("boolean mask", 1, 2, 2, 200, 515, 128, "bool", return_lse=True),
     Case("additive mask, causal", 1, 2, 2, 129, 640, 64, "additive", is_causal=True),
-    Case("rotated", 1, 2, 2, 640, 640, 128, rope=True),
+    Case("rotated", 1, 2, 2, 640, 640, 128, rope=True, sign_seed=2**31 - 1),
     Case("head dim 256", 1, 2, 2, 130, 700, 256, return_lse=True),
     Case("one token", 1, 2, 2, 1, 1, 64),
     Case("many keys", 1, 2, 2, 128, 40000, 128),
@@ -103,7 +106,7 @@ EMULATED_CASES = (
     Case("mask of keys", 1, 1, 1, 33, 70, 64, "keys"),
     Case("boolean mask", 1, 1, 1, 33, 65, 64, "bool", return_lse=True),
     Case("additive mask, causal", 1, 1, 1, 65, 65, 64, "additive", is_causal=True),
-    Case("rotated", 1, 1, 1, 64, 64, 64, rope=True),
+    Case("rotated", 1, 1, 1, 64, 64, 64, rope=True, sign_seed=987654321),
     Case("strides beyond 2^31", 1, 1, 1, 64, 64, 64, stride=2**31 // 63 // 16 * 16 + 16),
 )
 
@@ -144,7 +147,8 @@ def inputs(case: Case, device: torch.device) -> Inputs:
                 x[part, head] = normal(length, d) + (0.05 if i == 2 else 1.0) * means[head]
         found.append(x)
     q, k, v = found
-    return Inputs(q, k, v, make_mask(case, generator, device), make_rope(case, device))
+    mask, rope = make_mask(case, generator, device), make_rope(case, device)
+    return Inputs(q, k, v, mask, rope, make_sign_seed(case, device))
 
 
 def _far_storage(case: Case, device: torch.device) -> Tensor:
@@ -176,3 +180,9 @@ def make_rope(case: Case, device: torch.device) -> Rope | None:
     )
     angles = angles.repeat_interleave(2, 1).to(device)
     return Rope(angles.cos(), angles.sin())
+
+
+def make_sign_seed(case: Case, device: torch.device) -> Tensor | None:
+    if case.sign_seed is None:
+        return None
+    return torch.full((1,), case.sign_seed, dtype=torch.int32, device=device)

@@ -118,7 +118,11 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
     spec, names = kernel.spec, kernel.quantizers
     here = Inputs(*(None if t is None else _to_cpu(t) for t in x))  # type: ignore[arg-type]
     q, k = apply_rope(here.q, here.rope), apply_rope(here.k, here.rope)
-    rotation = {"rotation": spec.rotate, "clip": spec.clip}
+    options: dict[str, Any] = {
+        "rotation": spec.rotate,
+        "sign_seed": here.sign_seed,
+        "clip": spec.clip,
+    }
     found = []
     for letter, name, rows, mean, codes, multiplier in (
         ("q", names[0], q, operands.q_mean, operands.q, operands.multiplier),
@@ -128,12 +132,13 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         if mean is not None and (wrong := _wrong_mean(rows, mean)):
             found.append(Finding(name, case.name, f"{letter}'s mean {wrong}"))
             continue
-        want = twin.quantize_rows(rows, spec.qk, mean=mean, multiplier=multiplier, **rotation)
+        want = twin.quantize_rows(rows, spec.qk, mean=mean, multiplier=multiplier, **options)
         found += _compare(name, case, letter, codes, want)
     if isinstance(operands.v, QuantizedValue):
         mean = None if operands.v.mean is None else operands.v.mean.cpu()
-        options = {"fast": spec.pv_accumulator == "fp16", "clip": spec.clip and spec.pv == "fp4"}
-        want_v = twin.quantize_value(here.v, spec.pv, mean=mean, **options)
+        clip = spec.clip and spec.pv == "fp4"
+        fast = spec.pv_accumulator == "fp16"
+        want_v = twin.quantize_value(here.v, spec.pv, mean=mean, fast=fast, clip=clip)
         want_v = permute_value(want_v) if kernel.permuted else want_v
         found += _compare(names[2], case, "v", operands.v, want_v)
     return found
@@ -241,6 +246,7 @@ def _far_from_exact(spec: AttentionSpec, case: Case, x: Inputs, distance: float)
         is_causal=case.is_causal,
         rope_q=x.rope,
         rope_k=x.rope,
+        sign_seed=x.sign_seed,
     )
     allowed = MARGIN * relative_l1(eager, exact_attention(x, case.is_causal))
     if distance <= allowed:

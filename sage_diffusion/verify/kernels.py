@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
 
     def run(self, x: Inputs, case: Case) -> tuple[Tensor, Tensor | None]:
         """A whole call, as ``backend=`` with this name runs it."""
-        call = Call(x.q, x.k, x.v, x.mask, case.is_causal, None, x.rope, x.rope)
+        call = Call(x.q, x.k, x.v, x.mask, case.is_causal, None, x.rope, x.rope, x.sign_seed)
         return backends.load(self.record)(call, self.spec, case.return_lse)
 
     def quantize(self, x: Inputs) -> Operands:
@@ -71,7 +71,14 @@ class Kernel(NamedTuple):
         from sage_diffusion.kernels.attention.operands import quantize_operands
 
         return quantize_operands(
-            x.q, x.k, x.v, self.spec, permuted=self.permuted, rope_q=x.rope, rope_k=x.rope
+            x.q,
+            x.k,
+            x.v,
+            self.spec,
+            permuted=self.permuted,
+            rope_q=x.rope,
+            rope_k=x.rope,
+            sign_seed=x.sign_seed,
         )
 
     def attend(self, operands: Operands, x: Inputs) -> Tensor:

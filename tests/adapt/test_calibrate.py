@@ -1,5 +1,6 @@
 """Calibration of a tiny random transformer: live, resumable, without loss."""
 
+import json
 import os
 
 import numpy as np
@@ -174,6 +175,8 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
         run(TinySampler(), path=path, specs=("int8/int8",))
     with pytest.raises(TableError, match="other settings: rows 16, now 8; delete"):
         run(TinySampler(), path=path, rows=8)
+    with pytest.raises(TableError, match="other settings: sign_seed None, now 3; delete"):
+        run(TinySampler(), path=path, sign_seed=3)
     guided = TinySampler()
     guided.settings = {"guidance": 3.0}
     with pytest.raises(TableError, match=r"other settings: guidance None, now 3\.0; delete"):
@@ -185,6 +188,32 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
     with pytest.raises(TableError, match="made for TinyDiT, this is OtherDiT"):
         run(named, path=path)
     assert path.read_bytes() == kept
+
+
+def test_tables_of_before_the_signs_are_continued(tmp_path):
+    path = tmp_path / "scores.json"
+    table = run(TinySampler(), path=path)
+    data = table.to_dict()
+    assert data["settings"].pop("sign_seed") is None
+    path.write_text(json.dumps(data))
+    again = run(TinySampler(), path=path)
+    assert again.runs == table.runs and again.unquantized.sign_seed is None
+
+
+@pytest.mark.parametrize("method", ["groups", "auto"])
+def test_candidates_are_measured_with_the_signs_of_their_sequence(method):
+    """Every call of every run, sensitivity's too, and what comes of it says so."""
+
+    class Watched(TinySampler):
+        def sample(self, prompt, seed):
+            seeds.add(self.session.plan.sign_seed)
+            return super().sample(prompt, seed)
+
+    seeds = set()
+    table = run(Watched(layers=2), sign_seed=5, sensitivity=2, method=method)
+    assert seeds == {5} and table.settings["sign_seed"] == 5
+    fixed = run(TinySampler(layers=2))
+    assert not np.array_equal(fixed.mean, run(TinySampler(layers=2), sign_seed=5).mean)
 
 
 def test_bad_arguments():

@@ -45,6 +45,22 @@ def calibrated(sampler, **options):
     return calibrate(sampler, ["a", "bb"], (0, 1), **options)
 
 
+def test_errors_of_a_run_are_those_of_its_steps_signs():
+    """Neighbouring steps of a sequence err less alike than with one rotation for all."""
+
+    def correlation(sign_seed):
+        sampler = TracingSampler(layers=1, steps=6)
+        watcher = _Errors([AttentionSpec.parse("int4/fp8-fast")])
+        sampler.session.observers.append(watcher)
+        sampler.session.plan = PrecisionPlan("fp16", sign_seed=sign_seed)
+        sampler.trace([("a", 0)])
+        errors = torch.stack([e.flatten() for e in watcher.errors])
+        return np.corrcoef(errors.double().numpy())[0, 1:].mean()
+
+    alike, apart = correlation(None), correlation(0)
+    assert alike > 0.1 and abs(apart) < 0.05
+
+
 def test_a_cells_effect_is_what_running_it_in_that_spec_does():
     sampler = TracingSampler(layers=2, steps=3)
     table = calibrated(sampler, sensitivity=0)

@@ -38,6 +38,16 @@ def table_of(layers=8, steps=10, seed=0, branches=("both",), names="blocks.{}.at
     return table
 
 
+@pytest.mark.parametrize("settings", [{}, {"sign_seed": None}, {"sign_seed": 0}])
+def test_a_plan_rotates_as_its_table_was_measured(settings):
+    """Tables of before the sequences knew one rotation: so do their plans."""
+    table = table_of()
+    table.settings = dict(settings)
+    plan = make_plan(table, budget=0.2063).plan
+    assert plan.sign_seed == settings.get("sign_seed")
+    assert PrecisionPlan.from_json(plan.to_json()).sign_seed == plan.sign_seed
+
+
 def test_the_best_plan_within_a_time():
     table = table_of()
     made = make_plan(table, budget=0.2063, max_loss_db=0)

@@ -6,6 +6,7 @@ from helpers import fused_view
 
 from sage_diffusion.kernels.formats import Precision, unpack_int4
 from sage_diffusion.kernels.quantize import reference
+from sage_diffusion.plan.signs import step_seed
 
 QK = [Precision.INT8, Precision.INT4, Precision.FP8, Precision.FP4]
 PV = [Precision.INT8, Precision.FP8, Precision.FP4]
@@ -81,10 +82,28 @@ def test_fast_values_leave_room_for_an_fp16_sum():
 def test_rotation_is_orthogonal(dim):
     matrix = reference.rotate(torch.eye(dim))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), atol=1e-6, rtol=0)
-    signs = torch.tensor(reference.hadamard_signs(dim))
+    signs = reference.hadamard_signs(dim, None, torch.device("cpu"))
     assert 0.35 < (signs > 0).float().mean() < 0.65
     # A constant row, Hadamard's worst case, is spread over the channels by the signs.
     assert reference.rotate(torch.ones(1, dim)).abs().max() < 0.5 * dim**0.5
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_signs_of_every_seed_are_as_good_as_drawn_ones(dim):
+    """Rotations of different seeds differ in half of the signs, and by no pattern."""
+    seeds = torch.tensor([step_seed(0, step) for step in range(200)], dtype=torch.int32)
+    signs = torch.stack([reference.hadamard_signs(dim, seed, seed.device) for seed in seeds])
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    others = ~torch.eye(200, dtype=torch.bool)
+    agree = (signs @ signs.T / dim**0.5)[others]  # of drawn ones: a normal variable
+    assert 0.9 < agree.std() < 1.1 and agree.abs().max() < 5.5
+    # From one seed to the next: spread over the channels too, as a constant row is.
+    moved = torch.cat([signs, signs[1:] * signs[:-1]])
+    assert reference.rotate(moved).abs().amax(-1).mean() < 3.3
+    matrix = reference.rotate(torch.eye(dim), seeds[7])
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), atol=1e-6, rtol=0)
+    zero = torch.zeros(1, dtype=torch.int32)
+    assert torch.equal(reference.rotate(torch.eye(dim), zero), reference.rotate(torch.eye(dim)))
 
 
 @pytest.mark.parametrize("precision", [Precision.INT4, Precision.FP4])

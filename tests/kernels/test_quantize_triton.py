@@ -11,6 +11,11 @@ from sage_diffusion.kernels.quantize import reference
 
 triton = pytest.importorskip("sage_diffusion.kernels.quantize.triton")
 
+
+def seed_of(value):
+    return torch.tensor([value], dtype=torch.int32)
+
+
 ROWS = {
     "int8": (80, 72, {"precision": Precision.INT8}),
     "int8-mean-unaligned": (89, 41, {"precision": Precision.INT8, "mean": "token"}),
@@ -24,6 +29,11 @@ ROWS = {
     "int4-256": (86, 256, {"precision": Precision.INT4, "mean": "token", "rotation": True}),
     "fp8": (89, 1, {"precision": Precision.FP8, "mean": "token", "multiplier": 0.7}),
     "fp8-block": (120, 40, {"precision": Precision.FP8, "block": 64, "rotation": True}),
+    "int8-signs": (
+        89,
+        64,
+        {"precision": Precision.INT8, "rotation": True, "sign_seed": seed_of(987654321)},
+    ),
     "fp4": (100, 40, {"precision": Precision.FP4, "mean": "token", "multiplier": 0.7}),
 }
 
@@ -57,7 +67,12 @@ def test_rows(name):
         (89, Precision.INT4, 64, {"rotation": True, "clip": True, "multiplier": 0.3}),
         (80, Precision.INT4, 40, {}),
         (86, Precision.INT4, 128, {"rotation": True, "clip": True}),
-        (120, Precision.FP4, 128, {"rotation": True, "clip": True, "multiplier": 0.3}),
+        (
+            120,
+            Precision.FP4,
+            128,
+            {"rotation": True, "sign_seed": seed_of(2**31 - 1), "clip": True, "multiplier": 0.3},
+        ),
     ],
 )
 def test_smoothed_rows_in_one_pass(cc, precision, dim, options):
@@ -69,6 +84,27 @@ def test_smoothed_rows_in_one_pass(cc, precision, dim, options):
     assert same_rows(got, reference.quantize_rows(x, precision, mean=mean, **options))
     with pytest.raises(ValueError, match="int8, int4, fp8 or fp4, got fp16"):
         triton.quantize_smoothed_rows(x, Precision.FP16)
+
+
+def kernels_of(function):
+    """Compiled variants that a kernel has."""
+    return sum(len(caches[0]) for caches in function.device_caches.values())
+
+
+def test_another_seed_compiles_nothing():
+    """The kernels read it: as little as a captured graph are they told of it."""
+    x, seed = fused_view(1, 1, 17, 64, seed=0), seed_of(3)
+    options = {"precision": Precision.INT4, "rotation": True, "sign_seed": seed}
+    with gpu(89):
+        first = triton.quantize_rows(x, **options)
+        compiled = kernels_of(triton._quantize_rows_kernel)
+        seed.fill_(4)
+        second = triton.quantize_rows(x, **options)
+    one, other = (
+        reference.quantize_rows(x, **{**options, "sign_seed": seed_of(s)}) for s in (3, 4)
+    )
+    assert same_rows(first, one) and same_rows(second, other) and not same_rows(one, other)
+    assert kernels_of(triton._quantize_rows_kernel) == compiled > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_p
 
 
 def plan_json(**fields):
-    return json.dumps({"version": 1, "default": "int8/fp8", **fields})
+    return json.dumps({"version": 2, "default": "int8/fp8", **fields})
 
 
 def test_first_match_wins_and_ranges_are_half_open():
@@ -47,8 +47,18 @@ def test_json_round_trip_keeps_everything():
         schedule=(1.0, 0.5, 0.0),
         fingerprint={"layers": ["a", "b"]},
         calibration={"prompts": 4},
+        sign_seed=7,
     )
     assert PrecisionPlan.from_json(plan.to_json()) == plan
+
+
+def test_plans_of_version_1_rotate_alike_at_all_steps():
+    old = PrecisionPlan.from_json('{"version": 1, "default": "int4/fp8-fast"}')
+    assert old.sign_seed is None
+    again = PrecisionPlan.from_json(old.to_json())  # in a later version, and the same numbers
+    assert again == old and json.loads(old.to_json())["sign_seed"] is None
+    assert PrecisionPlan.from_json(plan_json()).sign_seed == 0
+    assert PrecisionPlan.of("int4/fp8-fast").sign_seed == 0
 
 
 def test_a_spec_object_takes_missing_fields_from_the_default():
@@ -66,9 +76,14 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ("[]", "a plan must be a JSON object, got list"),
         ('{"version": 1}', "default: is missing"),
         ('{"default": "fp16"}', "version: is missing"),
-        ('{"version": 0, "default": "fp16"}', "version: must be 1, got 0"),
-        ('{"version": 2, "new": 1}', "reads up to 1: update sage-diffusion"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1 or 2, got 0"),
+        ('{"version": 3, "new": 1}', "reads up to 2: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
+        ('{"version": 1, "default": "fp16", "sign_seed": 1}', "sign_seed: .* version 1 have none"),
+        (plan_json(sign_seed=-1), "^sign_seed must be a whole number from 0 to 2147483647 or null"),
+        (plan_json(sign_seed=2**31), "^sign_seed must be .*, got 2147483648"),
+        (plan_json(sign_seed=True), "^sign_seed must be .*, got True"),
+        (plan_json(sign_seed="7" * 10**6), "^sign_seed must be .*, got '777"),
         (plan_json(colour="red"), "colour: unknown key"),
         (plan_json(fingerprint={"layers": 3}), "fingerprint.layers: "),
         (plan_json(fingerprint={"head_dims": {"a": "x"}}), "fingerprint.head_dims.a: "),
