@@ -127,7 +127,8 @@ def test_comfyui_is_told_of_a_node_in_the_list(tmp_path):
     code = """
 import asyncio, sys
 from unittest.mock import MagicMock
-for name in ("comfy", "comfy.model_management", "comfy.samplers", "folder_paths", "server"):
+comfy = [f"comfy.{name}" for name in ("model_management", "samplers", "utils")]
+for name in ("comfy", *comfy, "folder_paths", "server"):
     sys.modules[name] = MagicMock()
 api = sys.modules["comfy_api"] = sys.modules["comfy_api.latest"] = MagicMock()
 api.ComfyExtension, api.io.ComfyNode = type("ComfyExtension", (), {}), type("ComfyNode", (), {})
