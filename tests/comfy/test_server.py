@@ -267,14 +267,14 @@ def test_verify_says_that_there_is_no_card(server):
         (prompts.custom("int8/fp16", start_percent=0.8, end_percent=0.2), "start must be less"),
         (prompts.custom("int8/fp16", layers=" , "), "layers must be globs"),
         ({"preset": "plan file", "preset.file": "broken"}, "broken.json: is not JSON"),
-        ({"preset": "plan file", "preset.file": "newer"}, "this plan has version 2"),
+        ({"preset": "plan file", "preset.file": "newer"}, "this plan has version 9"),
     ],
 )
 def test_bad_input_is_an_error_on_the_node(server, request, preset, message):
     folder = request.config.getoption("--models") / "sage_plans"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "broken.json").write_text("{")
-    (folder / "newer.json").write_text('{"version": 2}')
+    (folder / "newer.json").write_text('{"version": 9}')
     assert message in failure(server.run(prompts.sampling("sd3", **preset)))
 
 
