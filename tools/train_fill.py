@@ -219,7 +219,7 @@ def main() -> None:
             print(f"{step + 1} {seen:.2f} bits, held out {bits:.2f}, {spent:.0f} CPU-s", flush=True)
             checkpoint(path, trained, optimizer, step + 1)
     model = trained.eval().whole().half()
-    notes = Notes(fingerprint=tokenizer.fingerprint, window=max(SIDES))
+    notes = Notes(fingerprint=tokenizer.fingerprint, window=max(SIDES), sharpness=2.5)
     save_fill(options.out / "model", model, notes)
 
 

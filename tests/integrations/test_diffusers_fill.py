@@ -137,6 +137,13 @@ class TestFill:
         assert torch.equal(got[:, ~mask], ids[:, ~mask]) and got.max() < CODES
         assert torch.equal(filler.fill(ids, mask & False), ids)
 
+    def test_the_surest_tokens_are_drawn_where_logits_are_sharp(self, tmp_path):
+        save_fill(tmp_path, network(), Notes(sharpness=1e6))
+        filler, surest = load_fill(tmp_path), []
+        filler.model.register_forward_hook(lambda module, args, out: surest.append(out.argmax(1)))
+        got = filler.fill(IDS, MASK, steps=1)
+        assert torch.equal(got[:, MASK], surest[0][:, MASK])
+
     def test_a_class_and_guidance_move_the_logits(self, filler):
         """Guidance 3: without + 3 (cats - without)."""
         seen, step = [], filler.scheduler.step

@@ -40,12 +40,15 @@ class Notes:
         window: tokens along a side of the largest crops that it was trained on, of a model that is
             not told where in the picture it is: it reads as much around a mask, and a quarter more
             on each side of a larger one. 0: the whole picture.
+        sharpness: factor of the logits that tokens are drawn from. A small model is unsure of
+            much and draws what fits nowhere at 1.
     """
 
     fingerprint: str | None = None
     classes: tuple[str, ...] = field(default=())
     masking_schedule: str = "cosine"
     window: int = 0
+    sharpness: float = 1.0
 
 
 class FillModel:
@@ -143,6 +146,7 @@ class FillModel:
             if len(texts) > 1:
                 without, logits = logits.chunk(2)
                 logits = without + guidance * (logits - without)
+            logits = logits * self.notes.sharpness
             for n, one in enumerate(sample):
                 self._step(timestep, logits[n], one, mask[n], generators[n // len(ids)])
         filled = ids.repeat(variants, 1, 1)
