@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 #: Keys that a kernel has on a device, lengths and strides included; beyond, all are made anew.
 _KEPT = 4096
 
-#: Values that Triton looks at: they stand for themselves.  A float's value it never knows.
+#: Values that Triton looks at: they stand for themselves.  A float argument's it never knows.
 _PLAIN = frozenset((int, bool, str, tuple, type(None), torch.dtype))
 
 
@@ -69,4 +69,6 @@ def key_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ..
             key += (x.base.dtype, x.base.data_ptr() % 16 == 0, *x.block_shape, x.layout)
         else:
             key.append(x)
+    # A float that has a name may be a constant of the kernel, whose value Triton does know.
+    key += [x for x in options.values() if type(x) is float]
     return tuple(key)

@@ -74,6 +74,20 @@ def test_triton_is_asked_once_a_variant(asked):
     assert len(asked) == len(variants) + 1
 
 
+@triton.jit
+def _scaled(p_x, BLOCK: tl.constexpr, BY: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(p_x + o, tl.load(p_x + o) * BY)
+
+
+def test_a_constant_that_is_a_float_has_a_kernel_of_its_own():
+    with gpu(89):
+        for by in (2.0, 3.0, 2.0):
+            x = torch.ones(32)
+            start_kernel(_scaled, (1,), x, BLOCK=32, BY=by, num_warps=1)
+            assert (x == by).all()
+
+
 def test_the_table_does_not_grow_without_end(asked, monkeypatch):
     monkeypatch.setattr(start, "_KEPT", 12)
     with gpu(90):
