@@ -109,10 +109,9 @@ class Layer:
             self._sink["v"].append(v[:, :, :free])
             k, v = k[:, :, free:], v[:, :, free:]
         if k.shape[2]:
-            tail = self._tail
-            self._tail = (
-                (k, v) if tail is None else (torch.cat((tail[0], k), 2), torch.cat((tail[1], v), 2))
-            )
+            held = self._tail or (k[:, :, :0], v[:, :, :0])
+            # Copies of the first ones too: what the caller does to its own is not seen here.
+            self._tail = torch.cat((held[0], k), 2), torch.cat((held[1], v), 2)
 
     def _place(self, k: Tensor, v: Tensor) -> Place:
         return Place(
@@ -155,7 +154,7 @@ class Layer:
         if k.shape[2] == 0:
             self._tail = None
         elif k.untyped_storage().nbytes() > k.numel() * k.element_size():
-            self._tail = k.clone(), v.clone()  # a view would keep the caller's tensor alive
+            self._tail = k.clone(), v.clone()  # a view would keep what has left alive
         else:
             self._tail = k, v
 

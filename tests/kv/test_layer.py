@@ -57,8 +57,12 @@ def test_attending_is_attention_over_what_is_read(window):
     torch.testing.assert_close(got, want)
 
 
-def test_nothing_of_the_caller_is_kept_or_changed():
-    layer, k, v = filled(Kivi(8, 8))
+@pytest.mark.parametrize("tokens,settled", [(300, True), (300, False), (100, True)])
+def test_nothing_of_the_caller_is_kept_or_changed(tokens, settled):
+    layer, (k, v) = Layer(Kivi(8, 8)), past(tokens)
+    layer.append(k, v)
+    if settled:
+        layer.settle()
     before = k.clone()
     want = layer.read()[0].clone()
     assert torch.equal(k, before)
