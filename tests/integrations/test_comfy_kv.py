@@ -152,8 +152,14 @@ def test_references_are_written_once_and_read_often():
                 assert 0 < (found - side).norm() / side.norm() < 0.01
     assert list(cache) == ["double_0", "double_1"] and memory.layers == 2
     assert memory.kept < memory.host
+    host, kept = memory.host, memory.kept
+    cache["double_0"] = (k, v)  # again: what it replaces is gone
+    assert len(cache["double_0"]) == 2 and (memory.layers, memory.host) == (2, host)
+    assert memory.kept == kept
     del cache["double_0"]
-    assert list(cache) == ["double_1"]
+    assert list(cache) == ["double_1"] and (memory.layers, memory.host) == (1, host // 2)
+    cache["double_1"]
+    assert memory.kept == kept // 2
 
 
 def test_the_report_says_what_was_measured():

@@ -98,6 +98,14 @@ class Past:
         self.memory.layers += 1
         self.memory.host += host_bytes
 
+    def remove(self, layer: Any, host_bytes: int) -> None:
+        """Let go of a layer and what :meth:`add` counted for it."""
+        self.layers.remove(layer)
+        self.memory.layers -= 1
+        self.memory.host -= host_bytes
+        if self._shown is layer:
+            self._shown = self._views = None
+
     def write(self, layer: Any, start: int, k: Tensor, v: Tensor) -> None:
         """``[B, H, n, D]`` at token ``start``: behind all others, or in place of the newest."""
         if start > layer.tokens:
@@ -384,24 +392,27 @@ class References(MutableMapping[str, tuple[Tensor, Tensor]]):
     def __init__(self, settings: Settings, memory: Memory):
         self._settings = settings
         self._past = Past(memory)
-        self._layers: dict[str, Layer] = {}
+        self._held: dict[str, tuple[Layer, int]] = {}  # and the bytes that ComfyUI would hold
 
     def __setitem__(self, key: str, value: tuple[Tensor, Tensor]) -> None:
+        if key in self._held:
+            del self[key]
         sink = max(self._settings.sink, 0)
-        layer = Layer(method_of(self._settings.method), sink, 0, len(self._layers))
+        layer = Layer(method_of(self._settings.method), sink, 0, len(self._held))
         layer.append(*value)
         layer.settle()
-        self._layers[key] = layer
-        self._past.add(layer, sum(x.numel() * x.element_size() for x in value))
+        host_bytes = sum(x.numel() * x.element_size() for x in value)
+        self._held[key] = layer, host_bytes
+        self._past.add(layer, host_bytes)
 
     def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
-        return self._past.read(self._layers[key])
+        return self._past.read(self._held[key][0])
 
     def __delitem__(self, key: str) -> None:
-        del self._layers[key]
+        self._past.remove(*self._held.pop(key))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._held)
