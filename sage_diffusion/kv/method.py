@@ -145,6 +145,49 @@ class Body(ABC):
         return sum(store.nbytes for store in self.stores.values()) + constant
 
 
+class BodySide(Protocol):
+    """K or V of a body, compressed by itself.
+
+    Attributes:
+        stores: by kind: codes, steps ..
+    """
+
+    stores: dict[str, Store]
+
+    def append(self, x: Tensor) -> None:
+        """Compress ``[B, H, n, D]``, whole units."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Tokens ``start`` to ``stop``."""
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first ``tokens``, whole units."""
+
+
+class TwoSided(Body):
+    """K and V that know nothing of each other."""
+
+    def __init__(self, place: Place, k: BodySide, v: BodySide):
+        super().__init__(place)
+        self.k, self.v = k, v
+        for name, side in (("k", k), ("v", v)):
+            self.stores |= {f"{name}.{kind}": store for kind, store in side.stores.items()}
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        self.k.append(k)
+        self.v.append(v)
+        self.tokens += k.shape[2]
+
+    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        stop = self.tokens if stop is None else stop
+        return self.k.read(start, stop), self.v.read(start, stop)
+
+    def crop(self, tokens: int) -> None:
+        self.k.cut(tokens)
+        self.v.cut(tokens)
+        self.tokens = tokens
+
+
 @runtime_checkable
 class ChoosesHeavy(Protocol):
     """A body that keeps heavy hitters in a way of its own; the layer does it for all others.

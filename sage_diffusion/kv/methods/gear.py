@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sage_diffusion.kernels.kv.layout import Width
 from sage_diffusion.kernels.kv.quantize import Form
-from sage_diffusion.kv.method import Body, Method, Place
+from sage_diffusion.kv.method import Method, Place, TwoSided
 from sage_diffusion.kv.packed import Axis, Grouping, PackedSide
 from sage_diffusion.kv.store import Store
 
@@ -157,12 +157,10 @@ def low_rank(x: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
     return left, right.transpose(2, 3)
 
 
-class GearBody(Body):
+class GearBody(TwoSided):
     """Two sides of codes, factors and outliers."""
 
     def __init__(self, place: Place, method: Gear):
-        super().__init__(place)
-        self.unit = method.unit
         if method.unit % method.group or method.unit < max(method.rank, 1):
             raise ValueError(
                 f"unit must be a multiple of the group, {method.group}, and at least the rank, "
@@ -173,24 +171,12 @@ class GearBody(Body):
                 f"ranks must be at most the unit and the head's channels, got {method.rank} and "
                 f"{method.prompt_rank} of {method.unit} tokens and {place.head_dim} channels"
             )
-        self.k = _Side(method, place, "channel", place.head_dim, method.k_bits)
-        self.v = _Side(method, place, "token", place.value_dim, method.v_bits)
-        self.stores = {f"k.{name}": store for name, store in self.k.stores.items()}
-        self.stores |= {f"v.{name}": store for name, store in self.v.stores.items()}
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        self.k.append(k)
-        self.v.append(v)
-        self.tokens += k.shape[2]
-
-    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        stop = self.tokens if stop is None else stop
-        return self.k.read(start, stop), self.v.read(start, stop)
-
-    def crop(self, tokens: int) -> None:
-        self.k.cut(tokens)
-        self.v.cut(tokens)
-        self.tokens = tokens
+        super().__init__(
+            place,
+            _Side(method, place, "channel", place.head_dim, method.k_bits),
+            _Side(method, place, "token", place.value_dim, method.v_bits),
+        )
+        self.unit = method.unit
 
 
 @dataclass(frozen=True)

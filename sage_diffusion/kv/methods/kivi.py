@@ -11,7 +11,7 @@ from sage_diffusion.kernels.kv.quantize import Form
 from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.decode import attend as attend_packed
 from sage_diffusion.kv.decode import choose
-from sage_diffusion.kv.method import Body, Method, Place, Rotate
+from sage_diffusion.kv.method import Method, Place, Rotate, TwoSided
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.split import SplitSide
@@ -20,42 +20,32 @@ from sage_diffusion.kv.split import SplitSide
 _TILE = 2048
 
 
-class PackedBody(Body):
+class PackedBody(TwoSided):
     """K and V as two packed sides; with ``widths``, shares of K's channels have these.
 
     On a GPU the decode kernel attends to them.  Elsewhere attention to K in channel groups and V in
     token groups multiplies codes as they are: steps go into the queries and the weights.
     """
 
+    k: PackedSide | SplitSide
+    v: PackedSide
+
     def __init__(self, place: Place, k: Grouping, v: Grouping, widths: tuple[Width, ...] = ()):
-        super().__init__(place)
-        self.k: PackedSide | SplitSide = (
+        super().__init__(
+            place,
             SplitSide(k, widths, place.head_dim, place.shared)
             if widths
-            else PackedSide(k, place.head_dim, place.shared)
+            else PackedSide(k, place.head_dim, place.shared),
+            PackedSide(v, place.value_dim, place.shared),
         )
-        self.v = PackedSide(v, place.value_dim, place.shared)
         self.unit = max(k.unit, v.unit)
         if self.unit % k.unit or self.unit % v.unit:
             raise ValueError(f"groups of {k.unit} and {v.unit} tokens must divide one another")
-        self.stores = {f"k.{name}": store for name, store in self.k.stores.items()}
-        self.stores |= {f"v.{name}": store for name, store in self.v.stores.items()}
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        self.k.append(k)
+        super().append(k, v)
         if isinstance(self.k, SplitSide) and self.k.order is not None:
             self.constants["k.order"] = self.k.order
-        self.v.append(v)
-        self.tokens += k.shape[2]
-
-    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        stop = self.tokens if stop is None else stop
-        return self.k.read(start, stop), self.v.read(start, stop)
-
-    def crop(self, tokens: int) -> None:
-        self.k.cut(tokens)
-        self.v.cut(tokens)
-        self.tokens = tokens
 
     def attend(
         self, q: Tensor, scale: float, mask: Tensor | None = None, rotate: Rotate | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.kernels.kv import layout
-from sage_diffusion.kv.method import Body, Method, Place
+from sage_diffusion.kv.method import Method, Place, TwoSided
 from sage_diffusion.kv.store import Store
 
 #: Indices are bytes.
@@ -66,30 +66,17 @@ class Video(Method):
         return VideoBody(place, self)
 
 
-class VideoBody(Body):
+class VideoBody(TwoSided):
     """Whole spans of tokens."""
 
     def __init__(self, place: Place, method: Video):
-        super().__init__(place)
+        super().__init__(place, _Side(method), _Side(method))
         self.unit = method.span
-        self.k, self.v = _Side(method), _Side(method)
-        self.stores = {f"k.{name}": store for name, store in self.k.stores.items()}
-        self.stores |= {f"v.{name}": store for name, store in self.v.stores.items()}
 
     def append(self, k: Tensor, v: Tensor) -> None:
         for start in range(0, k.shape[2], self.unit):
-            self.k.append(k[:, :, start : start + self.unit])
-            self.v.append(v[:, :, start : start + self.unit])
-            self.tokens += self.unit
-
-    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        stop = self.tokens if stop is None else stop
-        return self.k.read(start, stop), self.v.read(start, stop)
-
-    def crop(self, tokens: int) -> None:
-        self.k.cut(tokens)
-        self.v.cut(tokens)
-        self.tokens = tokens
+            span = slice(start, start + self.unit)
+            super().append(k[:, :, span], v[:, :, span])
 
 
 class _Side:
