@@ -15,6 +15,7 @@ from comfy_api.latest import io
 
 from sage_diffusion.nodes.host import new_tokenizer_path, show, signature
 from sage_diffusion.nodes.vq import VQ_CATEGORY, VQTokenizer, picture_of, pixels_of
+from sage_diffusion.vq.quantizers.recipes import RECIPES, recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Seconds between previews.
 _EVERY = 2.0
-
-_QUANTIZERS = ("vector", "cosine", "simvq", "ibq", "fsq", "bsq", "lfq")
 
 
 def _inputs(steps: int) -> list[Any]:
@@ -89,7 +88,7 @@ class TrainVQTokenizer(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "quantizer",
-                    options=list(_QUANTIZERS),
+                    options=list(RECIPES),
                     default="vector",
                     tooltip="vector: codebook by moving averages, with k-means start and revival; "
                     "cosine: the same by angle; simvq for very many codes.",
@@ -124,7 +123,6 @@ class TrainVQTokenizer(io.ComfyNode):
         import torch
 
         from sage_diffusion.vq.families import compact
-        from sage_diffusion.vq.quantizers.recipes import recipe
         from sage_diffusion.vq.training import preview, train
 
         with _learning():
