@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats import LOG2E
 from ..vq.tuning import processors
 from .gluon_kernel import decode_kernel
-from .sides import Side, mask_kind, of_heads
+from .sides import Side, expanded, of_heads
 from .tuning import Launch, launch, shorter, splits, tiles
 
 
@@ -49,9 +49,7 @@ def decode(
     split = -(-count // span)
     out = torch.empty(split, batch, q_heads, queries, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(split, batch, q_heads, queries, dtype=torch.float32, device=q.device)
-    if mask is not None:
-        mask = mask.expand(batch, q_heads, queries, k.tokens)
-    kind, strides = mask_kind(mask)
+    mask, kind, strides = expanded(mask, (batch, q_heads, queries, k.tokens))
     k_words, v_words = of_heads(k.words), of_heads(v.words)
     k_steps, v_steps = _steps(k, torch.int32, torch.int16), _steps(v, torch.int16, torch.int8)
     with torch.cuda.device_of(q):

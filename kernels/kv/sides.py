@@ -95,8 +95,11 @@ def of_heads(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def mask_kind(mask: Tensor | None) -> tuple[str, tuple[int, ...]]:
-    """How a kernel reads a mask ``[B, Hq, L, tokens]``, and its strides."""
+def expanded(
+    mask: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor | None, str, tuple[int, ...]]:
+    """A mask as ``[B, Hq, L, tokens]``, how a kernel reads it, and its strides."""
     if mask is None:
-        return "none", (0, 0, 0, 0)
-    return "bool" if mask.dtype == torch.bool else "additive", mask.stride()
+        return None, "none", (0, 0, 0, 0)
+    mask = mask.expand(shape)
+    return mask, "bool" if mask.dtype == torch.bool else "additive", mask.stride()

@@ -16,7 +16,7 @@ from ..formats import LOG2E
 from ..vq.tuning import processors
 from .layout import BLOCK, Width, bits, planes, row_words
 from .quantize import decode as decode_steps
-from .sides import Side, mask_kind, of_heads
+from .sides import Side, expanded, of_heads
 from .tuning import portable_tile, splits, tiles
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -282,9 +282,7 @@ def decode(
     split = triton.cdiv(count, span)
     out = torch.empty(split, batch, q_heads, queries, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(split, batch, q_heads, queries, dtype=torch.float32, device=q.device)
-    if mask is not None:
-        mask = mask.expand(batch, q_heads, queries, k.tokens)
-    kind, strides = mask_kind(mask)
+    mask, kind, strides = expanded(mask, (batch, q_heads, queries, k.tokens))
     k_words, v_words = of_heads(k.words), of_heads(v.words)
     k_step, k_zero, v_step, v_zero = (
         x.half().contiguous()
