@@ -23,20 +23,8 @@ def copy_layout(words, warps):
 
 
 @gluon.constexpr_function
-def column_layout(warps):
-    """The 16 columns of a tile that belong to a thread, side by side (see ``column_order``)."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], [4], [8]],
-        lane_bases=[[16], [32], [0], [0], [0]],
-        warp_bases=[[0]] * (warps.bit_length() - 1),
-        block_bases=[],
-        shape=[TILE_N],
-    )
-
-
-@gluon.constexpr_function
 def lane_layout(warps):
-    """The same as a matrix, a row for each of the four threads that share a row of scores."""
+    """A tile's columns (see ``column_order``) by the four threads that share a row of scores."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8]],
         lane_bases=[[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]],

@@ -115,11 +115,6 @@ def sample_clips(count: int, seed: int, split: str = "train") -> Clips:
     return Clips(digit, colour, hidden + 1, y * STEP, (speed - 1) * STEP)
 
 
-def templates() -> Tensor:
-    """Every digit in every colour on black, ``[40, 3, 8, 8]`` in -1 .. 1, by identity."""
-    return _sprites()[0]
-
-
 def _sprites() -> tuple[Tensor, Tensor]:
     """Colours ``[40, 3, 8, 8]`` in -1 .. 1 and masks ``[40, 1, 8, 8]`` of 0 and 1."""
     rows = [[[int(c) for c in row] for row in glyph.split()] for glyph in _GLYPHS]
