@@ -17,7 +17,7 @@ import ptxvm.device
 from sage_diffusion import cli
 from sage_diffusion.kernels.attention import gluon_columns, gluon_kernel, triton
 from sage_diffusion.kernels.quantize import triton as quantize
-from sage_diffusion.kernels.quantize import triton_fp4
+from sage_diffusion.kernels.quantize import triton_fp4, triton_value
 from sage_diffusion.verify import procedure
 from sage_diffusion.verify.cases import EMULATED_CASES
 
@@ -96,6 +96,7 @@ def swapped_nibble():
         quantize._quantize_tile,
         quantize._quantize_rows_kernel,
         quantize._quantize_smoothed_rows_kernel,
+        triton_value._quantize_value_kernel,  # V of FP4; or later tests have it from here
     )
 
 
