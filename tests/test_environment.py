@@ -53,7 +53,7 @@ def test_a_torch_that_is_named_is_taken_with_its_limits(pip, monkeypatch, tmp_pa
 def test_a_python_that_has_torch_is_built_upon(tmp_path):
     folder = tmp_path / "new"
     venv.create(folder)
-    environment.see_packages_of_this_python(folder)
+    environment.share(folder)
     code = "import importlib.metadata as m, sys; print(m.version('torch'), sys.prefix)"
     done = subprocess.run([folder / "bin" / "python", "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [version("torch"), str(folder)]

@@ -84,9 +84,7 @@ def make(folder: Path, torch: str, constraints: list[str]) -> None:
         venv.create(folder, with_pip=True)
     pip = [str(python), *PIP]
     limits = [part for file in constraints for part in ("--constraint", file)]
-    if parent_torch() is not None:
-        see_packages_of_this_python(folder)
-    elif not torch:
+    if not share(folder) and not torch:
         # Fails at once where no folder holds one.
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run([*pip, "--no-index", "--no-deps", "torch"], check=False, **quiet)
@@ -100,12 +98,18 @@ def make(folder: Path, torch: str, constraints: list[str]) -> None:
         run([*pip, *limits, found.stdout.strip()])
 
 
-def see_packages_of_this_python(folder: Path) -> None:
-    """A ``.pth`` file: ``--system-site-packages`` would skip the environment that this is."""
+def share(folder: Path) -> bool:
+    """Let an environment see the packages of this Python if it has PyTorch, and say whether it has.
+
+    A ``.pth`` file: ``--system-site-packages`` would skip the environment that this is.
+    """
+    if parent_torch() is None:
+        return False
     scheme = "nt" if sys.platform == "win32" else "posix_prefix"
     site = sysconfig.get_path("purelib", scheme, {"base": str(folder)})
     paths = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     Path(site, "_packages_of_parent.pth").write_text("\n".join(paths) + "\n", encoding="utf-8")
+    return True
 
 
 def run(command: list[str]) -> None:

@@ -8,14 +8,14 @@ start=$SECONDS
 tests/comfy/setup_comfy.sh all
 tests/comfy/setup_browser.sh
 echo "installed after $((SECONDS - start)) s"
-pytest=.venv-comfy/bin/pytest
+pytest() { .venv-comfy/bin/python -m pytest "$@"; }
 failed=0
 
 echo "ComfyUI 0.30.0"
-"$pytest" tests/comfy --comfy .cache/comfyui-0.30.0 -p no:cacheprovider "$@" || failed=1
+pytest tests/comfy --comfy .cache/comfyui-0.30.0 -p no:cacheprovider "$@" || failed=1
 
 echo "ComfyUI 0.24.0"
-"$pytest" tests/comfy/test_in_process.py tests/comfy/test_server.py \
+pytest tests/comfy/test_in_process.py tests/comfy/test_server.py \
   --comfy .cache/comfyui-0.24.0 -p no:cacheprovider \
   -k "pass_through or within_a_bound or untouched or decide_as_the_plan or previous_override \
 or stays_on_top or come_and_go or between_two or never_moved or samples_and_says \

