@@ -9,7 +9,8 @@ from comfy_api.latest import io, ui
 
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.guard import Guard
-from sage_diffusion.integrations.comfy import attached, patch
+from sage_diffusion.integrations.comfy import attached, marked_off, patch, status
+from sage_diffusion.integrations.comfy.headline import OFF
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import CATEGORY, Plan, load_plan, plan_names, show
@@ -165,8 +166,8 @@ class SageAttention(io.ComfyNode):
         plan = plan_of(preset, str(model.load_device))
         node = cls.hidden.unique_id
         if not enabled:
-            show(node, "off: the model is passed through")
-            return io.NodeOutput(model, plan)
+            show(node, str(OFF), OFF.state)
+            return io.NodeOutput(marked_off(model), plan)
         patched = patch(
             model,
             plan,
@@ -174,10 +175,10 @@ class SageAttention(io.ComfyNode):
             strict=strict,
             guard=Guard(every=_CHECK_EVERY) if guard else None,
             keep_cross=bool(preset.get("keep_cross_attention", False)),
-            reporters=[lambda report: show(node, str(report))],
+            reporters=[lambda news: show(node, str(news), news.state)],
             title=plan.name or preset["preset"],
         )
-        show(node, f"{describe(plan)}\n(the report follows after sampling)")
+        show(node, f"{status(patched)}\n{describe(plan)}", "ready")
         return io.NodeOutput(patched, plan)
 
 
@@ -241,13 +242,10 @@ class SageReport(io.ComfyNode):
     @classmethod
     def execute(cls, after: Any, model: Any, details: bool) -> io.NodeOutput:
         attention = attached(model)
-        data: dict[str, Any] = {}
-        if attention is None:
-            text = "WARNING: this MODEL did not go through Sage Attention"
-        elif attention.last is None:
-            text = "WARNING: no sampling run has ended with this MODEL yet"
-        else:
+        headline = status(model)
+        text, data = str(headline), {"state": headline.state, "headline": list(headline[1:])}
+        if attention is not None and attention.last is not None:
             report = attention.last
             text, data = report.details() if details else str(report), report.to_dict()
-        show(cls.hidden.unique_id, text)
+        show(cls.hidden.unique_id, text, headline.state)
         return io.NodeOutput(after, text, json.dumps(data), ui=ui.PreviewText(text))

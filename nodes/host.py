@@ -8,8 +8,10 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from sage_diffusion.integrations.comfy.headline import State
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.library import OWN_PLANS, plan_files
 from sage_diffusion.vq.checkpoints import BUNDLED
@@ -18,6 +20,9 @@ from sage_diffusion.vq.fill import BUNDLED as BUNDLED_FILL
 #: Name of the plans' folder below ``models`` and in ``extra_model_paths.yaml``.
 PLANS = "sage_plans"
 CATEGORY = "model/patch/Sage Diffusion"
+
+#: What ``web/text.js`` listens to.
+TEXT_EVENT = "sage_diffusion.text"
 
 #: The same of VQ tokenizers; pickles are there to be converted.
 TOKENIZERS = "vq_tokenizers"
@@ -169,7 +174,31 @@ def _fresh(root: Path, prefix: str, ending: str) -> Path:
     return path
 
 
-def show(node_id: Any, text: str) -> None:
-    """Text on a node, now; works long after the node itself was executed."""
-    if PromptServer.instance is not None and node_id is not None:
-        PromptServer.instance.send_progress_text(text, str(node_id))
+def show(node_id: Any, text: str, state: State = "done") -> None:
+    """Text on a node, now; works long after the node itself was executed.
+
+    It goes to the page that queued the prompt that runs now, and names that prompt's workflow: a
+    node of the same id in another one keeps its own text.
+    """
+    server = PromptServer.instance
+    if server is None or server.client_id is None or node_id is None:
+        return
+    context = get_executing_context()
+    prompt = None if context is None else context.prompt_id
+    data = {
+        "node": str(node_id),
+        "prompt_id": prompt,
+        "workflow": _workflow(server, prompt),
+        "state": state,
+        "text": text,
+    }
+    server.send_sync(TEXT_EVENT, data, server.client_id)
+
+
+def _workflow(server: Any, prompt: str | None) -> str | None:
+    """The id of a running prompt's workflow, None where whoever queued it sent none."""
+    for item in list(server.prompt_queue.currently_running.values()):
+        if item[1] == prompt:
+            workflow = item[3].get("extra_pnginfo", {}).get("workflow")
+            return workflow.get("id") if isinstance(workflow, dict) else None
+    return None

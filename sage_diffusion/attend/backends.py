@@ -22,12 +22,21 @@ from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
 
 class BackendUnavailable(RuntimeError):
-    """No backend can run a call; ``reasons`` says why, by name."""
+    """No backend can run a call.
+
+    Attributes:
+        reasons: why not, by the backends' names.
+        brief: the one that matters most, in a line.
+    """
 
     def __init__(self, spec: AttentionSpec, reasons: dict[str, str]):
         self.reasons = reasons
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         super().__init__(f"no backend can run {spec}: {listed}")
+        # Triton's serves the most cards: what it lacks is what is to be done.
+        name = tuning.KERNELS.name if tuning.KERNELS.name in reasons else next(iter(reasons))
+        others = f" and {len(reasons) - 1} others" if len(reasons) > 1 else ""
+        self.brief = f"{reasons[name]} ({spec} on {name}{others})"
 
 
 # ---------------------------------------------------------------------- PyTorch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sage_diffusion.attend import ops
 from sage_diffusion.attend.calls import Call, Native, torch_native
 from sage_diffusion.kernels.rope import Rope
+from sage_diffusion.kernels.spec import AttentionSpec
 
 log = logging.getLogger("sage_diffusion")
 
@@ -65,6 +67,9 @@ class Layer:
         self.native: Native = native or torch_native
         self.ran: Counter[tuple[str, str]] = Counter()  # (spec, backend) -> calls
         self.declined: Counter[str] = Counter()  # reason -> calls
+        # A call that is served in parts counts once for each in `ran` and `declined`: so many parts
+        # there are beyond the first, and quantized ones beyond the first quantized.
+        self.further = self.further_quantized = 0
         self.tokens = 0  # most keys of a call
         self.index = session.adopt(self) if listed else -1
         self.handle = ops.register(self)
@@ -132,6 +137,17 @@ class Layer:
             self.session.logged.add(reason)
             log.warning("%s runs its own attention: %s", self.name, reason)
         self.declined[reason] += 1
+
+    def served_in_parts(self, specs: Sequence[AttentionSpec]) -> None:
+        """The parts that were just counted, and ran these specs, are one call of the host."""
+        self.further += len(specs) - 1
+        self.further_quantized += max(sum(spec.quantized for spec in specs) - 1, 0)
+
+    def forget(self) -> None:
+        """Count from zero."""
+        self.ran.clear()
+        self.declined.clear()
+        self.further = self.further_quantized = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         session = copy.deepcopy(self.session, memo)

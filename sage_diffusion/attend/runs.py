@@ -24,6 +24,8 @@ class Counts(Protocol):
     ran: Counter[tuple[str, str]]
     declined: Counter[str]
     tokens: int
+    further: int
+    further_quantized: int
 
 
 @dataclass
@@ -60,7 +62,7 @@ class RunLog:
 
     def _totals(self) -> dict[str, int]:
         return {
-            name: sum(layer.ran.values()) + sum(layer.declined.values())
+            name: sum(layer.ran.values()) + sum(layer.declined.values()) - layer.further
             for name, layer in self.layers.items()
         }
 
@@ -70,7 +72,7 @@ class RunLog:
             for layer in self.layers.values()
             for (spec, _), count in layer.ran.items()
             if spec != "fp16"
-        )
+        ) - sum(layer.further_quantized for layer in self.layers.values())
         declined: Counter[str] = Counter()
         for layer in self.layers.values():
             declined.update(layer.declined)
@@ -128,7 +130,27 @@ class RunLog:
         return None
 
 
-def nothing_quantized(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str | None:
+@dataclass(frozen=True)
+class Nothing:
+    """Why a plan that quantizes did so nowhere in a run; ``str()`` is a sentence.
+
+    Attributes:
+        calls: of the run.
+        cause: one.
+        remedy: what helps.
+    """
+
+    calls: int
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"{self.cause}, so nothing was quantized; {self.remedy}"
+        return f"nothing was quantized in {self.calls} calls: {self.cause}; {self.remedy}"
+
+
+def nothing_quantized(plan: PrecisionPlan, logs: Sequence[RunLog]) -> Nothing | None:
     """Why a plan that quantizes did so nowhere in a run, and what helps; None where it did.
 
     Args:
@@ -139,20 +161,19 @@ def nothing_quantized(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str | None
         return None
     calls = sum(log.calls for log in logs)
     if not calls:
-        return (
+        return Nothing(
+            0,
             "no attention call was intercepted: the model computes its attention where nothing "
-            "can be routed, so nothing was quantized"
+            "can be routed",
+            "another model family, or none of this",
         )
     declined: Counter[str] = Counter()
     for log in logs:
         declined.update(log.declined)
     if declined:
-        reason, count = declined.most_common(1)[0]
-        return (
-            f"nothing was quantized: {sum(declined.values())} of {calls} calls were declined, "
-            f"{count} of them because: {reason}"
-        )
-    return f"nothing was quantized in {calls} calls: {_why_planned(plan, logs)}"
+        reason, _ = declined.most_common(1)[0]
+        return Nothing(calls, reason, "Sage Doctor says what this machine can run")
+    return Nothing(calls, *_why_planned(plan, logs))
 
 
 def quantizes(plan: PrecisionPlan) -> bool:
@@ -160,8 +181,8 @@ def quantizes(plan: PrecisionPlan) -> bool:
     return plan.default.quantized or any(rule.spec.quantized for rule in plan.rules)
 
 
-def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
-    """The plan itself said fp16 of every call."""
+def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> tuple[str, str]:
+    """The plan itself said fp16 of every call: cause and remedy."""
     names = [name for log in logs for name in log.layers]
     tokens = max((layer.tokens for log in logs for layer in log.layers.values()), default=0)
     times = {at for log in logs for at in log.progress}
@@ -171,22 +192,29 @@ def _why_planned(plan: PrecisionPlan, logs: Sequence[RunLog]) -> str:
     here = [rule for i, rule in rules.items() if i not in missed]
     if not here and not plan.default.quantized:
         globs = ", ".join(repr(rule.layers) for rule in [*rules.values()][:3])
-        return f"its rules name {globs}, the layers are {', '.join(names[:3])}; rename the rules"
+        return f"its rules name {globs}, the layers are {', '.join(names[:3])}", "rename the rules"
     long = [rule for rule in here if rule.min_tokens <= tokens]
     if here and not long:
         least = min(rule.min_tokens for rule in here)
         return (
-            f"they have at most {tokens} keys, and the plan quantizes from {least} on; sample a "
-            "larger picture or lower min_tokens"
+            f"min_tokens is {least}, and the longest call has {tokens} keys",
+            "lower min_tokens, or sample a larger picture",
         )
     timely = [r for r in long if any(r.applies(at, r.branch) for at in times)]
     if long and not timely:
         return (
             f"the run had {len(times)} steps from progress {min(times):.2f} to {max(times):.2f}, "
             f"none of them where the plan quantizes, from {min(r.start for r in long):.2f} to "
-            f"{max(r.end for r in long):.2f}; widen start and end, or take more steps"
+            f"{max(r.end for r in long):.2f}",
+            "widen start and end, or take more steps",
         )
     named = [rule for rule in timely if rule.branch in (None, *branches)]
     if timely and not named:
-        return "its rules name a branch of guidance, and this run had none of it; remove branch"
-    return "rules that stand first, or a guard that stepped the layers up, say fp16 everywhere"
+        return (
+            "its rules name a branch of guidance, and this run had none of it",
+            "remove branch",
+        )
+    return (
+        "rules that stand first, or a guard that stepped the layers up, say fp16 everywhere",
+        "look at the plan's first rules",
+    )

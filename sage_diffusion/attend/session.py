@@ -248,10 +248,10 @@ class AttentionSession:
                 run.close()
                 self.warn(run.stuck())
                 self.sampled.update(_component(name) for name in run.called)
-                reason = nothing_quantized(self._plan, [run]) if judge else None
-                if reason is not None and self.strict:
-                    raise AttentionRefused(reason)
-                self.warn(reason)
+                nothing = nothing_quantized(self._plan, [run]) if judge else None
+                if nothing is not None and self.strict:
+                    raise AttentionRefused(str(nothing))
+                self.warn(None if nothing is None else str(nothing))
         finally:
             self._stand_still()
         return run
@@ -390,6 +390,7 @@ class AttentionSession:
                 for i, spec in enumerate(specs)
             ]
             out = torch.cat([found for found, _ in served])
+            layer.served_in_parts([ran for _, ran in served])
         for i, (branch, (found, ran)) in enumerate(zip(branches, served, strict=True)):
             self._show(layer, branch, ran, call.part(i, count), found)
         return out
@@ -438,7 +439,7 @@ class AttentionSession:
         try:
             chosen, out, _ = execution.run(call, asked, self.backend, self.compilations)
         except backends.BackendUnavailable as error:
-            layer.decline(str(error))
+            layer.decline(error.brief)
             return None
         finite = self.watch.look(layer.name, step, out)
         if self.verdicts.full():
@@ -471,8 +472,7 @@ class AttentionSession:
     def reset_counts(self) -> None:
         """Forget what was counted and reported so far."""
         for layer in self.layers.values():
-            layer.ran.clear()
-            layer.declined.clear()
+            layer.forget()
         self.verdicts.reset()
         self.warnings.clear()
         if self.run is not None:

@@ -24,6 +24,9 @@ class LayerSummary:
         drift: largest relative L1 distance from exact attention that the guard found, None where
             it did not look.
         came_in: steps in which NaN or infinity came into the layer; its output says so.
+        further: what ``ran`` and ``declined`` count beyond the host's calls, as a call whose batch
+            was served in parts counts once for each.
+        further_quantized: of those, quantized parts beyond the first of their call.
     """
 
     name: str
@@ -33,6 +36,8 @@ class LayerSummary:
     stepped_up: tuple[str, ...] = ()
     drift: float | None = None
     came_in: tuple[int, ...] = ()
+    further: int = 0
+    further_quantized: int = 0
 
     @classmethod
     def of(cls, layer: Any, verdicts: Verdicts, guard: GuardState) -> LayerSummary:
@@ -45,17 +50,20 @@ class LayerSummary:
             tuple(guard.reasons.get(layer.name, ())),
             guard.drift.get(layer.name),
             tuple(verdicts.came_in.get(layer.name, ())),
+            layer.further,
+            layer.further_quantized,
         )
 
     @property
     def calls(self) -> int:
-        """All calls that came through the layer."""
-        return sum(self.ran.values()) + sum(self.declined.values())
+        """All calls of the host that came through the layer."""
+        return sum(self.ran.values()) + sum(self.declined.values()) - self.further
 
     @property
     def quantized(self) -> int:
-        """Calls that ran quantized."""
-        return sum(n for (spec, _), n in self.ran.items() if spec != "fp16")
+        """Calls of the host that ran quantized, in part at least."""
+        ran = sum(n for (spec, _), n in self.ran.items() if spec != "fp16")
+        return ran - self.further_quantized
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,18 @@ class SessionSummary:
 
     @property
     def specs(self) -> dict[str, int]:
-        """spec -> calls, most frequent first."""
+        """spec -> calls (parts of those that were served in parts), most frequent first."""
         total: Counter[str] = Counter()
         for layer in self.layers:
             for (spec, _), n in layer.ran.items():
                 total[spec] += n
         return dict(total.most_common())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """spec -> share of all calls, or parts of calls."""
+        whole = self.calls + sum(layer.further for layer in self.layers)
+        return {spec: n / whole for spec, n in self.specs.items()}
 
     @property
     def declined(self) -> dict[str, int]:
@@ -133,7 +147,7 @@ class SessionSummary:
                 f"no attention call was intercepted ({len(self.layers)} layers are patched)"
             )
             return "\n".join(lines)
-        shares = ", ".join(f"{spec} {n / self.calls:.0%}" for spec, n in self.specs.items())
+        shares = ", ".join(f"{spec} {share:.0%}" for spec, share in self.shares.items())
         lines += [f"{self.calls} attention calls, {self.quantized} quantized: {shares}"]
         width = max(len(layer.name) for layer in self.layers)
         for layer in self.layers:

@@ -95,7 +95,7 @@ def test_a_named_backend_does_not_fall_back_to_another(qkv):
     session = AttentionSession("int8/fp8", backend="triton")
     session.attend("x", *qkv)
     (reason,) = session.summary().declined
-    assert "triton: needs a CUDA or ROCm device" in reason
+    assert reason == "needs a CUDA or ROCm device, the tensors are on cpu (int8/fp8 on triton)"
     with pytest.raises(ValueError, match="backend must be one of auto"):
         AttentionSession("int8/fp8", backend="magic")
 
@@ -198,3 +198,22 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"one sigma a step \(3\), got 2"):
         session.start(3, (1.0, 0.5))
     assert "no attention call was intercepted" in str(session.summary())
+
+
+def test_a_call_that_is_served_in_parts_is_one_call(qkv):
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in qkv)
+    rules = (Rule("int8/int8", branch="uncond"), Rule("int8/fp16", "both", branch="cond"))
+    session = AttentionSession(PrecisionPlan("fp16", rules))
+    session.start(2)
+    for step in range(2):
+        session.begin_step(step)
+        session.set_branch(None, ("uncond", "cond"))
+        for name in ("half", "both"):
+            session.attend(name, q, k, v)
+    assert session.finish().calls == 4
+    summary = session.summary()
+    assert (summary.calls, summary.quantized) == (4, 4)
+    assert [(layer.calls, layer.quantized) for layer in summary.layers] == [(2, 2), (2, 2)]
+    assert summary.shares == {"int8/int8": 0.5, "fp16": 0.25, "int8/fp16": 0.25}
+    session.reset_counts()
+    assert session.summary().calls == 0

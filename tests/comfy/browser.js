@@ -108,7 +108,7 @@ async function main() {
     }
     return found;
   });
-  result.visible = await page.evaluate(() => document.body.innerText.includes('attention calls intercepted'));
+  result.visible = await page.evaluate(() => document.body.innerText.includes('of 42 attention calls'));
   await shot('run');
 
   // Help of the selected node.

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A running ComfyUI; ``texts`` are the progress texts of nodes, ``(node id, text)``."""
+    """A running ComfyUI; ``texts`` are those shown on nodes, ``(node id, text)``."""
 
     url: str
     out: Path
@@ -76,9 +75,10 @@ class Server:
             while True:
                 message = channel.recv()
                 if isinstance(message, bytes):
-                    self._text(message)
                     continue
                 event = json.loads(message)
+                if event["type"] == "sage_diffusion.text":
+                    self.texts.append((event["data"]["node"], event["data"]["text"]))
                 if event["type"] in (
                     "execution_success",
                     "execution_error",
@@ -90,12 +90,6 @@ class Server:
         while queued["prompt_id"] not in (history := self.get(f"/history/{queued['prompt_id']}")):
             time.sleep(0.05)
         return history[queued["prompt_id"]]
-
-    def _text(self, message: bytes) -> None:
-        kind, length = struct.unpack(">II", message[:8])
-        if kind == 3:  # BinaryEventTypes.TEXT
-            node, text = message[8 : 8 + length], message[8 + length :]
-            self.texts.append((node.decode(), text.decode()))
 
     def last_text(self, node: str) -> str:
         """What a node shows after the run."""

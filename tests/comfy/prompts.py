@@ -61,6 +61,25 @@ def sampling(family: str, *, steps: int = 3, side: int = 64, **preset: Any) -> d
     return prompt
 
 
+def check(family: str, **preset: Any) -> dict[str, Any]:
+    """The same with Attention Accuracy Check in the sampler's place, and its outputs shown."""
+    prompt = sampling(family, **preset)
+    prompt["6"]["class_type"] = "SageDiffusionAccuracyCheck"
+    prompt["6"]["inputs"] |= {
+        "mode": "with and without the plan",
+        "rate": 1.0,
+        "metric": "cosine",
+        "limit": 0.9,
+        "filename_prefix": f"checks/{family}",
+        "rows": 16,
+        "vae": ["8", 0],
+    }
+    prompt["11"] = node("PreviewAny", source=["6", 3])
+    prompt["12"] = node("PreviewAny", source=["6", 5])
+    prompt["13"] = node("PreviewImage", images=["6", 2])
+    return prompt
+
+
 def custom(spec: str, **more: Any) -> dict[str, Any]:
     """Sage Attention's inputs for the preset "custom"."""
     inputs = {

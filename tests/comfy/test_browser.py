@@ -13,10 +13,12 @@ import subprocess
 from pathlib import Path
 
 import host
+import prompts
 import pytest
 import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SHOTS = ROOT / "out" / "comfy"
 PLAYWRIGHT = ROOT / ".cache" / "browser" / "node_modules"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -28,26 +30,48 @@ HOSTS_OWN = re.compile(
 
 
 @pytest.fixture(scope="module")
-def visit(request, tmp_path_factory):
-    """What the page did, as `browser.js` tells it."""
+def server(request, tmp_path_factory):
+    """One server for every page."""
     if CHROMIUM is None or not (PLAYWRIGHT / "playwright-core").is_dir():
         pytest.skip("needs Chromium and playwright-core: tests/comfy/setup_browser.sh")
     models = request.config.getoption("--models")
     tiny_models.write_checkpoint(models)
-    shots = ROOT / "out" / "comfy"
-    shots.mkdir(parents=True, exist_ok=True)
+    for family in ("sd3", "taesd"):
+        tiny_models.write(models, family)
+    SHOTS.mkdir(parents=True, exist_ok=True)
     comfy = request.config.getoption("--comfy").resolve()
-    with host.serve(comfy, models, tmp_path_factory.mktemp("page")) as server:
-        done = subprocess.run(
-            ["node", str(Path(__file__).with_name("browser.js")), server.url, str(shots)],
-            env={**os.environ, "NODE_PATH": str(PLAYWRIGHT), "CHROMIUM": CHROMIUM},
-            timeout=400,
-            capture_output=True,
-            text=True,
-        )
-    result = json.loads((shots / "result.json").read_text())
+    with host.serve(comfy, models, tmp_path_factory.mktemp("page")) as running:
+        yield running
+
+
+def drive(server, script, told):
+    """What a page did, as its script tells it in a file."""
+    done = subprocess.run(
+        ["node", str(Path(__file__).with_name(script)), server.url, str(SHOTS)],
+        env={**os.environ, "NODE_PATH": str(PLAYWRIGHT), "CHROMIUM": CHROMIUM},
+        timeout=400,
+        capture_output=True,
+        text=True,
+    )
+    result = json.loads((SHOTS / told).read_text())
     assert done.returncode == 0, result.get("failure", "") + done.stderr
     return result
+
+
+@pytest.fixture(scope="module")
+def visit(server):
+    """A new user's first visit."""
+    return drive(server, "browser.js", "result.json")
+
+
+@pytest.fixture(scope="module")
+def states(server):
+    """What Sage Attention said in each of its states."""
+    sampling = prompts.sampling("sd3", **prompts.custom("int8/fp16"))
+    check = prompts.check("sd3", **prompts.custom("int8/fp16"))
+    told = {"sampling": sampling, "check": check}
+    (SHOTS / "prompts.json").write_text(json.dumps(told))
+    return drive(server, "states.js", "states.json")
 
 
 def test_templates_are_offered(visit):
@@ -65,7 +89,8 @@ def test_the_template_runs_and_shows_picture_and_report(visit):
     assert visit["shown"]["SaveImage image"] == 128
     for node in ("SageDiffusionAttention", "SageDiffusionReport"):
         shown = visit["shown"][node]
-        assert shown.startswith("42 attention calls intercepted, 6 quantized (14%)\n0 declined;")
+        assert shown.startswith("int8/fp16: 6 of 42 attention calls\n")
+        assert "\n0 declined;" in shown
     assert visit["visible"]
 
 
@@ -87,5 +112,67 @@ def test_nothing_went_wrong_on_the_page(visit):
 
 @pytest.mark.parametrize("name", ["templates", "run", "help", "search"])
 def test_screenshots_are_kept(visit, name):
-    picture = ROOT / "out" / "comfy" / f"{name}.png"
+    picture = SHOTS / f"{name}.png"
     assert picture.stat().st_size > 20_000
+
+
+# ---------------------------------------------------------------------- every state, 1280 x 800
+#: name -> (how the run ended, state, words of the first line, words of the second)
+STATES = {
+    "done": ("execution_success", "done", "int8/fp16: 6 of 6 attention calls", ""),
+    "too_few_tokens": (
+        "execution_success",
+        "nothing",
+        "NOT QUANTIZED: min_tokens is 4096, and the longest call has 170 keys",
+        "Remedy: lower min_tokens, or sample a larger picture",
+    ),
+    "backend_refuses": (
+        "execution_success",
+        "nothing",
+        "NOT QUANTIZED: needs a CUDA or ROCm device, the tensors are on cpu (int8/fp16 on triton)",
+        "Remedy: ",
+    ),
+    "failed": ("execution_error", "failed", "sampling failed", "AttentionRefused: double.00"),
+    "off": ("execution_success", "off", "off: the model is passed through", ""),
+    "bypassed": ("execution_success", "off", "bypassed: it did nothing in this run", ""),
+    "sampling": (None, "sampling", "sampling: int8/fp16", ""),
+    "cancelled": ("execution_interrupted", "cancelled", "cancelled while sampling", ""),
+    "elsewhere": ("execution_success", "elsewhere", "sampled by Attention Accuracy Check", ""),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_state_has_its_own_two_lines(states, name):
+    end, state, first, second = STATES[name]
+    found = states["states"][name]
+    node = found["node"]
+    assert found["end"] == end
+    assert node["state"] == state
+    lines = node["text"].split("\n")
+    assert lines[0].startswith(first)
+    assert second in "\n".join(lines[1:])
+    assert node["red"] == (state == "nothing")
+    assert (node["colour"] == "rgb(255, 85, 85)") == (state in ("nothing", "failed"))
+    assert node["fits"]
+    assert node["whole"], "the headline is cut off at the node's default size"
+    assert not node["old"]
+
+
+def test_the_report_has_a_state_of_its_own_too(states):
+    found = {name: state["report"] for name, state in states["states"].items()}
+    assert found["done"]["state"] == "done"
+    assert found["off"]["state"] == "off"
+    assert found["bypassed"]["state"] == "nothing"
+    assert "did not go through Sage Attention" in found["bypassed"]["text"]
+    assert found["cancelled"]["old"]  # it did not run: what stands there is of the run before
+    assert found["cancelled"]["text"].startswith("of an earlier run")
+
+
+def test_texts_keep_to_their_workflow(states):
+    assert states["states"]["other_workflow"]["node"] is None
+    assert states["states"]["back_again"]["node"]["state"] == "done"
+    assert "600 of 600" in states["states"]["back_again"]["node"]["text"]
+
+
+def test_no_state_broke_the_page(states):
+    assert states["errors"] == []

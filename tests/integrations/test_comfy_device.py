@@ -389,7 +389,7 @@ def test_a_run_without_calls_is_a_warning_and_one_without_the_model_too():
     attention.begin_run()
     with attention.forward(SimpleNamespace(), CPU, options(0, [0])):
         pass
-    assert "WARNING: no attention call of PixArt was intercepted" in str(attention.end_run())
+    assert "NOT QUANTIZED: no attention call of PixArt was intercepted" in str(attention.end_run())
 
 
 def test_reporters_hear_of_every_run():
@@ -401,8 +401,9 @@ def test_reporters_hear_of_every_run():
         with attention.forward(SimpleNamespace(), CPU, given):
             attend(attention, given)
         attention.end_run()
-    assert [report.summary.calls for report in heard] == [1, 1]
-    assert heard[0].to_dict()["specs"] == {"int8/fp16": 1}
+    assert [news.state for news in heard] == ["sampling", "done"] * 2
+    assert [report.summary.calls for report in heard[1::2]] == [1, 1]
+    assert heard[1].to_dict()["specs"] == {"int8/fp16": 1}
 
 
 def test_devices_run_side_by_side_without_mixing_branches():

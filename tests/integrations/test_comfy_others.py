@@ -262,7 +262,7 @@ def test_calls_outside_of_a_model_call_do_not_make_layers_without_end():
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (Rule("int8/fp16", min_tokens=128), "at most 24 keys, and the plan quantizes from 128"),
+        (Rule("int8/fp16", min_tokens=128), "min_tokens is 128, and the longest call has 24 keys"),
         (Rule("int8/fp16", start=0.6, end=0.9), "none of them where the plan quantizes"),
         (Rule("int8/fp16", branch="uncond"), "name a branch of guidance, and this run had none"),
     ],

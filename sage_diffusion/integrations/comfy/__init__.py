@@ -5,8 +5,19 @@ from sage_diffusion.integrations.comfy.model import (
     ModelAttention,
     attach,
     attached,
+    marked_off,
     patch,
+    status,
     without,
 )
 
-__all__ = ["OVERRIDE", "ModelAttention", "attach", "attached", "patch", "without"]
+__all__ = [
+    "OVERRIDE",
+    "ModelAttention",
+    "attach",
+    "attached",
+    "marked_off",
+    "patch",
+    "status",
+    "without",
+]

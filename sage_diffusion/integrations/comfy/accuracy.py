@@ -130,6 +130,8 @@ def check(
             "connect a MODEL that went through Sage Attention, or connect a plan: there is nothing "
             "to compare"
         )
+    if before is not None:
+        before.sampled_by("Attention Accuracy Check")
     exact = sample(without(model)) if both else None
     measured = LayerAccuracy(rows)
     session = AttentionSession(plan, observers=[CallSampling(measured, rate)], **settings)

@@ -32,10 +32,19 @@ from torch import Tensor
 from sage_diffusion.attend.calls import Call, Observer
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.layer import AttentionRefused
-from sage_diffusion.attend.runs import nothing_quantized, quantizes
+from sage_diffusion.attend.runs import Nothing, nothing_quantized, quantizes
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
 from sage_diffusion.integrations.comfy.device import DeviceState
+from sage_diffusion.integrations.comfy.headline import (
+    MISSING,
+    OFF,
+    Headline,
+    broken_off,
+    elsewhere,
+    ready,
+    sampling,
+)
 from sage_diffusion.integrations.comfy.report import RunReport, merged
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
@@ -44,12 +53,13 @@ log = logging.getLogger("sage_diffusion")
 
 #: Key of this pack's wrappers, callbacks and attachment on a ``ModelPatcher``.
 KEY = "sage_diffusion"
+KEY_OFF = "sage_diffusion.off"
 OVERRIDE = "optimized_attention_override"
 FULL_PRECISION = "the model asks for full precision in this call"
 
 #: ``override(func, *args, **kwargs)`` as ComfyUI calls it.
 Override = Callable[..., Any]
-Reporter = Callable[[RunReport], None]
+Reporter = Callable[[RunReport | Headline], None]
 
 
 class ModelAttention:
@@ -64,7 +74,9 @@ class ModelAttention:
             its own counts.
         keep_cross: leave calls alone whose keys are other tokens than the queries.
         observers: see :class:`sage_diffusion.attend.calls.Observer`.
-        reporters: called with a :class:`RunReport` when a sampling run has ended.
+        reporters: called with a :class:`RunReport` when a sampling run has ended, and with a
+            :class:`Headline` when one begins or is broken off, or another node samples with these
+            settings.
         title: what the report calls the plan.
     """
 
@@ -94,9 +106,11 @@ class ModelAttention:
         self.first: Override | None = None  # what stood there when the MODEL was patched
         self.previous: Override | None = None  # what a call that we decline goes to
         self.last: RunReport | None = None
+        self.status = ready(self.title)
         self.devices: dict[torch.device, DeviceState] = {}
         self._lock = threading.Lock()
         self._warnings: list[str] = []
+        self._nothing: Nothing | None = None
         self._checked = False
         self._run: Callable[..., Any] = ModelAttention._attend
         self._state(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
@@ -190,8 +204,11 @@ class ModelAttention:
     def begin_run(self) -> None:
         """A sampling run begins: forget the last one."""
         self.previous = self.first
+        self.last = None
+        self._nothing = None
         self._warnings.clear()
         self._checked = False
+        self.tell(sampling(self.title))
         for state in self.devices.values():
             state.begin_run(self._session())
         if "torch._dynamo" in sys.modules:
@@ -208,21 +225,37 @@ class ModelAttention:
         try:
             logs = [state.session.finish(judge=False) for state in self.devices.values()]
             runs = [run for run in logs if run is not None]
-            nothing = nothing_quantized(self.plan, runs) if runs else None
-            if nothing is not None and any(run.calls for run in runs):
-                self._warnings.append(nothing)  # without any call the report has words of its own
+            self._nothing = nothing_quantized(self.plan, runs) if runs else None
             self.last = self.report()
+            self.status = self.last.headline
+        except BaseException as error:
+            self.tell(broken_off(error))
+            raise
         finally:
             self._let_go()
-        for reporter in self.reporters:
-            reporter(self.last)
+        self._report(self.last)
         log.info("%s", self.last)
-        if nothing is not None and self.strict:
-            raise AttentionRefused(nothing)
+        if self._nothing is not None and self.strict:
+            raise AttentionRefused(str(self._nothing))
         return self.last
 
-    def break_off(self) -> None:
+    def tell(self, headline: Headline) -> None:
+        """Something other than the end of a run happened."""
+        self.status = headline
+        self._report(headline)
+
+    def _report(self, news: RunReport | Headline) -> None:
+        for reporter in self.reporters:
+            reporter(news)
+
+    def sampled_by(self, node: str) -> None:
+        """Another node is to sample with these settings, in a session of its own."""
+        self.last = None
+        self.tell(elsewhere(node))
+
+    def break_off(self, error: BaseException) -> None:
         """A sampling run was broken off: nothing of it is kept, nothing booked on the next."""
+        self.tell(broken_off(error))
         for state in self.devices.values():
             state.session.break_off()
         self._let_go()
@@ -249,6 +282,7 @@ class ModelAttention:
             sum(state.forwards for state in self.devices.values()),
             tuple(warnings),
             unreached,
+            self._nothing,
         )
 
     @contextlib.contextmanager
@@ -335,8 +369,8 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
         attention.begin_run()
         try:
             out = executor(*args, **kwargs)
-        except BaseException:
-            attention.break_off()
+        except BaseException as error:
+            attention.break_off(error)
             raise
         attention.end_run()
         return out
@@ -355,6 +389,21 @@ def attached(model: Any) -> ModelAttention | None:
     """What :func:`patch` put on a MODEL, None if nothing."""
     found = model.get_attachment(KEY)
     return found if isinstance(found, ModelAttention) else None
+
+
+def marked_off(model: Any) -> Any:
+    """A clone of a MODEL that says that its node was switched off, and is the same otherwise."""
+    clone = model.clone()
+    clone.set_attachments(KEY_OFF, True)
+    return clone
+
+
+def status(model: Any) -> Headline:
+    """What Sage Attention has to say of a MODEL now."""
+    attention = attached(model)
+    if attention is not None:
+        return attention.status
+    return OFF if model.get_attachment(KEY_OFF) else MISSING
 
 
 def without(model: Any) -> Any:

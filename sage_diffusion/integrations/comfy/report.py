@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sage_diffusion.attend.runs import Nothing
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
+from sage_diffusion.integrations.comfy.headline import Headline, State
 
 
 def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
@@ -29,6 +31,8 @@ def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
                     before.stepped_up + layer.stepped_up,
                     max((x for x in (before.drift, layer.drift) if x is not None), default=None),
                     tuple(sorted({*before.came_in, *layer.came_in})),
+                    before.further + layer.further,
+                    before.further_quantized + layer.further_quantized,
                 )
             layers[layer.name] = layer
     return SessionSummary(tuple(layers.values()), dict(failures), tuple(warnings))
@@ -45,6 +49,7 @@ class RunReport:
         forwards: model calls.
         warnings: what the user should know.
         unreached: why no override reached some attention -> the modules that computed it.
+        nothing: why a plan that quantizes did so nowhere.
     """
 
     summary: SessionSummary
@@ -53,19 +58,31 @@ class RunReport:
     forwards: int
     warnings: tuple[str, ...] = ()
     unreached: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    nothing: Nothing | None = None
+
+    @property
+    def trouble(self) -> Nothing | None:
+        """Why nothing was quantized although the plan does; None where that is not so."""
+        if not self.forwards:
+            return Nothing(
+                0,
+                "the model was not called: another node served every step",
+                "bypass the node that takes the sampler's place (a cache, say)",
+            )
+        if not self.summary.calls:
+            return Nothing(
+                0,
+                f"no attention call of {self.model or 'this model'} was intercepted",
+                "none for this model family: it does not ask for attention overrides",
+            )
+        return self.nothing
 
     @property
     def alarms(self) -> tuple[str, ...]:
         """Warnings, those that follow from the counts included."""
         found = [*self.warnings, *self.summary.warnings]
-        if self.forwards and not self.summary.calls:
-            found.insert(
-                0,
-                f"no attention call of {self.model or 'this model'} was intercepted: nothing was "
-                "quantized. This model family does not ask for attention overrides",
-            )
-        if not self.forwards:
-            found.insert(0, "the model was not called: another node served every step")
+        if self.trouble is not None:
+            found.insert(0, str(self.trouble))
         bad = [layer.name for layer in self.summary.layers if layer.non_finite]
         if bad:
             found.append(
@@ -84,19 +101,40 @@ class RunReport:
             found.append(f"the attention of {len(modules)} modules ({names}) is not reached: {why}")
         return tuple(found)
 
+    @property
+    def headline(self) -> Headline:
+        """The two lines that a node shows at its default size."""
+        if self.trouble is not None:
+            first = f"NOT QUANTIZED: {self.trouble.cause}"
+            return Headline("nothing", first, f"Remedy: {self.trouble.remedy}")
+        summary = self.summary
+        if summary.quantized:
+            specs = ", ".join(spec for spec in summary.specs if spec != "fp16")
+            first = f"{specs}: {summary.quantized} of {summary.calls} attention calls"
+        else:
+            first = f"fp16, as planned: {summary.calls} attention calls"
+        if self.alarms:
+            return Headline("warning", first, f"WARNING: {self.alarms[0]}")
+        return Headline("done", first, self._where())
+
+    @property
+    def state(self) -> State:
+        """Of the headline."""
+        return self.headline.state
+
+    def _where(self) -> str:
+        return f"{self.model or 'model'}, plan {self.title}, {self.forwards} model calls"
+
     def __str__(self) -> str:
         summary = self.summary
-        calls, declined = summary.calls, sum(summary.declined.values())
-        # A node shows two or three lines before it is made larger: first what matters most.
-        lines = [f"WARNING: {alarm}" for alarm in self.alarms]
-        if calls:
-            share = summary.quantized / calls
-            lines.append(
-                f"{calls} attention calls intercepted, {summary.quantized} quantized ({share:.0%})"
-            )
-            shares = ", ".join(f"{spec} {n / calls:.0%}" for spec, n in summary.specs.items())
+        head = self.headline
+        lines = [head.first, head.second]
+        lines += [f"WARNING: {alarm}" for alarm in self.alarms[1:]]  # the first is in the headline
+        lines += [line for line in (self._where(),) if line not in lines]
+        if summary.calls:
+            shares = ", ".join(f"{spec} {share:.0%}" for spec, share in summary.shares.items())
+            declined = sum(summary.declined.values())
             lines.append(f"{declined} declined" + (f"; share: {shares}" if shares else ""))
-        lines.append(f"{self.model or 'model'}, plan {self.title}, {self.forwards} model calls")
         raised = [layer for layer in summary.layers if layer.stepped_up]
         lines += [f"{layer.name} stepped up: {'; '.join(layer.stepped_up)}" for layer in raised]
         lines += [f"declined {n} times: {reason}" for reason, n in summary.declined.items()]
@@ -109,6 +147,8 @@ class RunReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
+            "state": self.state,
+            "headline": [self.headline.first, self.headline.second],
             "model": self.model,
             "plan": self.title,
             "model_calls": self.forwards,

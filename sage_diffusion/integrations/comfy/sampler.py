@@ -13,7 +13,7 @@ from torch import Tensor
 from sage_diffusion.adapt.costs import CYCLES
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
-from sage_diffusion.integrations.comfy.model import ModelAttention, attach, without
+from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
 
 #: Cards that a plan's time can be predicted for.
 CARDS = tuple(CYCLES)
@@ -46,6 +46,9 @@ class ComfySampler:
     def __init__(
         self, model: Any, sampling: KSampling, heartbeat: Callable[[], None] = lambda: None
     ):
+        before = attached(model)
+        if before is not None:
+            before.sampled_by("Calibrate Precision Plan")
         self.session = AttentionSession("fp16")
         attention = ModelAttention(self.session)
         self.patched = attach(without(model), attention)

@@ -1,0 +1,130 @@
+// What Sage Attention says on the page in every state, one page for all of them.
+//   node states.js URL FOLDER     reads prompts.json, writes screenshots and states.json into FOLDER
+const { chromium } = require('playwright-core');
+const fs = require('fs');
+
+const [url, folder] = process.argv.slice(2);
+const { sampling, check } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
+const result = { errors: [], states: {} };
+
+async function main() {
+  const browser = await chromium.launch({
+    executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
+    headless: true,
+    args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  });
+  const page = await (await browser.newContext({ viewport: { width: 1280, height: 800 } })).newPage();
+  page.on('pageerror', (error) => result.errors.push(error.message));
+  await page.goto(url, { waitUntil: 'domcontentloaded' });
+  await page.waitForFunction(() => {
+    try {
+      return window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 50;
+    } catch { return false; }
+  }, null, { timeout: 180000 });
+  await page.evaluate(async () => {
+    const setting = window.app.extensionManager.setting;
+    await setting.set('Comfy.TutorialCompleted', true);
+    await setting.set('Comfy.Minimap.Visible', false);
+  });
+  await page.waitForTimeout(1500);
+  await page.keyboard.press('Escape');
+
+  const load = (prompt, id) => page.evaluate(async ([prompt, id]) => {
+    await window.app.loadApiJson(prompt, id);
+    const { graph, canvas } = window.app;
+    const graphs = { ...graph.serialize(), id };
+    await window.app.loadGraphData(graphs, true, true, id);
+    window.app.graph.arrange(60);
+    canvas.ds.scale = 0.7;
+    const node = window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAttention');
+    canvas.ds.offset[0] = -node.pos[0] + 420;
+    canvas.ds.offset[1] = -node.pos[1] + 220;
+    canvas.setDirty(true, true);
+  }, [prompt, id]);
+  const set = (type, values) => page.evaluate(([type, values]) => {
+    const node = window.app.graph._nodes.find((n) => n.type === type);
+    if ('mode' in values) node.mode = values.mode;
+    for (const widget of node.widgets) {
+      if (widget.name in values) { widget.value = values[widget.name]; widget.callback?.(widget.value); }
+    }
+  }, [type, values]);
+  const queue = () => page.evaluate(() => {
+    window.ended = new Promise((resolve) => {
+      for (const kind of ['execution_success', 'execution_error', 'execution_interrupted']) {
+        window.app.api.addEventListener(kind, () => resolve(kind), { once: true });
+      }
+    });
+    return window.app.queuePrompt(0, 1);
+  });
+  const ended = () => page.evaluate(() => window.ended);
+  const read = (type) => page.evaluate((type) => {
+    const node = window.app.graph._nodes.find((n) => n.type === type);
+    const element = node?.widgets?.find((w) => w.name === 'sage_text')?.element;
+    if (!element) return null;
+    const head = element.firstChild;
+    return {
+      state: element.dataset.state,
+      text: element.innerText,
+      colour: getComputedStyle(head).color,
+      old: element.style.opacity === '0.5',
+      lines: head.getBoundingClientRect().height / (parseFloat(getComputedStyle(head).lineHeight) * window.app.canvas.ds.scale),
+      whole: head.offsetHeight <= element.clientHeight,
+      fits: node.size[1] >= node.computeSize()[1],
+      red: Boolean(node.strokeStyles?.sage?.()),
+    };
+  }, type);
+  const record = async (name, kind) => {
+    await page.waitForTimeout(700);
+    await page.keyboard.press('Escape');
+    result.states[name] = {
+      end: kind,
+      node: await read('SageDiffusionAttention'),
+      report: await read('SageDiffusionReport'),
+    };
+    await page.screenshot({ path: `${folder}/state_${name}.png` });
+  };
+  const run = async (name) => { await queue(); await record(name, await ended()); };
+
+  await load(sampling, 'workflow-a');
+  await set('KSampler', { steps: 3 });
+  await run('done');
+  await set('SageDiffusionAttention', { 'preset.min_tokens': 4096 });
+  await run('too_few_tokens');
+  await set('SageDiffusionAttention', { 'preset.min_tokens': 0, backend: 'triton' });
+  await run('backend_refuses');
+  await set('SageDiffusionAttention', { strict: true });
+  await run('failed');
+  await set('SageDiffusionAttention', { strict: false, backend: 'auto', enabled: false });
+  await run('off');
+  await set('SageDiffusionAttention', { enabled: true, mode: 4 });
+  await run('bypassed');
+  await set('SageDiffusionAttention', { mode: 0 });
+  await set('KSampler', { steps: 2000 });
+  await queue();
+  await page.waitForFunction(() => window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAttention')
+    .widgets.find((w) => w.name === 'sage_text').element.dataset.state === 'sampling', null, { timeout: 60000 });
+  await record('sampling', null);
+  await page.evaluate(() => window.app.api.interrupt());
+  await record('cancelled', await ended());
+
+  // A run of one workflow while another with nodes of the same ids is open.
+  await set('KSampler', { steps: 300 });
+  const a = await page.evaluate(() => window.app.graph.serialize());
+  await queue();
+  await load(sampling, 'workflow-b');
+  await ended();
+  await record('other_workflow', null);
+  await page.evaluate((a) => window.app.loadGraphData(a, true, true, 'workflow-a'), a);
+  await record('back_again', null);
+
+  await load(check, 'workflow-c');
+  await run('elsewhere');
+  await browser.close();
+}
+
+main()
+  .catch((error) => { result.failure = String(error.stack || error); })
+  .finally(() => {
+    fs.writeFileSync(`${folder}/states.json`, JSON.stringify(result, null, 2));
+    process.exit(result.failure ? 1 : 0);
+  });
