@@ -105,6 +105,8 @@ class QuantizedValue(NamedTuple):
         mean: ``[B, H, D]`` float32 that was subtracted from V (smooth_v), or None.
         micro: FP4 only, ``[B, H, D, Lp / 16]`` float8_e4m3fn, the scales of 16 tokens
             (``quantize.permute.group_tokens``).
+        sums: ``[B, H, Lp / 64, D]`` int16, the sums of every 64 tokens' INT8 codes, or None: what
+            an unsigned P costs where products take signed codes only.
     """
 
     data: Tensor
@@ -113,6 +115,7 @@ class QuantizedValue(NamedTuple):
     length: int
     mean: Tensor | None = None
     micro: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def cdiv(a: int, b: int) -> int:

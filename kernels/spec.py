@@ -25,7 +25,7 @@ LADDER = (
 #: Short names: the format of Q and K, with what goes with it.
 ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4": "fp4/fp4"}
 
-_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "clip")
+_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "clip", "unsigned_p")
 _QK = ("fp16", "fp8", "int8", "int4", "fp4")
 _PV = ("fp16", "fp8", "int8", "fp4")
 
@@ -46,6 +46,7 @@ class AttentionSpec:
         rotate: multiply Q and K by the same signed Hadamard matrix along the head dim.
         clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
             least squared error instead of the largest value.
+        unsigned_p: codes of an INT8 P are 0 .. 255 instead of 0 .. 127: P has no sign to keep.
         granularity: one scale of Q and K per token, or per block of 128 queries and 64 keys.
     """
 
@@ -57,6 +58,7 @@ class AttentionSpec:
     smooth_v: bool = False
     rotate: bool = False
     clip: bool = False
+    unsigned_p: bool = False
     granularity: Literal["token", "block"] = "token"
 
     def __post_init__(self) -> None:
@@ -85,6 +87,8 @@ class AttentionSpec:
             set_field(self, "granularity", "token")
         if self.pv_accumulator == "fp16" and self.pv is not Precision.FP8:
             raise ValueError(f"pv_accumulator='fp16' needs pv='fp8', got pv={self.pv.value!r}")
+        if self.unsigned_p and self.pv is not Precision.INT8:
+            raise ValueError(f"unsigned_p needs pv='int8', got pv={self.pv.value!r}")
         if self.clip and self.qk not in (Precision.INT4, Precision.FP4):
             raise ValueError(f"clip needs qk='int4' or 'fp4', got qk={self.qk.value!r}")
         if self.clip and self.granularity != "token":

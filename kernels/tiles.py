@@ -37,6 +37,45 @@ def int_to_float(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def round_from(x, START: tl.constexpr):
+    """``round_to_int(x) + START`` at no cost, for an even ``START``."""
+    return (x + (_SHIFT + START)).to(tl.int32, bitcast=True) - _SHIFT_BITS
+
+
+@triton.constexpr_function
+def rounds_up():
+    """Whether :func:`multiply_up` and :func:`subtract_up` do: on NVIDIA cards."""
+    target = tl.target_info.current_target()
+    return target is not None and target.backend == "cuda"
+
+
+@triton.constexpr_function
+def adding_up(y):
+    """Assembly that adds a constant and rounds up."""
+    import struct  # of a module's names only what Triton knows may be used
+
+    return f"add.rp.f32 $0, $1, 0f{struct.unpack('I', struct.pack('f', y))[0]:08X};"
+
+
+@triton.jit
+def multiply_up(x, y):
+    """Product, rounded up on NVIDIA cards."""
+    if rounds_up():
+        return tl.inline_asm_elementwise(
+            "mul.rp.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1
+        )
+    return x * y
+
+
+@triton.jit
+def subtract_up(x, y: tl.constexpr):
+    """Difference from a constant, rounded up on NVIDIA cards."""
+    if rounds_up():
+        return tl.inline_asm_elementwise(adding_up(-y), "=f,f", [x], tl.float32, True, 1)
+    return x - y
+
+
+@triton.jit
 def to_output(x, p_out):
     """float32 -> what ``p_out`` points to; in half its largest number where it would overflow.
 

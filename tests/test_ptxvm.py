@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from ptxvm import Machine, PTXError, compile_for, gpu
 
+from sage_diffusion.kernels.tiles import multiply_up, subtract_up
 from sage_diffusion.kernels.versions import fence_copies
 
 FLOATS = {
@@ -156,6 +157,25 @@ def test_approximate_division_is_never_exact():
     assert torch.equal(exact, x / y)
     assert (fast != exact).all()
     torch.testing.assert_close(fast, exact, rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _round_up(X, Y, Z, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(Z + o, subtract_up(multiply_up(tl.load(X + o), tl.load(Y + o)), 8.0))
+
+
+def test_rounding_up():
+    """Never below the exact result, and no further from it than the next number."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(128, generator=g) * 2**12 for _ in range(2))
+    x[:2], y[:2] = torch.tensor([-3.3e38, 2.0]), torch.tensor([1.0, 3.0])
+    z = torch.zeros(128)
+    with gpu(80):
+        _round_up[(1,)](x, y, z, BLOCK=128)
+    exact = x.double() * y.double() - 8
+    above = torch.nextafter(torch.nextafter(exact.float(), x * 0 + torch.inf), x * 0 + torch.inf)
+    assert (z.double() >= exact).all() and (z <= above).all() and z[1] == -2.0
 
 
 @triton.jit

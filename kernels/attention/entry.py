@@ -81,6 +81,8 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
         if kernels.adds_key_masks and mask is not None and (mask.ndim < 2 or mask.shape[-2] == 1):
             # One mask for all queries costs next to nothing as part of the bias.
             key_mask, mask = mask.expand(q.shape[0], q.shape[1], 1, k.shape[2]), None
+        if spec.unsigned_p:
+            options["unsigned_p"] = True
         if x.q_mean is not None or key_mask is not None:
             options["bias"] = bias_of(x, q.shape[1], k, rope_k, key_mask)
         out, lse = kernels.load().attend_quantized(

@@ -28,6 +28,7 @@ def attend_quantized(
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
+    unsigned_p: bool = False,
     out_dtype: torch.dtype = torch.float32,
     return_lse: bool = True,
     launch: GluonLaunch | None = None,
@@ -41,6 +42,7 @@ def attend_quantized(
         bias: computes delta-S, a mask of the keys, or their sum in column order when it is needed;
             instead of ``delta_s``.
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
+        unsigned_p: as of the twin, for v in INT8.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
         launch: instead of the one for the head dim.
@@ -60,6 +62,8 @@ def attend_quantized(
             "v must be int8, fp4, or fp8 with fp16_accumulator, "
             f"got {v.precision.value} and fp16_accumulator={fp16_accumulator}"
         )
+    if unsigned_p and v.precision is not Precision.INT8:
+        raise ValueError(f"unsigned_p needs v in int8, got {v.precision.value}")
     batch, heads, q_len = q.data.shape[:3]
     kv_heads, k_len = k.data.shape[1:3]
     head_dim = v.data.shape[2]
@@ -109,7 +113,7 @@ def attend_quantized(
                 WORDS=q_words.shape[3],
                 DP=dim,
                 QK=q.precision.value,
-                PV=v.precision.value,
+                PV="uint8" if unsigned_p else v.precision.value,
                 Q_BLOCK=q.block,
                 MASK="none" if packed is None else packed.kind,
                 CAUSAL=is_causal,

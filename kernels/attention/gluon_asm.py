@@ -29,6 +29,7 @@ _LOG2E = f"0f{struct.unpack('I', struct.pack('f', LOG2E))[0]:08X}"
 
 _INT4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.s4.s4.s32"
 _INT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+_UINT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.u8.s8.s32"
 _FP8_F16 = "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16"
 
 
@@ -164,6 +165,17 @@ def values_int8(outputs, inputs):
     With a total, also ``total * alpha + sum of round(p)`` of one thread's columns, as
     :func:`add_row` has them.
     """
+    return _values_int8(_INT8, "s32", outputs, inputs)
+
+
+@gluon.constexpr_function
+def values_uint8(outputs, inputs):
+    """As :func:`values_int8`; p is at most 255."""
+    return _values_int8(_UINT8, "u32", outputs, inputs)
+
+
+@gluon.constexpr_function
+def _values_int8(mma, bytes_of_p, outputs, inputs):
     out, *sums = outputs
     p, v, acc, alpha, magic, *totals = inputs
     words = _p_words(p)
@@ -178,7 +190,7 @@ def values_int8(outputs, inputs):
         for row in range(2):
             start = magic[row]
             for i in range(row, len(words), 2):
-                lines.append(f"dp4a.s32.s32 c{row}, a{i}, {_ONES}, {start};")
+                lines.append(f"dp4a.{bytes_of_p}.s32 c{row}, a{i}, {_ONES}, {start};")
                 start = f"c{row}"
             lines.append(f"mov.b32 x{row}, c{row}; sub.rn.f32 x{row}, {_MINUS_MAGIC}, x{row};")
             lines.append(f"fma.rn.f32 {joined[row]}, {total[row]}, {alpha[row]}, x{row};")
@@ -188,7 +200,7 @@ def values_int8(outputs, inputs):
         for k in range(k_tiles):
             word = 2 * (n * k_tiles + k)
             lines.append(
-                f"{_INT8} {{c0, c1, c2, c3}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
+                f"{mma} {{c0, c1, c2, c3}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
                 f"{regs(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else start};"
             )
         for i in range(4):

@@ -33,7 +33,7 @@ from .gluon_program import (
     program_number,
     to_output,
 )
-from .gluon_tile import RANGE_FP8, RANGE_INT8, State, attend_tile, copied
+from .gluon_tile import RANGE_FP8, RANGE_INT8, RANGE_UINT8, State, attend_tile, copied
 
 _TILE_N, _LOG2E = gl.constexpr(TILE_N), gl.constexpr(LOG2E)
 
@@ -173,7 +173,7 @@ def attention_kernel(
     WORDS: gl.constexpr,
     DP: gl.constexpr,
     QK: gl.constexpr,  # "int4", "int8", "fp4"
-    PV: gl.constexpr,  # "int8", "fp8", "fp4"
+    PV: gl.constexpr,  # "int8", "uint8" (an unsigned P), "fp8", "fp4"
     Q_BLOCK: gl.constexpr,
     MASK: gl.constexpr,  # of its own for every query: "none" or a kind of PackedMask
     CAUSAL: gl.constexpr,
@@ -343,7 +343,8 @@ def attention_kernel(
         mask=inside,
     )
     if p_lse is not None:
-        RANGE: gl.constexpr = RANGE_FP8 if PV == "fp8" else RANGE_FP4 if PV == "fp4" else RANGE_INT8
+        INTEGER: gl.constexpr = RANGE_UINT8 if PV == "uint8" else RANGE_INT8
+        RANGE: gl.constexpr = RANGE_FP8 if PV == "fp8" else RANGE_FP4 if PV == "fp4" else INTEGER
         lse = gl.where(
             seen,
             ((top if PV == "fp8" else reference) + (gl.log2(total) - RANGE)) / _LOG2E,

@@ -9,15 +9,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..formats import TILE_N
+from ..tiles import adding_up
 from ..versions import distributed_type, inline_asm
-from .gluon_asm import add_row, hide_columns, scores_int4, scores_int8, values_fp8, values_int8
+from .gluon_asm import (
+    add_row,
+    hide_columns,
+    scores_int4,
+    scores_int8,
+    values_fp8,
+    values_int8,
+    values_uint8,
+)
 from .gluon_fp4 import scores_fp4, values_fp4, weigh_fp4
 from .gluon_program import add_mask
 
 _TILE_N, _MINUS_MAGIC = gl.constexpr(TILE_N), gl.constexpr(12582912.0)
 
 #: log2 of P's largest code.
-RANGE_FP8, RANGE_INT8 = gl.constexpr(math.log2(448.0)), gl.constexpr(math.log2(127.0))
+RANGE_FP8 = gl.constexpr(math.log2(448.0))
+RANGE_INT8, RANGE_UINT8 = gl.constexpr(math.log2(127.0)), gl.constexpr(math.log2(255.0))
 
 #: An INT8 tile's own maximum serves as reference down to 2^-32 of the row's largest weight; below
 #: that its codes don't reach float32's last bit.
@@ -76,7 +86,8 @@ def attend_tile(
     """64 keys of the online softmax."""
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 1)
     FP8: gl.constexpr = PV == "fp8"
-    RANGE: gl.constexpr = RANGE_FP8 if FP8 else RANGE_INT8
+    UNSIGNED: gl.constexpr = PV == "uint8"
+    RANGE: gl.constexpr = RANGE_FP8 if FP8 else RANGE_UINT8 if UNSIGNED else RANGE_INT8
     ADDITIVE: gl.constexpr = MASK != "none" and MASK != "bool"
     SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
     acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
@@ -154,22 +165,24 @@ def attend_tile(
         )
     tile_top = gl.max(s, 1)
     if not SCALED:
-        tile_top = tile_top * q_scale
+        tile_top = tile_top * q_scale if FP8 else _multiply_up(tile_top, q_scale)
     before = top if FP8 else reference
     top = gl.maximum(top, tile_top)
     now = top
     if not FP8:
-        # P relative to the tile's own maximum fills the 127 codes, whatever came before.
+        # P relative to the tile's own maximum fills its codes, whatever came before.
         now = gl.maximum(tile_top, top - _LAG)
         reference = now
     alpha = gl.exp2(before - now)
-    shift = now - RANGE
+    # Rounded up, so that no code is beyond its byte, however large the scores are.
+    shift = now - RANGE if FP8 else _subtract_up(now, RANGE)
     if SCALED:
         p = gl.exp2(s - shift[:, None])
     else:
         p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
     # Of INT4 Q and K the rounded codes are added, together with P V.
-    ROUNDED: gl.constexpr = QK == "int4" and PV == "int8"
+    ROUNDED: gl.constexpr = QK == "int4" and not FP8
+    values: gl.constexpr = values_uint8 if UNSIGNED else values_int8
     if not ROUNDED:
         total = inline_asm(
             add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
@@ -182,7 +195,7 @@ def attend_tile(
     elif ROUNDED:
         types: gl.constexpr = (acc.type, total.type)
         acc, total = inline_asm(
-            values_int8,
+            values,
             ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
             [p, v, acc, alpha, magic, total],
             types,
@@ -190,7 +203,7 @@ def attend_tile(
         )
     else:
         acc = inline_asm(
-            values_int8,
+            values,
             ("=&f", "f", "r", "f", "f", "r"),
             [p, v, acc, alpha, magic],
             acc.type,
@@ -205,6 +218,20 @@ def attend_tile(
 def _constraints(out, words, floats, bias, bits):
     """Of the score functions: what they always take, then Q's scale and the bias, then the bits."""
     return (out, *["r"] * words, *["f"] * (floats + 2 * bias), *["r"] * bits)
+
+
+@gluon.jit
+def _multiply_up(x, y):
+    """As :func:`..tiles.multiply_up`."""
+    asm: gl.constexpr = "mul.rp.f32 $0, $1, $2;"
+    return gl.inline_asm_elementwise(asm, "=f,f,f", [x, y], gl.float32, True, 1)
+
+
+@gluon.jit
+def _subtract_up(x, y: gl.constexpr):
+    """As :func:`..tiles.subtract_up`."""
+    asm: gl.constexpr = adding_up(-y)
+    return gl.inline_asm_elementwise(asm, "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit

@@ -112,6 +112,8 @@ def quantize_operands(
             mean=None if stats is None else stats.mean,
             fast=spec.pv_accumulator == "fp16",
             clip=spec.clip and spec.pv is Precision.FP4,
+            # With V's tokens in its own order a kernel multiplies P's bytes as they are.
+            sums=spec.unsigned_p and not permuted,
             permuted=permuted,
             stats=stats,
         )

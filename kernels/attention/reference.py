@@ -102,6 +102,7 @@ def attention(
         mask=mask,
         is_causal=is_causal,
         fp16_accumulator=spec.pv_accumulator == "fp16",
+        unsigned_p=spec.unsigned_p,
     )
     if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
         lse = lse + smoothed_lse(q, k_mean, sm_scale)
@@ -138,6 +139,7 @@ def attend_quantized(
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
+    unsigned_p: bool = False,
     tile: int = TILE_N,
 ) -> tuple[Tensor, Tensor]:
     """Online softmax over tiles of keys on quantized operands.
@@ -150,6 +152,7 @@ def attend_quantized(
         mask: boolean or additive, broadcastable to ``[B, H, Lq, Lk]``.
         is_causal: query i sees keys 0 .. i.
         fp16_accumulator: P V of one tile accumulates in FP16, 32 keys at a time (FP8 only).
+        unsigned_p: P's codes are 0 .. 255 (INT8 only).
         tile: keys of a tile: P is rounded relative to the maximum of the tiles so far.
 
     Returns:
@@ -166,7 +169,9 @@ def attend_quantized(
     q_scale = q.scale.repeat_interleave(q.block, 2)[:, :, :q_len, None]
     k_scale = k.scale.repeat_interleave(k.block, 2)[:, :, None, :k_len]
     k_rows, k_scale = k_rows.repeat_interleave(group, 1), k_scale.repeat_interleave(group, 1)
-    values = _ValueTiles(v, group, fp16_accumulator, rounded_sums=q.precision is Precision.INT4)
+    values = _ValueTiles(
+        v, group, fp16_accumulator, 255.0 if unsigned_p else 127.0, q.precision is Precision.INT4
+    )
 
     top = torch.full((batch, heads, q_len, 1), -math.inf, device=device)
     total = torch.zeros_like(top)
@@ -213,6 +218,8 @@ def _apply_mask(s: Tensor, mask: Tensor, start: int, stop: int, k_len: int) -> T
 class _ValueTiles:
     """P and V of one tile in the format of ``v``.
 
+    ``p_top``: the largest code of an INT8 P.
+
     ``rounded_sums``: the row sums of an INT8 P add its codes.  The weights that V is multiplied
     with then sum to one, and a lane of the kernel needs 8 dp4a a tile instead of 32 additions.
     It is for INT4 Q and K, whose relative L1 error falls a little; that of INT8 Q and K would rise,
@@ -220,9 +227,14 @@ class _ValueTiles:
     """
 
     def __init__(
-        self, v: Tensor | QuantizedValue, group: int, fp16_accumulator: bool, rounded_sums: bool
+        self,
+        v: Tensor | QuantizedValue,
+        group: int,
+        fp16_accumulator: bool,
+        p_top: float,
+        rounded_sums: bool,
     ):
-        self.fast, self.rounded_sums = fp16_accumulator, rounded_sums
+        self.fast, self.p_top, self.rounded_sums = fp16_accumulator, p_top, rounded_sums
         self.precision = v.precision if isinstance(v, QuantizedValue) else Precision.FP16
         if isinstance(v, QuantizedValue):
             self.head_dim = v.data.shape[2]
@@ -246,10 +258,10 @@ class _ValueTiles:
         """P's row sums and P V of the tile, relative to the running maximum ``top``, in float32."""
         rows = self.rows[:, :, start:stop]
         if self.precision is Precision.INT8:
-            # One scale per row and tile: P relative to the tile's own maximum fills the 127 codes
+            # One scale per row and tile: P relative to the tile's own maximum fills its codes
             # (the online softmax gives it for free), rescaled to the running maximum afterwards.
-            codes = (torch.exp2(s - tile_top) * 127.0).round()
-            back = torch.exp2(tile_top - top) * (1.0 / 127.0)
+            codes = (torch.exp2(s - tile_top) * self.p_top).round()
+            back = torch.exp2(tile_top - top) * (1.0 / self.p_top)
             product = (codes @ rows) * back
             if self.rounded_sums:
                 return codes.sum(-1, keepdim=True) * back, product

@@ -3,7 +3,9 @@
 Calls with FP4 Q and K go to :mod:`.triton_fp4`.
 
 Semantics are those of :func:`.reference.attend_quantized`.  Scores are in log2 units; the range of
-P's format (448 for E4M3, 127 for INT8) is folded into the exponent and cancels in ``acc / total``.
+P's format (448 for E4M3, 127 or 255 for INT8) is folded into the exponent and cancels in
+``acc / total``.  Triton's integer products take signed bytes only: an unsigned P is multiplied less
+128, from sums of V's codes times 128 on.
 """
 
 from __future__ import annotations
@@ -18,26 +20,39 @@ from torch import Tensor
 
 from ..formats import (
     LOG2E,
-    Q_SCALE_BLOCK,
     TILE_N,
     Precision,
     QuantizedTensor,
     QuantizedValue,
     cdiv,
-    padded_length,
 )
 from ..start import start_kernel
-from ..tiles import int_to_float, round_to_int, to_output
+from ..tiles import (
+    int_to_float,
+    multiply_up,
+    round_from,
+    round_to_int,
+    rounds_up,
+    subtract_up,
+    to_output,
+)
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
-from .entry import Bias, attention_of, outputs, readable
+from .entry import Bias, attention_of, outputs
 from .terms import MASK_FLOOR, half_value
+from .triton_masks import as_tiles
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
 
 #: log2 of the largest code of P.
-_P_RANGE = {"half": 0.0, "int8": math.log2(127.0), "fp8": math.log2(448.0)}
+_P_RANGE = {
+    "half": 0.0,
+    "int8": math.log2(127.0),
+    "uint8": math.log2(255.0),
+    "fp8": math.log2(448.0),
+    "fp8-fast": math.log2(448.0),
+}
 
 
 @triton.jit
@@ -74,6 +89,7 @@ def _attend_range(
     p_k,  # at the first key
     p_k_scale,
     p_v,  # at the first key
+    p_sums,  # of V's codes in the first key's tile, or anything
     p_mask,  # at the first key
     at_k,  # [DP, 64], where a tile's elements lie
     at_v,  # [64, DP]
@@ -95,6 +111,7 @@ def _attend_range(
 
     Pointers are scalars: before Triton 3.8 each of a tile's would be kept through the loop.
     """
+    INT8: tl.constexpr = PV == "int8" or PV == "uint8"
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
     tile = tl.full([], BLOCK_N, tl.int64)
     for n in tl.range(start, stop, BLOCK_N):
@@ -120,23 +137,28 @@ def _attend_range(
             clamped = tl.minimum(tl.maximum(bias * _LOG2E, _MASK_FLOOR), -_MASK_FLOOR)
             s = s * q_scale[:, None] + tl.where(bias == -float("inf"), bias, clamped)
             tile_top = tl.max(s, 1)
+        elif INT8:
+            tile_top = multiply_up(tl.max(s, 1), q_scale)
         else:
             tile_top = tl.max(s, 1) * q_scale
         new_top = tl.maximum(top, tile_top)
         # 0 for a row that saw no key yet: exponents stay defined.
         safe_top = tl.where(new_top == -float("inf"), 0.0, new_top) if MASK else new_top
         alpha = tl.exp2(top - safe_top)
-        if PV == "int8":
+        if INT8:
             # One scale per row and tile, the tile's own maximum (or anything, if it sees no key).
+            # Rounded up, so that no code is beyond its byte, however large the scores are.
             if MASK or EDGE:
                 tile_top = tl.where(tile_top == -float("inf"), safe_top, tile_top)
-            shift = tile_top - P_RANGE
+            shift = subtract_up(tile_top, P_RANGE)
         else:
             shift = safe_top - P_RANGE
         if MASK == 2:
             p = tl.exp2(s - shift[:, None])
         else:
             p = tl.exp2(s * q_scale[:, None] - shift[:, None])
+        if INT8 and not rounds_up():
+            p = tl.minimum(p, 255.0 if PV == "uint8" else 127.0)
         seen_total = tl.sum(p, 1)
         fence_copies()
         if PV == "half":
@@ -145,11 +167,17 @@ def _attend_range(
         else:
             # Transposed V is padded to whole tiles with zeros.
             v = _load_tile(p_v + at_v, inside[:, None], o_d[None, :] < D, False, D != DP)
-            if PV == "int8":
+            if INT8:
                 # Not above 0, also where the compiler fuses the product that tile_top is.
                 back = tl.exp2(tl.minimum(tile_top - safe_top, 0.0))
                 seen_total *= back
-                product = tl.dot(round_to_int(p).to(tl.int8), v)
+                if PV == "uint8":
+                    added = tl.load(p_sums + o_d, mask=o_d < D, other=0).to(tl.int32) * 128
+                    base = tl.broadcast_to(added[None, :], acc.shape)
+                    product = tl.dot(round_from(p, -128.0).to(tl.int8), v, base, out_dtype=tl.int32)
+                    p_sums += D
+                else:
+                    product = tl.dot(round_to_int(p).to(tl.int8), v)
                 acc = acc * alpha[:, None] + int_to_float(product, SHIFT) * back[:, None]
             else:
                 # A fresh accumulator per tile, joined by an fma that the compiler cannot fold back
@@ -165,7 +193,7 @@ def _attend_range(
         p_v += tile * stride_vn
         if MASK:
             p_mask += tile * stride_mn
-    return acc, total, top, p_k, p_v, p_mask
+    return acc, total, top, p_k, p_v, p_sums, p_mask
 
 
 @triton.jit
@@ -188,6 +216,7 @@ def _attention_fwd_kernel(
     p_k_scale,  # [B, Hkv, ceil(Lk / K_BLOCK)]
     p_v_scale,  # [B, Hkv, D], or None
     p_v_mean,  # [B, Hkv, D], or None
+    p_v_sums,  # [B, Hkv, Lp / 64, D] int16, of an unsigned P only
     p_mask,  # uint8 or float, or None
     p_out,  # [B, H, Lq, D]
     p_lse,  # [B, H, Lq], or None
@@ -209,7 +238,7 @@ def _attention_fwd_kernel(
     stride_mn,
     D: tl.constexpr,
     DP: tl.constexpr,
-    PV: tl.constexpr,  # "half", "int8", "fp8", "fp8-fast"
+    PV: tl.constexpr,  # "half", "int8", "uint8" (an unsigned P), "fp8", "fp8-fast"
     P_RANGE: tl.constexpr,
     Q_BLOCK: tl.constexpr,  # tokens of a scale
     K_BLOCK: tl.constexpr,
@@ -243,6 +272,10 @@ def _attention_fwd_kernel(
     else:
         p_mask = p_k_scale  # before Triton 3.7 a jit function can't return None
 
+    p_sums = p_k_scale
+    if PV == "uint8":
+        p_sums = p_v_sums + i_bkv * tl.cdiv(k_len, BLOCK_N) * D
+
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -251,7 +284,7 @@ def _attention_fwd_kernel(
         whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
-        acc, total, top, p_k, p_v, p_mask = _attend_range(
+        acc, total, top, p_k, p_v, p_sums, p_mask = _attend_range(
             acc,
             total,
             top,
@@ -265,6 +298,7 @@ def _attention_fwd_kernel(
             p_k,
             p_k_scale,
             p_v,
+            p_sums,
             p_mask,
             at_k,
             at_v,
@@ -305,51 +339,45 @@ def _attention_fwd_kernel(
         tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)
 
 
-def _reads_elements(mask: Tensor, k_len: int) -> bool:
-    """Whether the kernel would read a mask element by element, which costs registers it hasn't.
-
-    Of a mask that differs from query to query it reads 16 elements at a time if all rows begin and
-    end at multiples of 16.  Others are worth a padded copy, without broadcast dims.
-    """
-    if mask.ndim < 2 or mask.shape[-2] == 1 or mask.shape[-1] != k_len:
-        return False
-    steps = (*mask.stride()[:-1], mask.storage_offset(), k_len)
-    return mask.stride(-1) != 1 or any(step % 16 for step in steps)
-
-
 class _Value(NamedTuple):
-    """V as the kernel reads it: codes or halves, scale, mean, D, strides of ``[B, H, L, D]``."""
+    """V as the kernel reads it: codes or halves and what belongs to them, D, the strides of
+    ``[B, H, L, D]``, and the formats of P and V.
+    """
 
     data: Tensor
     scale: Tensor | None
     mean: Tensor | None
+    sums: Tensor | None
     head_dim: int
     strides: tuple[int, ...]
     format: str
 
 
-def _value(v: Tensor | QuantizedValue) -> _Value:
+def _value(v: Tensor | QuantizedValue, fp16_accumulator: bool, unsigned_p: bool) -> _Value:
+    found = _codes(v)
+    if fp16_accumulator:
+        if found.format != "fp8":
+            raise ValueError(f"fp16_accumulator needs v in fp8, got {found.format}")
+        return found._replace(format="fp8-fast")
+    if not unsigned_p:
+        return found._replace(sums=None)
+    if found.format != "int8" or found.sums is None:
+        raise ValueError(f"unsigned_p needs v in int8 with its sums, got {found.format}")
+    return found._replace(format="uint8")
+
+
+def _codes(v: Tensor | QuantizedValue) -> _Value:
     if not isinstance(v, QuantizedValue):
         values, scale = v, None
         if v.dtype not in (torch.float16, torch.bfloat16):
             values, scale = half_value(v)
-        return _Value(values, scale, None, v.shape[-1], values.stride(), "half")
+        return _Value(values, scale, None, None, v.shape[-1], values.stride(), "half")
     if v.precision not in (Precision.INT8, Precision.FP8):
         raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
     values, mean = v.data.contiguous(), None if v.mean is None else v.mean.contiguous()
     strides = (*values.stride()[:2], 1, values.stride(2))
-    return _Value(values, v.scale.contiguous(), mean, values.shape[2], strides, v.precision.value)
-
-
-def _mask(mask: Tensor, k_len: int) -> tuple[int, Tensor]:
-    """Its kind, and the mask as the kernel reads it, with all keys or padded to whole tiles."""
-    kind, mask = readable(mask)
-    # The kernel's offsets within a tile have 32 bits.
-    if mask.ndim > 1 and Q_SCALE_BLOCK * mask.stride(-2) + TILE_N * mask.stride(-1) >= 2**31:
-        mask = mask.contiguous()
-    if _reads_elements(mask, k_len):
-        return kind, torch.nn.functional.pad(mask, (0, padded_length(k_len) - k_len))
-    return kind, mask.expand(*mask.shape[:-1], k_len)
+    pv, scale = v.precision.value, v.scale.contiguous()
+    return _Value(values, scale, mean, v.sums, values.shape[2], strides, pv)
 
 
 def attend_quantized(
@@ -362,6 +390,7 @@ def attend_quantized(
     mask: Tensor | None = None,
     is_causal: bool = False,
     fp16_accumulator: bool = False,
+    unsigned_p: bool = False,
     out_dtype: torch.dtype = torch.float32,
     return_lse: bool = True,
     launch: tuning.Launch | None = None,
@@ -373,12 +402,13 @@ def attend_quantized(
         k: as q.
         v: any float, or INT8 or FP8.
         delta_s, bias: must be None, the INT8 kernel adds nothing to S.
+        unsigned_p: as of the twin; ``v`` must have sums.
         out_dtype: of the output.
         return_lse: otherwise the log-sum-exp is not computed and None is returned.
         launch: instead of the one for the card and head dim.
 
     Raises:
-        ValueError: a format that the kernel does not read, or ``delta_s``.
+        ValueError: a format that the kernel does not read, no sums, or ``delta_s``.
     """
     if q.precision is Precision.FP4 and isinstance(v, QuantizedValue):
         return triton_fp4.attend_quantized(
@@ -402,20 +432,17 @@ def attend_quantized(
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
     device = q.data.device
-    values, v_scale, v_mean, head_dim, v_strides, pv = _value(v)
-    p_range = _P_RANGE[pv]
-    if fp16_accumulator:
-        if pv != "fp8":
-            raise ValueError(f"fp16_accumulator needs v in fp8, got {pv}")
-        pv = "fp8-fast"
+    values, v_scale, v_mean, v_sums, head_dim, v_strides, pv = _value(
+        v, fp16_accumulator, unsigned_p
+    )
     kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
-        kind, mask = _mask(mask, k_len)
+        kind, mask = as_tiles(mask, k_len)
         mask_len = mask.shape[-1]
         mask = mask.expand(batch, heads, q_len, mask_len)
         strides = list(mask.stride())
     reads = "" if mask is None else "rows" if strides[2] else "keys"
-    config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv)
+    config = tuning.launch(tuning.architecture(device), dim, reads, launch, pv.lstrip("u"))
     out, lse = outputs(q, head_dim, out_dtype, return_lse)
     blocks = cdiv(q_len, config.block_m)
     with torch.cuda.device_of(q.data):
@@ -429,6 +456,7 @@ def attend_quantized(
             k.scale.contiguous(),
             v_scale,
             v_mean,
+            v_sums,
             mask,
             out,
             lse,
@@ -445,7 +473,7 @@ def attend_quantized(
             D=head_dim,
             DP=dim,
             PV=pv,
-            P_RANGE=p_range,
+            P_RANGE=_P_RANGE[pv],
             Q_BLOCK=q.block,
             K_BLOCK=k.block,
             MASK=kind,

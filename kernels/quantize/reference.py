@@ -17,6 +17,7 @@ from ..formats import (
     MAX_SCALE,
     MIN_SCALE,
     Q_BLOCK,
+    TILE_N,
     Precision,
     QuantizedTensor,
     QuantizedValue,
@@ -177,6 +178,7 @@ def quantize_value(
     mean: Tensor | None = None,
     fast: bool = False,
     clip: bool = False,
+    sums: bool = False,
 ) -> QuantizedValue:
     """Quantize V per channel and transpose it.
 
@@ -186,6 +188,7 @@ def quantize_value(
         mean: ``[B, H, D]`` float32 to subtract (smooth_v).
         fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
         clip: FP4 only, search the micro scales as :func:`quantize_rows` does.
+        sums: INT8 only, add up the codes of every 64 tokens.
     """
     length = v.shape[2]
     rows = finite(v) if mean is None else finite(v) - mean[:, :, None]
@@ -200,9 +203,14 @@ def quantize_value(
         )
     top = FP8_FAST_VALUE_MAX if fast else precision.qmax
     scale = _scale(amax, top)
-    return QuantizedValue(
-        _encode(channels, scale[..., None], precision, top), scale, precision, length, mean
-    )
+    codes = _encode(channels, scale[..., None], precision, top)
+    added = value_sums(codes) if sums else None
+    return QuantizedValue(codes, scale, precision, length, mean, sums=added)
+
+
+def value_sums(codes: Tensor) -> Tensor:
+    """Sums of every 64 tokens' codes of V, ``[B, H, D, Lp]`` -> ``[B, H, Lp / 64, D]`` int16."""
+    return codes.unflatten(-1, (-1, TILE_N)).sum(-1, dtype=torch.int16).transpose(2, 3).contiguous()
 
 
 def dequantize_rows(x: QuantizedTensor) -> Tensor:

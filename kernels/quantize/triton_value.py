@@ -68,6 +68,7 @@ def _quantize_value_kernel(
     p_codes,  # [B, H, D, bytes of Lp]
     p_scale,  # [B, H, D]
     p_micro,  # [B, H, Lp / 64, D, 4], FP4 only
+    p_sums,  # [B, H, Lp / 64, D], or None
     length,
     padded,
     heads,
@@ -119,7 +120,11 @@ def _quantize_value_kernel(
         if FORMAT == "fp8":
             tl.store(p_tile + at, to_e4m3(codes), mask=in_d)
         else:
-            tl.store(p_tile + at, round_to_int(codes).to(tl.int8), mask=in_d)
+            codes = round_to_int(codes)
+            tl.store(p_tile + at, codes.to(tl.int8), mask=in_d)
+            if p_sums is not None:
+                added = tl.sum(codes, 1).to(tl.int16)
+                tl.store(p_sums + (i_bh * blocks + i_l) * D + o_d, added, mask=o_d < D)
     if i_l == 0:
         tl.store(p_scale + i_bh * D + o_d, scale, mask=o_d < D)
 
@@ -131,6 +136,7 @@ def quantize_value(
     mean: Tensor | None = None,
     fast: bool = False,
     clip: bool = False,
+    sums: bool = False,
     permuted: bool = False,
     stats: ChannelStats | None = None,
 ) -> QuantizedValue:
@@ -153,7 +159,10 @@ def quantize_value(
     shape, device = (batch, heads, head_dim, padded * precision.bits // 8), v.device
     codes = torch.empty(shape, dtype=STORAGE[precision], device=device)
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=device)
-    micro = None
+    micro = added = None
+    if sums:
+        tiles = (batch, heads, padded // TILE_N, head_dim)
+        added = torch.empty(tiles, dtype=torch.int16, device=device)
     if precision is Precision.FP4:
         micro = torch.empty(
             (batch, heads, padded // TILE_N, head_dim, TILE_N // FP4_GROUP),
@@ -174,6 +183,7 @@ def quantize_value(
             codes,
             scale,
             micro,
+            added,
             length,
             padded,
             heads,
@@ -188,4 +198,4 @@ def quantize_value(
             num_warps=8 if clip or block_d > 128 else 4,
             enable_fp_fusion=False,
         )
-    return QuantizedValue(codes, scale, precision, length, mean, micro)
+    return QuantizedValue(codes, scale, precision, length, mean, micro, added)

@@ -140,6 +140,7 @@ class RowCall:
             values,
             mask=mask,
             fp16_accumulator=spec.pv_accumulator == "fp16",
+            unsigned_p=spec.unsigned_p,
         )[0]
 
     def _q_codes(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:

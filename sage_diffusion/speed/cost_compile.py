@@ -215,6 +215,7 @@ def compile_backend(
     """
     q, k, v, delta_s = _operands(spec, head_dim)
     module = backends.ours()[backend].load()
+    options = {"unsigned_p": True} if spec.unsigned_p else {}
     with compiling_for(arch) as driver:
         module.attend_quantized(
             q,
@@ -227,6 +228,7 @@ def compile_backend(
             out_dtype=torch.float16,
             return_lse=return_lse,
             launch=launch,
+            **options,
         )
     return driver.kernels[-1]  # what prepares its operands comes first
 
@@ -272,6 +274,9 @@ def _operands(
         LENGTH,
         channels if spec.smooth_v else None,
     )
+    if spec.unsigned_p:
+        tiles = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim)
+        value = value._replace(sums=torch.zeros(tiles, dtype=torch.int16))
     if spec.pv is Precision.FP4:
         shape = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim, TILE_N // FP4_GROUP)
         value = value._replace(micro=torch.zeros(shape).to(torch.float8_e4m3fn))

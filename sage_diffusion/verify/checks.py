@@ -138,7 +138,8 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         mean = None if operands.v.mean is None else operands.v.mean.cpu()
         clip = spec.clip and spec.pv == "fp4"
         fast = spec.pv_accumulator == "fp16"
-        want_v = twin.quantize_value(here.v, spec.pv, mean=mean, fast=fast, clip=clip)
+        sums = operands.v.sums is not None
+        want_v = twin.quantize_value(here.v, spec.pv, mean=mean, fast=fast, clip=clip, sums=sums)
         want_v = permute_value(want_v) if kernel.permuted else want_v
         found += _compare(names[2], case, "v", operands.v, want_v)
     return found
@@ -167,14 +168,14 @@ def _compare(
     want: QuantizedTensor | QuantizedValue,
 ) -> list[Finding]:
     """Equal bit for bit, or which part differs in how many places."""
-    for part in ("data", "scale", "micro"):
-        a, b = getattr(got, part), getattr(want, part)
-        if b is None:
+    for part in ("data", "scale", "micro", "sums"):
+        a, b = getattr(got, part, None), getattr(want, part, None)
+        if a is None or b is None:
             continue
         a, b = a.cpu().contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
         share = (a != b).double().mean().item() if a.shape == b.shape else 1.0
         if share:
-            what = {"data": "codes", "scale": "scales", "micro": "micro scales"}[part]
+            what = {"data": "codes", "scale": "scales", "micro": "micro scales"}.get(part, part)
             reason = f"{letter}'s {what} differ from the twin's in {share:.2%} of their bytes"
             return [Finding(name, case.name, reason)]
     return []
@@ -203,6 +204,7 @@ def check_attention(
         mask=x.mask,
         is_causal=case.is_causal,
         fp16_accumulator=spec.pv_accumulator == "fp16",
+        unsigned_p=spec.unsigned_p,
         tile=kernel.tile,
     )
     reasons = []

@@ -88,6 +88,8 @@ class Kernel(NamedTuple):
             "return_lse": False,
             "fp16_accumulator": self.spec.pv_accumulator == "fp16",
         }
+        if self.spec.unsigned_p:
+            options["unsigned_p"] = True
         if operands.q_mean is not None:
             from sage_diffusion.kernels.attention.entry import bias_of
 

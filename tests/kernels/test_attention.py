@@ -136,6 +136,26 @@ def test_row_sums_of_int8_weights(qk):
     assert (off < 1e-6 and lse_off > 1e-4) if qk == "int4" else (off > 1e-4 and lse_off < 1e-5)
 
 
+@pytest.mark.parametrize("qk", ["int4", "int8"])
+def test_an_unsigned_p_halves_its_own_rounding(qk):
+    """P's error alone, on codes that are the same: its step is 1/255 of a tile's largest weight."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, 2, 200, 64, generator=g) for _ in range(3))
+    codes = (
+        quantize.quantize_rows(q, Precision(qk), multiplier=LOG2E / 8),
+        quantize.quantize_rows(k, Precision(qk)),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    rows, keys = (quantize.dequantize_rows(x)[..., :64].double() for x in codes)
+    weights = (rows @ keys.mT / LOG2E).softmax(-1)
+    want = weights @ quantize.dequantize_value(values).double()
+    signed, unsigned = (
+        relative_l1(reference.attend_quantized(*codes, values, unsigned_p=flag)[0], want)
+        for flag in (False, True)
+    )
+    assert 0.4 < unsigned / signed < 0.6
+
+
 @pytest.mark.parametrize("spec", SPECS[1:], ids=str)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e4, 1e30])
 def test_extreme_inputs_stay_finite(spec, magnitude):

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     is_causal: bool = False
     block: bool = False
     smooth_v: bool = False
+    unsigned_p: bool = False
     dtype: torch.dtype = torch.float16
     return_lse: bool = True
 
@@ -49,6 +50,8 @@ CASES = {
     "sm89-float": Case(89, "fp16", 64, 70, 64, mask="double", dtype=torch.float32),
     "sm90-whole": Case(90, "fp8", 64, 128, 128, is_causal=True, block=True),
     "sm90-pair": Case(90, "int8", 128, 65, 65, heads=4, group=2, batch=2, smooth_v=True),
+    "sm80-unsigned": Case(80, "int8", 40, 70, 130, mask="bool", unsigned_p=True),
+    "sm90-unsigned": Case(90, "int8", 64, 65, 130, is_causal=True, smooth_v=True, unsigned_p=True),
     "sm90-row": Case(90, "fp16", 40, 1, 200, mask="bool"),
     "sm90-fast": Case(90, "fp8-fast", 128, 63, 129, mask="keys", block=True),
     "sm120-block": Case(120, "fp16", 128, 200, 200, heads=3, group=3, block=True),
@@ -102,9 +105,12 @@ def test_compiled_kernel(name: str):
     values: Any = v
     if case.pv != "fp16":
         mean = quantize.token_mean(v) if case.smooth_v else None
-        values = quantize.quantize_value(v, Precision(case.pv[:4].strip("-")), mean=mean, fast=fast)
+        values = quantize.quantize_value(
+            v, Precision(case.pv[:4].strip("-")), mean=mean, fast=fast, sums=case.unsigned_p
+        )
     mask = make_mask(case.mask, case)
     options = {"mask": mask, "is_causal": case.is_causal, "fp16_accumulator": fast}
+    options["unsigned_p"] = case.unsigned_p
     before = None if mask is None else mask.clone()
     with card(case.cc) as gpu:
         out, lse = triton.attend_quantized(
@@ -151,6 +157,22 @@ def test_whole_call(cc, name, scale):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
 
 
+@pytest.mark.parametrize(("cc", "unsigned_p"), [(80, False), (90, True)])
+def test_the_largest_weight_stays_within_a_byte(cc, unsigned_p):
+    """Where float32's steps of a score are whole numbers, rounding up keeps the largest code."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=g) for n in (33, 130, 130))
+    operands = (
+        quantize.quantize_rows(q, Precision.INT8, multiplier=2.0**18),
+        quantize.quantize_rows(k, Precision.INT8),
+        quantize.quantize_value(v, Precision.INT8, sums=True),
+    )
+    with card(cc):
+        out, _ = triton.attend_quantized(*operands, unsigned_p=unsigned_p)
+    want, _ = reference.attend_quantized(*operands, unsigned_p=unsigned_p)
+    assert relative_l1(out, want) < 0.01
+
+
 def test_offsets_beyond_32_bits():
     """One tile of V spans 2^31 elements, so that even a step to the next leaves 32 bits."""
     try:
@@ -175,6 +197,8 @@ def test_refuses_what_it_cannot_read():
         triton.attend_quantized(int8, int8, x, delta_s=torch.zeros(1, 1, 1, 2))
     with pytest.raises(ValueError, match="v must be int8 or fp8, got fp4"):
         triton.attend_quantized(int8, int8, quantize.quantize_value(x, Precision.FP4))
+    with pytest.raises(ValueError, match="unsigned_p needs v in int8 with its sums, got half"):
+        triton.attend_quantized(int8, int8, x, unsigned_p=True)
     with pytest.raises(ValueError, match="fp16_accumulator needs v in fp8, got half"):
         triton.attend_quantized(int8, int8, x, fp16_accumulator=True)
     with pytest.raises(ValueError, match=r"int4/int8: the kernel reads Q and K in int8 or fp4"):

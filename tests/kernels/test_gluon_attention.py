@@ -33,6 +33,7 @@ class Case(NamedTuple):
     kv_heads: int = 2
     block: bool = False
     smooth_v: bool = False
+    unsigned_p: bool = False
     launch: GluonLaunch | None = None
 
 
@@ -42,6 +43,8 @@ CASES = [
     Case(80, "int4", "int8", 128, 200, 127, is_causal=True, delta_s=True, smooth_v=True),
     Case(80, "int4", "int8", 40, 65, 64, mask="additive", is_causal=True),
     Case(86, "int8", "int8", 72, 63, 65, heads=3, kv_heads=1),
+    Case(86, "int8", "int8", 72, 63, 130, heads=3, kv_heads=1, smooth_v=True, unsigned_p=True),
+    Case(80, "int4", "int8", 64, 65, 130, mask="bool", delta_s=True, unsigned_p=True),
     Case(80, "int8", "int8", 128, 127, 200, mask="additive", block=True),
     Case(89, "int8", "fp8", 96, 257, 257, is_causal=True, heads=3, kv_heads=1),
     Case(89, "int8", "fp8", 1, 1, 1),
@@ -91,6 +94,7 @@ def test_equals_the_twin(case):
     mean = quantize.token_mean(v) if case.smooth_v else None
     values = quantize.quantize_value(v, Precision(case.pv), mean=mean, fast=fast)
     options = {"is_causal": case.is_causal, "fp16_accumulator": fast, "mask": masked(case, g)}
+    options["unsigned_p"] = case.unsigned_p
     if case.delta_s:
         blocks = -(-case.q_len // 128)
         options["delta_s"] = torch.randn(1, case.heads, blocks, case.k_len, generator=g)
@@ -259,6 +263,22 @@ def test_delta_s_in_column_order(head_dim):
     torch.testing.assert_close(got[..., inside], want[..., inside], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("unsigned_p", [False, True])
+def test_the_largest_weight_stays_within_a_byte(unsigned_p):
+    """Where float32's steps of a score are whole numbers, rounding up keeps the largest code."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=g) for n in (33, 130, 130))
+    operands = (
+        quantize.quantize_rows(q, Precision.INT8, multiplier=2.0**18),
+        quantize.quantize_rows(k, Precision.INT8),
+    )
+    values = quantize.quantize_value(v, Precision.INT8)
+    with card(80):
+        out, _ = gluon.attend_quantized(*operands, permute_value(values), unsigned_p=unsigned_p)
+    want, _ = reference.attend_quantized(*operands, values, unsigned_p=unsigned_p)
+    assert relative_l1(out, want) < 0.01
+
+
 def test_refuses_what_it_cannot_read():
     x = torch.zeros(1, 1, 2, 64)
     int8, int4 = (quantize.quantize_rows(x, p) for p in (Precision.INT8, Precision.INT4))
@@ -267,5 +287,7 @@ def test_refuses_what_it_cannot_read():
         gluon.attend_quantized(int8, int4, fp8)
     with pytest.raises(ValueError, match="got fp8 and fp16_accumulator=False"):
         gluon.attend_quantized(int8, int8, fp8)
+    with pytest.raises(ValueError, match="unsigned_p needs v in int8, got fp8"):
+        gluon.attend_quantized(int8, int8, fp8, fp16_accumulator=True, unsigned_p=True)
     with pytest.raises(ValueError, match="int8/fp8: the kernel reads P and V in int8, fp4, or"):
         gluon.attention(x, x, x, AttentionSpec.parse("int8/fp8"))

@@ -126,7 +126,7 @@ def test_rows_of_any_length_and_bfloat16_extremes(precision, length):
 
 
 VALUES = {
-    "int8": (80, 72, torch.float16, {"precision": Precision.INT8}),
+    "int8": (80, 72, torch.float16, {"precision": Precision.INT8, "sums": True}),
     "fp8-smooth": (89, 40, torch.float16, {"precision": Precision.FP8, "mean": "token"}),
     "fp8-fast": (120, 256, torch.bfloat16, {"precision": Precision.FP8, "fast": True}),
 }
@@ -145,6 +145,8 @@ def test_values(name):
     assert same_bits(got.data, want.data)
     assert same_bits(got.scale, want.scale)
     assert (got.precision, got.length) == (want.precision, want.length)
+    assert (got.sums is None) == (not options.get("sums"))
+    assert got.sums is None or torch.equal(got.sums, want.sums)
 
 
 def test_means_and_extremes():

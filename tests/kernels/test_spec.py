@@ -20,6 +20,7 @@ def test_ladder_names_round_trip(name):
         "int4/int8-smooth_q-rotate-clip+block",
         "fp8/fp8",
         "int8/int8-smooth_k+rotate",
+        "int4/int8+unsigned_p+smooth_v",
     ],
 )
 def test_switches_round_trip(name):
@@ -60,6 +61,7 @@ def test_unknown_names_list_the_ladder(text):
         ({"pv": "int4"}, "pv must be one of"),
         ({"qk": "fp16", "pv": "fp8"}, "pv must be fp16 when qk is fp16"),
         ({"pv": "int8", "pv_accumulator": "fp16"}, "needs pv='fp8'"),
+        ({"pv": "fp8", "unsigned_p": True}, "unsigned_p needs pv='int8', got pv='fp8'"),
         ({"clip": True}, "clip needs qk='int4' or 'fp4', got qk='int8'"),
         ({"qk": "int4", "clip": True, "granularity": "block"}, "granularity='token'"),
         ({"granularity": "row"}, "granularity must be token or block"),

@@ -176,7 +176,13 @@ class ArithmeticOps(Lanes):
                 if ty != "f64"
                 else np.float64
             )
-            y = f(*[x.astype(up) for x in v]).astype(np.float64 if ty == "f64" else np.float32)
+            if "rp" in i.op:
+                exact = f(*[x.astype(np.float64) for x in v])
+                y = exact.astype(np.float32)
+                y = np.where(y < exact, np.nextafter(y, np.float32(np.inf)), y)
+            else:
+                y = f(*[x.astype(up) for x in v])
+                y = y.astype(np.float64 if ty == "f64" else np.float32)
             if "sat" in i.op:
                 y = np.clip(np.nan_to_num(y), 0, 1)
             if "ftz" in i.op:
