@@ -67,6 +67,43 @@ def _custom_inputs() -> list[io.Input]:
     ]
 
 
+def _advanced_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "backend",
+            options=list(backends.names()),
+            default="auto",
+            advanced=True,
+            tooltip="Who computes. auto takes the first that can; reference is the slow, "
+            "exact imitation that runs everywhere.",
+        ),
+        io.Boolean.Input(
+            "strict",
+            default=False,
+            advanced=True,
+            tooltip="Stop with an error where a call can't be quantized or a plan does not "
+            "fit the model, instead of using the model's own attention.",
+        ),
+        io.Boolean.Input(
+            "guard",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Compare a few rows of each layer with exact attention every tenth "
+            "step; a layer that strays runs a more accurate spec from then on.",
+        ),
+        io.Boolean.Input(
+            "compare_speed",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="On a GPU, make three calls of each kind both ways in the first run, "
+            "to tell how much faster it was: less than 1 % of its attention. Off tells "
+            "only what it took.",
+        ),
+    ]
+
+
 class SageAttention(io.ComfyNode):
     """MODEL -> MODEL whose attention is quantized as a plan says."""
 
@@ -122,29 +159,7 @@ class SageAttention(io.ComfyNode):
                     label_off="off",
                     tooltip="Off passes the model through as it came, to compare by one click.",
                 ),
-                io.Combo.Input(
-                    "backend",
-                    options=list(backends.names()),
-                    default="auto",
-                    advanced=True,
-                    tooltip="Who computes. auto takes the first that can; reference is the slow, "
-                    "exact imitation that runs everywhere.",
-                ),
-                io.Boolean.Input(
-                    "strict",
-                    default=False,
-                    advanced=True,
-                    tooltip="Stop with an error where a call can't be quantized or a plan does not "
-                    "fit the model, instead of using the model's own attention.",
-                ),
-                io.Boolean.Input(
-                    "guard",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Compare a few rows of each layer with exact attention every tenth "
-                    "step; a layer that strays runs a more accurate spec from then on.",
-                ),
+                *_advanced_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with quantized attention."),
@@ -162,6 +177,7 @@ class SageAttention(io.ComfyNode):
         backend: str,
         strict: bool,
         guard: bool = False,
+        compare_speed: bool = True,
     ) -> io.NodeOutput:
         plan = plan_of(preset, str(model.load_device))
         node = cls.hidden.unique_id
@@ -177,6 +193,7 @@ class SageAttention(io.ComfyNode):
             keep_cross=bool(preset.get("keep_cross_attention", False)),
             reporters=[lambda news: show(node, str(news), news.state)],
             title=plan.name or preset["preset"],
+            compare_speed=compare_speed,
         )
         show(node, f"{status(patched)}\n{describe(plan)}", "ready")
         return io.NodeOutput(patched, plan)

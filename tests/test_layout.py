@@ -224,6 +224,7 @@ MANY_ARGUMENTS = {
     "sage_diffusion.attend.dispatch": "attention",
     "sage_diffusion.attend.ops": "_ attention layer_attention",
     "sage_diffusion.attend.session": "attend",
+    "sage_diffusion.integrations.comfy.model": "__init__",  # what `patch` takes
     "sage_diffusion.integrations.diffusers.bundled": "__call__",
     "sage_diffusion.integrations.diffusers.processors": "_dispatch",  # diffusers' own signature
     "sage_diffusion.speed.bench": "measure",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.layers import HiddenCall, LayerCursor, ModulePatch
+from sage_diffusion.integrations.comfy.timing import Stopwatch
 from sage_diffusion.plan import BRANCHES, progress
 
 
@@ -51,10 +52,12 @@ class DeviceState:
         in_previous: a call has gone to the override below ours.
         inside: a model call is under way.
         unreached: why attention was not reached -> modules in which it happened.
+        watch: times calls.
     """
 
-    def __init__(self, session: AttentionSession):
+    def __init__(self, session: AttentionSession, watch: Stopwatch):
         self.session = session
+        self.watch = watch
         self.cursor = LayerCursor()
         self.forwards = 0
         self.in_previous = False
@@ -68,6 +71,7 @@ class DeviceState:
     def begin_run(self, session: AttentionSession) -> None:
         """Count from zero in a fresh session."""
         self.session = session
+        self.watch.begin_run()
         self.forwards = 0
         self.unreached.clear()
         self.let_go()
@@ -134,7 +138,11 @@ class DeviceState:
             patched = self._patch.applied(call)
         self.inside = True
         try:
-            with patched, self.outside_sampler(options, percents):
+            with (
+                patched,
+                self.outside_sampler(options, percents),
+                self.watch.forward(self.session.where.step),
+            ):
                 yield
         finally:
             self.inside = False

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend.calls import Call, Observer
+from sage_diffusion.attend.finite import capturing
 from sage_diffusion.attend.guard import Guard
-from sage_diffusion.attend.layer import AttentionRefused
+from sage_diffusion.attend.layer import AttentionRefused, Layer
 from sage_diffusion.attend.runs import Nothing, nothing_quantized, quantizes
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy.call import UnknownCall, native_of, parse_call
+from sage_diffusion.integrations.comfy.call import HostCall, UnknownCall, native_of, parse_call
 from sage_diffusion.integrations.comfy.device import DeviceState
 from sage_diffusion.integrations.comfy.headline import (
     MISSING,
@@ -46,6 +47,7 @@ from sage_diffusion.integrations.comfy.headline import (
     sampling,
 )
 from sage_diffusion.integrations.comfy.report import RunReport, merged
+from sage_diffusion.integrations.comfy.timing import PARTS, Stopwatch, Timing, clock_of, kind_of
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
 
@@ -78,6 +80,8 @@ class ModelAttention:
             :class:`Headline` when one begins or is broken off, or another node samples with these
             settings.
         title: what the report calls the plan.
+        compare_speed: on a GPU, make a few calls of each kind both ways in the first steps of the
+            first run, to tell how much faster the plan is; see :mod:`.timing`.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class ModelAttention:
         observers: Sequence[Observer] = (),
         reporters: Sequence[Reporter] = (),
         title: str | None = None,
+        compare_speed: bool = False,
     ):
         self.session = plan if isinstance(plan, AttentionSession) else None
         self.plan = plan.plan if isinstance(plan, AttentionSession) else PrecisionPlan.of(plan)
@@ -98,6 +103,7 @@ class ModelAttention:
         self.strict = strict if self.session is None else self.session.strict
         self.guard = guard
         self.keep_cross = keep_cross
+        self.compare_speed = compare_speed
         self.observers = list(observers)
         self.reporters = list(reporters)
         self.title = title or self.plan.name or str(self.plan.default)
@@ -111,6 +117,7 @@ class ModelAttention:
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._nothing: Nothing | None = None
+        self._timing: Timing | None = None
         self._checked = False
         self._run: Callable[..., Any] = ModelAttention._attend
         self._state(torch.device("cpu"))  # an unknown backend is an error here, not while sampling
@@ -136,7 +143,8 @@ class ModelAttention:
         state = self.devices.get(device)
         if state is None:
             with self._lock:
-                state = self.devices.setdefault(device, DeviceState(self._session()))
+                watch = Stopwatch(clock_of(device), self.compare_speed)
+                state = self.devices.setdefault(device, DeviceState(self._session(), watch))
         return state
 
     def _session(self) -> AttentionSession:
@@ -164,6 +172,7 @@ class ModelAttention:
             return func(*args, **kwargs)
 
         def host() -> Any:
+            state.watch.fall_back()
             if self.previous is None or name is not None:
                 return func(*args, **kwargs)
             state.in_previous = True
@@ -190,10 +199,32 @@ class ModelAttention:
             quantized = False
         elif quantized or session.observers:
             ours = Call(call.q, call.k, call.v, call.mask, scale=call.scale)
-            return call.to_host(layer.attend(ours, native_of(call, host)))
+            return call.to_host(self._timed(state, layer, call, ours, host))
         layer.tokens = max(layer.tokens, call.k.shape[2])
         layer.keep()
-        return host()
+        return host() if capturing(call.q) else state.watch.native(kind_of(call), host)
+
+    def _timed(
+        self,
+        state: DeviceState,
+        layer: Layer,
+        call: HostCall,
+        ours: Call,
+        host: Callable[[], Any],
+    ) -> Tensor:
+        """A call as the session decides, between two marks."""
+
+        def run() -> Tensor:
+            return layer.attend(ours, native_of(call, host))
+
+        if capturing(call.q):
+            return run()
+        session, tokens = state.session, call.k.shape[2]
+        specs = {session.spec_for(layer.name, tokens, b) for b in session.where.parts or (None,)}
+        spec = str(specs.pop()) if len(specs) == 1 else PARTS
+        # Another node's override may count its calls, or keep something of them.
+        again = host if self.previous is None and not session.observers else None
+        return state.watch.ours(kind_of(call), spec, run, again)
 
     def _hidden(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -205,7 +236,7 @@ class ModelAttention:
         """A sampling run begins: forget the last one."""
         self.previous = self.first
         self.last = None
-        self._nothing = None
+        self._nothing = self._timing = None
         self._warnings.clear()
         self._checked = False
         self.tell(sampling(self.title))
@@ -226,6 +257,7 @@ class ModelAttention:
             logs = [state.session.finish(judge=False) for state in self.devices.values()]
             runs = [run for run in logs if run is not None]
             self._nothing = nothing_quantized(self.plan, runs) if runs else None
+            self._timing = self._read_times()
             self.last = self.report()
             self.status = self.last.headline
         except BaseException as error:
@@ -238,6 +270,12 @@ class ModelAttention:
         if self._nothing is not None and self.strict:
             raise AttentionRefused(str(self._nothing))
         return self.last
+
+    def _read_times(self) -> Timing | None:
+        """Of the device that had most of the run's model calls."""
+        if not self.devices:
+            return None
+        return max(self.devices.values(), key=lambda state: state.forwards).watch.read()
 
     def tell(self, headline: Headline) -> None:
         """Something other than the end of a run happened."""
@@ -283,6 +321,7 @@ class ModelAttention:
             tuple(warnings),
             unreached,
             self._nothing,
+            self._timing,
         )
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from sage_diffusion.attend.runs import Nothing
 from sage_diffusion.attend.summary import LayerSummary, SessionSummary
 from sage_diffusion.integrations.comfy.headline import Headline, State
+from sage_diffusion.integrations.comfy.timing import Timing
 
 
 def merged(summaries: Sequence[SessionSummary]) -> SessionSummary:
@@ -50,6 +51,7 @@ class RunReport:
         warnings: what the user should know.
         unreached: why no override reached some attention -> the modules that computed it.
         nothing: why a plan that quantizes did so nowhere.
+        timing: seconds, None where none were taken.
     """
 
     summary: SessionSummary
@@ -59,6 +61,7 @@ class RunReport:
     warnings: tuple[str, ...] = ()
     unreached: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     nothing: Nothing | None = None
+    timing: Timing | None = None
 
     @property
     def trouble(self) -> Nothing | None:
@@ -115,7 +118,9 @@ class RunReport:
             first = f"fp16, as planned: {summary.calls} attention calls"
         if self.alarms:
             return Headline("warning", first, f"WARNING: {self.alarms[0]}")
-        return Headline("done", first, self._where())
+        timed = self.timing is not None and summary.quantized
+        second = self.timing.brief() if self.timing and timed else self._where()
+        return Headline("done", first, second)
 
     @property
     def state(self) -> State:
@@ -130,7 +135,8 @@ class RunReport:
         head = self.headline
         lines = [head.first, head.second]
         lines += [f"WARNING: {alarm}" for alarm in self.alarms[1:]]  # the first is in the headline
-        lines += [line for line in (self._where(),) if line not in lines]
+        more = [self._where()] if self.timing is None else [self.timing.brief(), self._where()]
+        lines += [line for line in more if line not in lines]
         if summary.calls:
             shares = ", ".join(f"{spec} {share:.0%}" for spec, share in summary.shares.items())
             declined = sum(summary.declined.values())
@@ -152,6 +158,7 @@ class RunReport:
             "model": self.model,
             "plan": self.title,
             "model_calls": self.forwards,
+            "seconds": None if self.timing is None else self.timing.to_dict(),
             **self.summary.to_dict(),
             "warnings": list(self.alarms),
         }
