@@ -5,6 +5,7 @@ Screenshots stay in `out/comfy`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,16 +17,19 @@ import host
 import prompts
 import pytest
 import tiny_models
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHOTS = ROOT / "out" / "comfy"
 PLAYWRIGHT = ROOT / ".cache" / "browser" / "node_modules"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-#: What ComfyUI's own page logs in a fresh installation without its gallery.
+#: What ComfyUI's own page logs in a fresh installation without its gallery and its first model.
 HOSTS_OWN = re.compile(
     r"^Failed to load resource: .*404|^Error loading (fuse options|core workflow templates)"
     r"|^ComfyApp graph accessed before initialization"
+    r"|^(Connecting to '|Fetch API cannot load )https://huggingface.co/Comfy-Org/"
 )
 
 
@@ -40,14 +44,17 @@ def server(request, tmp_path_factory):
         tiny_models.write(models, family)
     SHOTS.mkdir(parents=True, exist_ok=True)
     comfy = request.config.getoption("--comfy").resolve()
-    with host.serve(comfy, models, tmp_path_factory.mktemp("page")) as running:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "input").mkdir()
+    own_input = "--input-directory", str(folder / "input")
+    with host.serve(comfy, models, folder, *own_input) as running:
         yield running
 
 
-def drive(server, script, told):
+def drive(server, script, told, *given):
     """What a page did, as its script tells it in a file."""
     done = subprocess.run(
-        ["node", str(Path(__file__).with_name(script)), server.url, str(SHOTS)],
+        ["node", str(Path(__file__).with_name(script)), server.url, str(SHOTS), *given],
         env={**os.environ, "NODE_PATH": str(PLAYWRIGHT), "CHROMIUM": CHROMIUM},
         timeout=400,
         capture_output=True,
@@ -176,3 +183,31 @@ def test_texts_keep_to_their_workflow(states):
 
 def test_no_state_broke_the_page(states):
     assert states["errors"] == []
+
+
+# ------------------------------------------------------------------------------- a hole is filled
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def fill(server, tmp_path_factory):
+    """The workflow that fills a hole in a picture, with one that has colours and stripes."""
+    if importlib.util.find_spec("diffusers") is None:
+        pytest.skip("VQ Fill needs diffusers in ComfyUI's Python")
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, SIDE)] * 2, indexing="ij")
+    picture = torch.stack([x, y, (20 * x).sin() / 2 + 0.5], -1)
+    path = tmp_path_factory.mktemp("given") / "photograph.png"
+    Image.fromarray((picture * 255).byte().numpy()).save(path)
+    return drive(server, "fill.js", "fill.json", str(path))
+
+
+def test_a_hole_painted_in_the_mask_editor_is_filled(fill):
+    found = fill["filled"]
+    assert fill["errors"] == [] and found["image"].startswith("clipspace-painted-masked")
+    told = re.match(r"(\d+) of (\d+) tokens filled, 2 variants", found["text"])
+    filled, tokens = map(int, told.groups())
+    assert tokens == (SIDE // 8) ** 2 and 0 < filled < tokens // 2
+    assert found["sizes"] == [[SIDE, SIDE]] * 3  # only decoded, and two variants
+    for rows in found["changes"]:
+        # The decoder spreads a token's change; the far edges hardly see it.
+        assert max(rows[0], rows[-1]) <= 4 and rows[SIDE // 2] > 50
