@@ -10,13 +10,25 @@ from comfy_api.latest import io, ui
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, marked_off, patch, status
+from sage_diffusion.integrations.comfy.carried import Chosen, choose, signature
 from sage_diffusion.integrations.comfy.headline import OFF
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER
-from sage_diffusion.nodes.host import CATEGORY, Plan, load_plan, plan_names, show
+from sage_diffusion.nodes.host import (
+    CATEGORY,
+    Plan,
+    embed_inputs,
+    path_if_there,
+    plan_names,
+    show,
+)
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.edit import custom
+from sage_diffusion.plan.embed import content_hash
 from sage_diffusion.plan.show import describe
+
+#: Choices of the preset that are none.
+FILE, INPUT, CUSTOM = "plan file", "plan input", "custom"
 
 #: Steps between two drift checks of a layer.
 _CHECK_EVERY = 10
@@ -112,7 +124,7 @@ class SageAttention(io.ComfyNode):
         options = [io.DynamicCombo.Option(name, []) for name in PRESETS]
         options += [
             io.DynamicCombo.Option(
-                "plan file",
+                FILE,
                 [
                     io.Combo.Input(
                         "file",
@@ -122,10 +134,10 @@ class SageAttention(io.ComfyNode):
                 ],
             ),
             io.DynamicCombo.Option(
-                "plan input",
+                INPUT,
                 [Plan.Input("plan", tooltip="From Load, Edit or Merge Precision Plan.")],
             ),
-            io.DynamicCombo.Option("custom", _custom_inputs()),
+            io.DynamicCombo.Option(CUSTOM, _custom_inputs()),
         ]
         return io.Schema(
             node_id="SageDiffusionAttention",
@@ -160,6 +172,7 @@ class SageAttention(io.ComfyNode):
                     tooltip="Off passes the model through as it came, to compare by one click.",
                 ),
                 *_advanced_inputs(),
+                *embed_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with quantized attention."),
@@ -167,6 +180,24 @@ class SageAttention(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, **kwargs: Any) -> bool | str:
+        """Takes every value, as a plan's file need not be here; :meth:`execute` checks them."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(
+        cls,
+        preset: dict[str, Any],
+        embed_plan: bool = True,
+        embedded_plan: str = "",
+        **others: Any,
+    ) -> str:
+        if preset["preset"] != FILE:
+            return ""
+        file = preset["file"]
+        return signature(file, embedded_plan if embed_plan else "", path_if_there(file))
 
     @classmethod
     def execute(
@@ -178,8 +209,13 @@ class SageAttention(io.ComfyNode):
         strict: bool,
         guard: bool = False,
         compare_speed: bool = True,
+        embed_plan: bool = True,
+        embedded_plan: str = "",
     ) -> io.NodeOutput:
-        plan = plan_of(preset, str(model.load_device))
+        chosen = plan_of(preset, str(model.load_device), embedded_plan if embed_plan else "")
+        plan, title = chosen.plan, chosen.plan.name or preset["preset"]
+        if chosen.origin:
+            title = f"{title} ({chosen.origin})"
         node = cls.hidden.unique_id
         if not enabled:
             show(node, str(OFF), OFF.state)
@@ -192,32 +228,33 @@ class SageAttention(io.ComfyNode):
             guard=Guard(every=_CHECK_EVERY) if guard else None,
             keep_cross=bool(preset.get("keep_cross_attention", False)),
             reporters=[lambda news: show(node, str(news), news.state)],
-            title=plan.name or preset["preset"],
+            title=title,
             compare_speed=compare_speed,
         )
         show(node, f"{status(patched)}\n{describe(plan)}", "ready")
         return io.NodeOutput(patched, plan)
 
 
-def plan_of(chosen: dict[str, Any], device: str) -> PrecisionPlan:
+def plan_of(values: dict[str, Any], device: str, embedded: str = "") -> Chosen:
     """The plan that the widget's values mean on a device."""
-    kind = chosen["preset"]
-    if kind in PRESETS:
-        return preset(kind, device)
-    if kind == "plan file":
-        return load_plan(chosen["file"])
-    if kind == "plan input":
-        plan = chosen.get("plan")
+    kind = values["preset"]
+    if kind == FILE:
+        return choose(values["file"], embedded, path_if_there(values["file"]))
+    if kind == INPUT:
+        plan = values.get("plan")
         if not isinstance(plan, PrecisionPlan):
             raise PlanError("connect a plan, or choose another preset")
-        return plan
-    return custom(
-        chosen["spec"],
-        start=chosen["start_percent"],
-        end=chosen["end_percent"],
-        layers=chosen["layers"],
-        min_tokens=chosen["min_tokens"],
-    )
+        return Chosen(plan, f"hash {content_hash(plan)}")
+    if kind == CUSTOM:
+        plan = custom(
+            values["spec"],
+            start=values["start_percent"],
+            end=values["end_percent"],
+            layers=values["layers"],
+            min_tokens=values["min_tokens"],
+        )
+        return Chosen(plan, "")
+    return Chosen(preset(kind, device), "")
 
 
 class SageReport(io.ComfyNode):

@@ -8,7 +8,11 @@ from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 from sage_diffusion.nodes.attention import SageAttention, SageReport
 from sage_diffusion.nodes.calibrate import SageCalibrate
 from sage_diffusion.nodes.doctor import SageDoctor
-from sage_diffusion.nodes.host import register_plan_folder, register_tokenizer_folder
+from sage_diffusion.nodes.host import (
+    register_plan_folder,
+    register_routes,
+    register_tokenizer_folder,
+)
 from sage_diffusion.nodes.kv import KVCacheCompression, KVCacheReport
 from sage_diffusion.nodes.plan import (
     SageEditPlan,
@@ -65,9 +69,10 @@ class SageExtension(ComfyExtension):
     """The pack."""
 
     async def on_load(self) -> None:
-        """Register ``models/sage_plans`` and ``models/vq_tokenizers``."""
+        """Register ``models/sage_plans``, ``models/vq_tokenizers``, and what the page asks for."""
         register_plan_folder()
         register_tokenizer_folder()
+        register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""

@@ -13,6 +13,7 @@ from server import PromptServer
 
 from sage_diffusion.integrations.comfy.headline import State
 from sage_diffusion.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan.embed import embed_plan
 from sage_diffusion.plan.library import OWN_PLANS, plan_files
 from sage_diffusion.vq.checkpoints import BUNDLED
 from sage_diffusion.vq.fill import BUNDLED as BUNDLED_FILL
@@ -31,7 +32,7 @@ TOKENIZERS = "vq_tokenizers"
 FILLS = "vq_fill"
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
-Plan = io.Custom("PLAN")
+Plan = io.Custom("SAGE_PLAN")
 
 
 def register_plan_folder() -> None:
@@ -122,21 +123,47 @@ def plan_names() -> list[str]:
     return list(plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS]))
 
 
-def plan_path(name: str) -> Path:
-    """The file of a plan.
-
-    Raises:
-        PlanError: no such plan.
-    """
-    found = plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS])
-    if name not in found:
-        raise PlanError(f"no plan named {name!r} in models/{PLANS} or among the pack's own")
-    return found[name]
+def path_if_there(name: str) -> Path | None:
+    """The file of a plan, None if there is none of that name here."""
+    return plan_files([*folder_paths.get_folder_paths(PLANS), OWN_PLANS]).get(name)
 
 
-def load_plan(name: str) -> PrecisionPlan:
-    """A plan by name; :class:`PlanError` says what is wrong with its file."""
-    return PrecisionPlan.load(plan_path(name))
+def embed_inputs() -> list[io.Input]:
+    """What a node with a plan's file has so that its workflow carries the plan."""
+    return [
+        io.Boolean.Input(
+            "embed_plan",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Keep the file's plan in the workflow and in pictures, so that whoever opens "
+            "them runs the same. Off reads the file at every run.",
+        ),
+        io.String.Input(
+            "embedded_plan",
+            default="",
+            optional=True,
+            socketless=True,
+            extra_dict={"hidden": True},
+            tooltip="The plan that the workflow carries; the page fills it in.",
+        ),
+    ]
+
+
+def register_routes() -> None:
+    """What ``web/plans.js`` asks for: a plan's file as text to embed."""
+    from aiohttp import web
+
+    @PromptServer.instance.routes.get("/sage_diffusion/plan")
+    async def plan_to_embed(request: Any) -> Any:
+        file = request.rel_url.query.get("file", "")
+        path = path_if_there(file)
+        if path is None:
+            return web.json_response({"error": f"no plan named {file!r} here"}, status=404)
+        try:
+            return web.json_response({"text": embed_plan(PrecisionPlan.load(path), file)})
+        except PlanError as error:
+            return web.json_response({"error": str(error)}, status=422)
 
 
 def user_plan_folder() -> Path:

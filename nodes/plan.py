@@ -7,15 +7,16 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from sage_diffusion.integrations.comfy import attached
+from sage_diffusion.integrations.comfy.carried import choose, signature
 from sage_diffusion.integrations.comfy.images import as_image
 from sage_diffusion.integrations.comfy.layers import layer_names
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import (
     CATEGORY,
     Plan,
-    load_plan,
+    embed_inputs,
+    path_if_there,
     plan_names,
-    plan_path,
     show,
     user_plan_folder,
 )
@@ -43,7 +44,8 @@ class SageLoadPlan(io.ComfyNode):
                     "file",
                     options=plan_names(),
                     tooltip="A plan from models/sage_plans, or one that came with the pack.",
-                )
+                ),
+                *embed_inputs(),
             ],
             outputs=[
                 Plan.Output(display_name="plan", tooltip="The plan."),
@@ -53,16 +55,19 @@ class SageLoadPlan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        path = plan_path(file)
-        return f"{path} {path.stat().st_mtime_ns}"
+    def validate_inputs(cls, file: str) -> bool:
+        return True  # whoever got the workflow need not have the file
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        plan = load_plan(file)
-        text = describe(plan)
-        show(cls.hidden.unique_id, text)
-        return io.NodeOutput(plan, text)
+    def fingerprint_inputs(cls, file: str, embed_plan: bool = True, embedded_plan: str = "") -> str:
+        return signature(file, embedded_plan if embed_plan else "", path_if_there(file))
+
+    @classmethod
+    def execute(cls, file: str, embed_plan: bool = True, embedded_plan: str = "") -> io.NodeOutput:
+        chosen = choose(file, embedded_plan if embed_plan else "", path_if_there(file))
+        text = describe(chosen.plan)
+        show(cls.hidden.unique_id, f"{text}\n{chosen.origin}")
+        return io.NodeOutput(chosen.plan, text)
 
 
 class SageSavePlan(io.ComfyNode):

@@ -218,6 +218,7 @@ MANY_ARGUMENTS = {
     "kernels.attention.triton_fp4": "attend_quantized attention",
     "kernels.quantize.triton": "quantize_rows",
     "nodes.accuracy": "execute",
+    "nodes.attention": "execute",
     "nodes.calibrate": "execute",
     "sage_diffusion.adapt.calibrate": "calibrate",
     "sage_diffusion.adapt.compress": "compress",

@@ -4,7 +4,7 @@ const { chromium } = require('playwright-core');
 const fs = require('fs');
 
 const [url, folder] = process.argv.slice(2);
-const { sampling, check } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
+const { sampling, check, planned } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
 const result = { errors: [], states: {} };
 
 async function main() {
@@ -116,6 +116,20 @@ async function main() {
   await record('other_workflow', null);
   await page.evaluate((a) => window.app.loadGraphData(a, true, true, 'workflow-a'), a);
   await record('back_again', null);
+
+  // The plan of a file travels in the workflow, in the prompt, and so in the picture.
+  await load(planned, 'workflow-d');
+  await page.waitForFunction(() => window.app.graph.nodes.find((n) => n.type === 'SageDiffusionAttention')
+    .widgets.find((w) => w.name === 'embedded_plan').value.includes('sha256'), null, { timeout: 10000 });
+  result.saved = await page.evaluate(() => JSON.stringify(window.app.graph.serialize()));
+  result.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
+  result.hidden = await page.evaluate(() => window.app.graph.nodes.find((n) => n.type === 'SageDiffusionAttention')
+    .widgets.find((w) => w.name === 'embedded_plan').hidden);
+  await set('SageDiffusionAttention', { embed_plan: false });
+  result.not_kept = await page.evaluate(async () => {
+    const node = window.app.graph.nodes.find((n) => n.type === 'SageDiffusionAttention');
+    return (await window.app.graphToPrompt()).output[node.id].inputs.embedded_plan;
+  });
 
   await load(check, 'workflow-c');
   await run('elsewhere');

@@ -76,7 +76,8 @@ def states(server):
     """What Sage Attention said in each of its states."""
     sampling = prompts.sampling("sd3", **prompts.custom("int8/fp16"))
     check = prompts.check("sd3", **prompts.custom("int8/fp16"))
-    told = {"sampling": sampling, "check": check}
+    planned = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "int8 everywhere"})
+    told = {"sampling": sampling, "check": check, "planned": planned}
     (SHOTS / "prompts.json").write_text(json.dumps(told))
     return drive(server, "states.js", "states.json")
 
@@ -179,6 +180,20 @@ def test_texts_keep_to_their_workflow(states):
     assert states["states"]["other_workflow"]["node"] is None
     assert states["states"]["back_again"]["node"]["state"] == "done"
     assert "600 of 600" in states["states"]["back_again"]["node"]["text"]
+
+
+def test_the_plan_of_a_file_travels_in_workflow_and_prompt(states):
+    from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.embed import embed_plan
+    from sage_diffusion.plan.library import OWN_PLANS
+
+    name = "int8 everywhere"
+    text = embed_plan(PrecisionPlan.load(OWN_PLANS / f"{name}.json"), name)
+    (node,) = (n for n in json.loads(states["saved"])["nodes"] if "Attention" in n["type"])
+    assert text in node["widgets_values"]
+    assert states["prompt"][str(node["id"])]["inputs"]["embedded_plan"] == text
+    assert states["hidden"]
+    assert states["not_kept"] == ""
 
 
 def test_no_state_broke_the_page(states):

@@ -171,6 +171,36 @@ def test_a_plan_by_its_input_reaches_the_model(server):
     assert "int8/fp16 100%" in done["outputs"]["7"]["text"][0]
 
 
+def test_a_plan_that_only_the_workflow_has_runs_and_is_in_the_picture(server):
+    from sage_diffusion.plan import PrecisionPlan, Rule
+    from sage_diffusion.plan.embed import content_hash, embed_plan
+
+    plan = PrecisionPlan("fp16", (Rule("int8/fp16", "double.01", 0.4),), name="theirs")
+    prompt = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "never/here"})
+    assert "the workflow carries none" in failure(server.run(prompt))
+    prompt["2"]["inputs"]["embedded_plan"] = embed_plan(plan, "never/here")
+    done = server.run(prompt)
+    report = done["outputs"]["7"]["text"][0]
+    assert report.startswith("int8/fp16: 2 of 6 attention calls")
+    assert f"theirs (plan of this workflow, hash {content_hash(plan)})" in report
+    picture = server.out / "output" / done["outputs"]["10"]["images"][0]["filename"]
+    assert content_hash(plan).encode() in picture.read_bytes()
+    prompt["2"]["inputs"]["embedded_plan"] = " " * (5 << 20)
+    assert "embedded plan: must have at most 256 kB" in failure(server.run(prompt))
+
+
+def test_a_changed_file_is_not_served_from_the_cache(server, request):
+    folder = request.config.getoption("--models") / "sage_plans"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "changes"})
+    for spec in ("int8/fp16", "int8/int8"):
+        (folder / "changes.json").write_text(f'{{"version": 2, "default": "{spec}"}}')
+        done = server.run(prompt)
+        assert done["outputs"]["7"]["text"][0].startswith(f"{spec}: 6 of 6")
+    query = "/sage_diffusion/plan?file=changes"
+    assert '"default":"int8/int8"' in server.get(query)["text"]
+
+
 def accuracy(**more):
     prompt = prompts.check("sd3", **prompts.custom("int4/int8"))
     prompt["6"]["inputs"] |= more
