@@ -8,9 +8,18 @@ import comfy.samplers
 from comfy_api.latest import io, ui
 
 from sage_diffusion.accuracy.records import Limits
+from sage_diffusion.accuracy.report import AccuracyReport
 from sage_diffusion.files import write_text
-from sage_diffusion.integrations.comfy.accuracy import KSampling, check, heat_map, side_by_side
+from sage_diffusion.integrations.comfy.accuracy import (
+    KSampling,
+    as_images,
+    check,
+    heat_map,
+    side_by_side,
+)
+from sage_diffusion.integrations.comfy.headline import State
 from sage_diffusion.nodes.host import CATEGORY, Plan, report_path, show
+from sage_diffusion.nodes.progress import SamplingProgress
 from sage_diffusion.plan import PrecisionPlan
 
 _BOTH = "with and without the plan"
@@ -41,6 +50,22 @@ def sampling_inputs() -> list[io.Input]:
         io.Float.Input(
             "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="As in KSampler."
         ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Latent.Output(display_name="latent", tooltip="Of the run with the plan."),
+        io.Image.Output(display_name="A/B", tooltip="Without the plan left, with it right."),
+        io.Image.Output(display_name="heat map", tooltip="Error by layer and step."),
+        io.String.Output(display_name="report", tooltip="As text."),
+        io.String.Output(display_name="json", tooltip="Path of the JSON file."),
+        io.Boolean.Output(
+            display_name="passed",
+            tooltip="True if the limit holds and enough was compared to say so.",
+        ),
+        io.Image.Output(display_name="without", tooltip="For Compare Images: without the plan."),
+        io.Image.Output(display_name="with", tooltip="For Compare Images: with the plan."),
     ]
 
 
@@ -116,21 +141,16 @@ class SageAccuracyCheck(io.ComfyNode):
                 ),
                 Plan.Input("plan", optional=True, tooltip="Checked instead of the MODEL's own."),
             ],
-            outputs=[
-                io.Latent.Output(display_name="latent", tooltip="Of the run with the plan."),
-                io.Image.Output(
-                    display_name="A/B", tooltip="Without the plan left, with it right."
-                ),
-                io.Image.Output(display_name="heat map", tooltip="Error by layer and step."),
-                io.String.Output(display_name="report", tooltip="As text."),
-                io.String.Output(display_name="json", tooltip="Path of the JSON file."),
-                io.Boolean.Output(display_name="passed", tooltip="True if the limit holds."),
-            ],
+            outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, mode: str, metric: str) -> bool | str:
+    def validate_inputs(cls, mode: str, metric: str, limit: float) -> bool | str:
+        try:
+            Limits(**{metric: limit})
+        except (ValueError, TypeError) as error:
+            return str(error)
         if mode == _LIVE and metric not in ("cosine", "rel_l1"):
             return f"{metric} compares two runs: choose '{_BOTH}', or cosine or rel_l1"
         return True
@@ -169,12 +189,25 @@ class SageAccuracyCheck(io.ComfyNode):
             denoise=denoise,
             vae=vae,
         )
-        done = check(model, sample, plan, both=mode == _BOTH, rate=rate, rows=rows)
-        passed, why = done.verdict(Limits(**{metric: limit}))
+        node, both = cls.hidden.unique_id, mode == _BOTH
+        names = ["without the plan"] * both + ["with the plan"]
+        sample.on_step = SamplingProgress(node, model, names)
+
+        def keep(report: AccuracyReport) -> None:
+            path = report_path(filename_prefix, "json")
+            write_text(path, report.to_json())
+            compared = len(report.quantized)
+            show(node, f"cancelled: {compared} calls were compared\nkept in {path}", "cancelled")
+
+        done = check(model, sample, plan, both=both, rate=rate, rows=rows, keep=keep)
+        verdict = done.verdict(Limits(**{metric: limit}))
         path = report_path(filename_prefix, "json")
         write_text(path, done.report.to_json())
-        head = f"{'PASSED' if passed else 'FAILED'}: {metric} {limit:g}"
-        show(cls.hidden.unique_id, "\n".join(x for x in (head, why, done.brief(), str(path)) if x))
+        head, why = f"{verdict.word}: {metric} {limit:g}", verdict.why
+        lines = (head, done.brief() if verdict.passed else why)
+        more = (str(path),) if verdict.passed else (done.brief(), str(path))
+        state: State = "done" if verdict.passed else "warning"
+        show(node, "\n".join(x for x in (*lines, *more) if x), state)
         images = side_by_side(done)
         heat = heat_map(done.report)
         shown = ui.PreviewImage(heat if images is None else images, cls=cls)
@@ -185,6 +218,7 @@ class SageAccuracyCheck(io.ComfyNode):
             heat,
             text,
             str(path),
-            passed,
+            verdict.passed,
+            *(as_images(run) for run in (done.exact, done.found)),
             ui=shown,
         )

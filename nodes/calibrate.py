@@ -14,6 +14,7 @@ from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import CARDS, ComfySampler, Prompt
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
+from sage_diffusion.nodes.progress import SamplingProgress
 from sage_diffusion.plan.show import describe
 
 _FLOOR, _BUDGET = "least quality", "most time"
@@ -140,10 +141,13 @@ class SageCalibrate(io.ComfyNode):
             positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise
         )
         interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+        bar = SamplingProgress(node, model, ["measure"] * (2 * runs))
+        sampling.on_step = bar
         sampler = ComfySampler(model, sampling, interrupted)
 
         def tell(at: Progress) -> None:
-            show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)")
+            bar.stands([at.stage] * at.total, at.done)
+            show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)", "sampling")
 
         table = calibrate(
             sampler,

@@ -39,6 +39,7 @@ ALSO_TESTS = {
         "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers "
         "sage_diffusion.integrations.comfy.sampler"
     ),
+    "comfy/test_in_process_nodes.py": "nodes.progress",
     "comfy/test_server_training.py": "nodes.vq_train",
     "comfy/test_in_process_kv.py": (
         "sage_diffusion.integrations.comfy.causal_wan sage_diffusion.integrations.comfy.kv_patch"

@@ -115,9 +115,25 @@ class Variant:
     predicted_time: float | None = None
 
 
+#: Values that a limit of a metric can have; others are slips of the hand.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "cosine": (-1.0, 1.0),
+    "rel_l1": (0.0, math.inf),
+    "rmse": (0.0, math.inf),
+    "max_abs": (0.0, math.inf),
+    "psnr": (0.0, 200.0),
+    "ssim": (-1.0, 1.0),
+    "latent_cosine": (-1.0, 1.0),
+}
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a report must keep; None is no limit."""
+    """What a report must keep; None is no limit.
+
+    Raises:
+        ValueError: a limit that no value of its metric, or every one, is beyond.
+    """
 
     cosine: float | None = None
     rel_l1: float | None = None
@@ -127,6 +143,12 @@ class Limits:
     psnr: float | None = None
     ssim: float | None = None
     latent_cosine: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"a limit of {name} must be {least:g} .. {most:g}, got {value:g}")
 
 
 @dataclass(frozen=True)

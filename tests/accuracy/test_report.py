@@ -305,3 +305,18 @@ def test_predicted_time_is_a_column_only_where_it_is_known() -> None:
     assert "| predicted time |" in report.to_markdown() and "| 1.250 |" in report.to_markdown()
     untimed = make_report(variants=(report.variant(),))
     assert "predicted time" not in untimed.to_markdown() + untimed.to_html()
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ({"ssim": 2.0}, "a limit of ssim must be -1 .. 1, got 2"),
+        ({"cosine": 1.5}, "a limit of cosine must be -1 .. 1, got 1.5"),
+        ({"rel_l1": -0.1}, "a limit of rel_l1 must be 0 .. inf, got -0.1"),
+        ({"psnr": float("nan")}, "a limit of psnr must be 0 .. 200, got nan"),
+    ],
+)
+def test_a_limit_stays_in_the_range_of_its_metric(limit, words):
+    with pytest.raises(ValueError) as caught:
+        Limits(**limit)
+    assert words in str(caught.value)

@@ -23,6 +23,7 @@ async function main() {
   page.on('console', (message) => {
     if (message.type() === 'error') result.console.push(`${message.text()} ${message.location().url}`);
   });
+  page.setDefaultTimeout(180000); // a busy machine is slow to load the page
   const shot = (name) => page.screenshot({ path: `${folder}/${name}.png` });
 
   await page.goto(url, { waitUntil: 'domcontentloaded' });
@@ -42,15 +43,15 @@ async function main() {
   // The template, from the dialog that people use.
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'));
   const pack = page.getByText('sage_diffusion', { exact: false }).first();
-  await pack.waitFor({ timeout: 30000 });
+  await pack.waitFor({ timeout: 120000 });
   await pack.click();
   const card = page.getByText('sd15_first_try', { exact: false }).first();
-  await card.waitFor({ timeout: 30000 });
+  await card.waitFor({ timeout: 120000 });
   await page.waitForTimeout(1500);
   await shot('templates');
   result.templates = await page.evaluate(async () => (await (await fetch('/api/workflow_templates')).json()).sage_diffusion);
   await card.click();
-  await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionAttention'), null, { timeout: 30000 });
+  await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionAttention'), null, { timeout: 120000 });
   await page.waitForTimeout(1500);
   await page.keyboard.press('Escape');
 
@@ -118,7 +119,7 @@ async function main() {
   });
   await page.waitForTimeout(800);
   await page.evaluate(() => document.querySelector('[data-testid="info-button"]')?.click());
-  await page.getByText('Together with other nodes').first().waitFor({ state: 'attached', timeout: 20000 });
+  await page.getByText('Together with other nodes').first().waitFor({ state: 'attached', timeout: 120000 });
   result.help = true;
   await page.waitForTimeout(800);
   await shot('help');

@@ -15,6 +15,7 @@ async function main() {
   });
   const page = await (await browser.newContext({ viewport: { width: 1280, height: 800 } })).newPage();
   page.on('pageerror', (error) => result.errors.push(error.message));
+  page.setDefaultTimeout(180000); // a busy machine is slow to load the page
   await page.goto(url, { waitUntil: 'domcontentloaded' });
   await page.waitForFunction(() => {
     try {
@@ -102,7 +103,7 @@ async function main() {
   await set('KSampler', { steps: 2000 });
   await queue();
   await page.waitForFunction(() => window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAttention')
-    .widgets.find((w) => w.name === 'sage_text').element.dataset.state === 'sampling', null, { timeout: 60000 });
+    .widgets.find((w) => w.name === 'sage_text').element.dataset.state === 'sampling', null, { timeout: 180000 });
   await record('sampling', null);
   await page.evaluate(() => window.app.api.interrupt());
   await record('cancelled', await ended());
@@ -120,7 +121,7 @@ async function main() {
   // The plan of a file travels in the workflow, in the prompt, and so in the picture.
   await load(planned, 'workflow-d');
   await page.waitForFunction(() => window.app.graph.nodes.find((n) => n.type === 'SageDiffusionAttention')
-    .widgets.find((w) => w.name === 'embedded_plan').value.includes('sha256'), null, { timeout: 10000 });
+    .widgets.find((w) => w.name === 'embedded_plan').value.includes('sha256'), null, { timeout: 120000 });
   result.saved = await page.evaluate(() => JSON.stringify(window.app.graph.serialize()));
   result.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
   result.hidden = await page.evaluate(() => window.app.graph.nodes.find((n) => n.type === 'SageDiffusionAttention')

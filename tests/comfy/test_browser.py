@@ -56,7 +56,7 @@ def drive(server, script, told, *given):
     done = subprocess.run(
         ["node", str(Path(__file__).with_name(script)), server.url, str(SHOTS), *given],
         env={**os.environ, "NODE_PATH": str(PLAYWRIGHT), "CHROMIUM": CHROMIUM},
-        timeout=400,
+        timeout=900,
         capture_output=True,
         text=True,
     )

@@ -212,7 +212,7 @@ def test_the_accuracy_check_proves_a_plan(server):
     assert done["status"]["status_str"] == "success", done["status"]
     shown = server.last_text("6")
     assert shown.startswith("PASSED: cosine 0.9")
-    assert "12 quantized calls compared with exact attention" in shown
+    assert "12 of 12 quantized calls compared with exact attention" in shown
     assert "PSNR" in shown
     report = json.loads(Path(shown.splitlines()[-1]).read_text())
     assert len(report["rows"]) == 12  # 3 layers, 2 steps, each branch of guidance

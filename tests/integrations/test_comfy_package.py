@@ -1,6 +1,7 @@
 """What ComfyUI's registry and Manager read of the pack."""
 
 import ast
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -60,3 +61,10 @@ def test_every_help_page_belongs_to_a_node():
     pages = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
     sources = "".join(path.read_text() for path in (ROOT / "nodes").glob("*.py"))
     assert pages == set(re.findall(r'node_id="(\w+)"', sources))
+
+
+def test_templates_have_ids_of_their_own():
+    """Texts go to the workflow whose id the prompt names."""
+    ids = [json.loads(path.read_text())["id"] for path in (ROOT / "workflows").glob("*.json")]
+    assert len(set(ids)) == len(ids)
+    assert not any(set(one) <= set("0-") for one in ids)

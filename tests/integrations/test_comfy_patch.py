@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ from sage_diffusion.accuracy.records import Limits
 from sage_diffusion.integrations.comfy import attached, patch, without
 from sage_diffusion.integrations.comfy.accuracy import (
     CallSampling,
+    as_images,
     as_pictures,
     check,
     heat_map,
     side_by_side,
 )
 from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
+from sage_diffusion.integrations.comfy.timing import HostClock
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 APPLY, OUTER, PREPARE = "apply_model", "outer_sample", "on_prepare_state"
@@ -198,11 +201,15 @@ def test_a_check_runs_with_and_without_the_plan():
     done = check(patch(Patcher(), "int4/int8"), sampled, rows=8)
     assert len(done.report.quantized) == 6
     assert done.report.end_to_end.final_cosine > 0.9
-    passed, why = done.verdict(Limits(cosine=0.5))
-    assert passed, why
-    failed, why = done.verdict(Limits(psnr=200.0))
-    assert not failed
+    verdict = done.verdict(Limits(cosine=0.5))
+    assert verdict.passed, verdict.why
+    word, why = done.verdict(Limits(psnr=200.0))
+    assert word == "FAILED"
     assert "must be at least 200" in why
+    assert as_images(done.exact).shape == (1, 24, 16, 3)
+    assert done.quantized == {"double.00": 3, "double.01": 3}
+    assert "6 of 6 quantized calls compared" in done.brief()
+    assert "for accuracy, not for speed" in done.brief()
     assert "PSNR" in done.brief()
     assert side_by_side(done).shape == (1, 24, 32, 3)
 
@@ -218,9 +225,10 @@ def test_a_check_of_live_calls_needs_one_run():
     assert len(runs) == 1
     assert done.exact is None
     assert not done.report.quantized
-    passed, why = done.verdict(Limits())
-    assert not passed
-    assert "nothing is proven" in why
+    word, why = done.verdict(Limits())
+    assert word == "NOT PROVEN"
+    assert "no quantized call was compared" in why
+    assert as_images(done.exact) is None
     assert heat_map(done.report).shape[3] == 3  # a note
     assert side_by_side(done).shape == (1, 24, 16, 3)
 
@@ -232,16 +240,64 @@ def test_a_check_without_a_plan_says_what_to_connect():
 
 def test_a_share_of_the_calls_is_looked_at_and_all_that_ran_as_fp16():
     seen = []
-    watcher = CallSampling(SimpleNamespace(observe=seen.append), 0.25)
-    quantized = SimpleNamespace(spec=SimpleNamespace(quantized=True))
+    spoiled = []
+    watcher = CallSampling(
+        SimpleNamespace(observe=seen.append), 0.25, looked=lambda: spoiled.append(1)
+    )
+    quantized = SimpleNamespace(spec=SimpleNamespace(quantized=True), layer="a")
     for _ in range(400):
         watcher.observe(quantized)
     assert 60 < len(seen) < 140
+    assert len(spoiled) == len(seen)
+    assert watcher.quantized == {"a": 400}
     seen.clear()
     watcher.observe(SimpleNamespace(spec=SimpleNamespace(quantized=False)))
     assert len(seen) == 1
+    for i in range(50):
+        watcher.observe(SimpleNamespace(spec=SimpleNamespace(quantized=True), layer=str(i)))
+    assert len(seen) == 51  # every layer once
     with pytest.raises(ValueError, match="between 0 and 1, got 2"):
         CallSampling(watcher, 2)
+
+
+def test_too_few_compared_calls_prove_nothing():
+    model = patch(Patcher(), "int8/fp16")
+
+    def sample(patcher):
+        return Generation(None, (patcher.sample(12),))
+
+    done = check(model, sample, rate=0.01)
+    word, why = done.verdict(Limits(cosine=0.5))
+    assert word == "NOT PROVEN"
+    assert why == "2 of 24 quantized calls were compared, at least 16 must be: raise rate"
+    whole = check(model, sample)
+    assert whole.verdict(Limits(cosine=0.5)).passed
+    word, why = whole.verdict(Limits(psnr=20.0))
+    assert (word, why.split(":")[0]) == ("NOT PROVEN", "no psnr was measured")
+
+
+def test_a_layer_that_was_never_compared_is_missed():
+    done = check(patch(Patcher(), "int8/fp16"), sampled)
+    rows = tuple(row for row in done.report.rows if row.layer == "double.00")
+    less = replace(done, report=replace(done.report, rows=rows))
+    word, why = less.verdict(Limits(cosine=0.5))
+    assert word == "NOT PROVEN"
+    assert "no call of 1 layers was compared" in why
+
+
+def test_both_runs_are_timed_and_comparing_is_no_part_of_it(monkeypatch):
+    class Clock(HostClock):
+        compares = True
+
+    monkeypatch.setattr("sage_diffusion.integrations.comfy.model.clock_of", lambda device: Clock())
+    done = check(patch(Patcher(), "int8/fp16"), sampled, rate=0.01)
+    timing = done.timing
+    assert timing.attention_before > 0
+    assert timing.attention > 0
+    assert timing.step_before - timing.step == pytest.approx(
+        (timing.attention_before - timing.attention) / 3
+    )
+    assert " -> " in done.brief()
 
 
 def test_videos_are_pictures_in_a_row():

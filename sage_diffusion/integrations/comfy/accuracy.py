@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,32 +19,73 @@ from sage_diffusion.attend.calls import AttentionEvent, Observer
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.images import from_png, note
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
+from sage_diffusion.integrations.comfy.timing import Timing
 from sage_diffusion.machine import environment
 from sage_diffusion.plan import PlanError, PrecisionPlan
 
 #: Pictures that a report carries.
 MAX_PICTURES = 4
 
+#: Compared calls without which nothing is proven, where the run quantizes as many.
+LEAST_CALLS = 16
+
 
 class CallSampling:
     """Observer that passes a share of the quantized calls on, and every other call.
+
+    Of every layer the first quantized call is passed on in any case, unless the share is nothing.
 
     Args:
         observer: what looks at them.
         rate: share of the quantized calls, 0 .. 1.
         seed: of the choice.
+        looked: is told that a quantized call was passed on, which takes its time.
+
+    Attributes:
+        quantized: layer -> quantized calls, whether passed on or not.
     """
 
-    def __init__(self, observer: Observer, rate: float, *, seed: int = 0):
+    def __init__(
+        self,
+        observer: Observer,
+        rate: float,
+        *,
+        seed: int = 0,
+        looked: Callable[[], None] = lambda: None,
+    ):
         if not 0 <= rate <= 1:
             raise ValueError(f"rate must be between 0 and 1, got {rate}")
-        self.observer, self.rate = observer, rate
+        self.observer, self.rate, self.looked = observer, rate, looked
+        self.quantized: Counter[str] = Counter()
         self._random = random.Random(seed)
 
     def observe(self, event: AttentionEvent) -> None:
         """See :class:`sage_diffusion.attend.calls.Observer`."""
-        if not event.spec.quantized or self._random.random() < self.rate:
+        if not event.spec.quantized:
             self.observer.observe(event)
+            return
+        self.quantized[event.layer] += 1
+        first = self.quantized[event.layer] == 1 and self.rate > 0
+        if self._random.random() < self.rate or first:
+            self.observer.observe(event)
+            self.looked()
+
+
+class Verdict(NamedTuple):
+    """Does a limit hold?
+
+    Attributes:
+        word: PASSED, FAILED, or NOT PROVEN where too little was compared to say.
+        why: lines that say what does not hold; empty where it passed.
+    """
+
+    word: str
+    why: str
+
+    @property
+    def passed(self) -> bool:
+        """It was compared enough, and the limit holds."""
+        return self.word == "PASSED"
 
 
 @dataclass(frozen=True)
@@ -55,17 +97,22 @@ class Check:
         found: the run with the plan.
         exact: the run without, None where only live calls were watched.
         alarms: what the runs' own report warns of.
+        quantized: layer -> quantized calls of the run with the plan.
+        timing: seconds of both runs, None where none were taken.
     """
 
     report: AccuracyReport
     found: Generation
     exact: Generation | None
     alarms: tuple[str, ...]
+    quantized: Mapping[str, int]
+    timing: Timing | None
 
     def brief(self) -> str:
         """Two or three lines of figures."""
         report = self.report
-        lines = [f"{len(report.quantized)} quantized calls compared with exact attention"]
+        compared, whole = len(report.quantized), sum(self.quantized.values())
+        lines = [f"{compared} of {whole} quantized calls compared with exact attention"]
         cosine, rel_l1 = report.mean("cosine"), report.mean("rel_l1")
         if cosine is not None and rel_l1 is not None:
             worst = report.worst("rel_l1")
@@ -85,18 +132,42 @@ class Check:
                 if value is not None
             ]
             lines.append("two runs: " + (", ".join(figures) or "nothing to compare"))
+        if self.timing is not None:
+            lines.append(self.timing.brief())
         return "\n".join(lines)
 
-    def verdict(self, limits: Limits) -> tuple[bool, str]:
-        """Passed?, and why not: one line per limit that does not hold."""
-        lines = list(self.alarms)
-        if not self.report.quantized:
-            lines.append("no quantized call was measured: nothing is proven")
+    def verdict(self, limits: Limits) -> Verdict:
+        """Does every limit hold, and was enough compared to say so?"""
         violations = self.report.violations(limits)
-        lines += [str(violation) for violation in violations[:8]]
+        lines = [*self.alarms, *(str(violation) for violation in violations[:8])]
         if len(violations) > 8:
             lines.append(f".. and {len(violations) - 8} more")
-        return not lines, "\n".join(lines)
+        if lines:
+            return Verdict("FAILED", "\n".join(lines))
+        lacking = self._lacking(limits)
+        return Verdict("NOT PROVEN" if lacking else "PASSED", "\n".join(lacking))
+
+    def _lacking(self, limits: Limits) -> list[str]:
+        """What would have to be compared before anything is proven."""
+        compared, whole = self.report.quantized, sum(self.quantized.values())
+        if not compared:
+            return ["no quantized call was compared with exact attention"]
+        lines = []
+        least = min(LEAST_CALLS, whole)
+        if len(compared) < least:
+            lines.append(
+                f"{len(compared)} of {whole} quantized calls were compared, at least {least} must "
+                "be: raise rate"
+            )
+        missed = self.quantized.keys() - {row.layer for row in compared}
+        if missed:
+            lines.append(f"no call of {len(missed)} layers was compared: raise rate")
+        end = self.report.end_to_end
+        for name in ("psnr", "ssim", "latent_cosine"):
+            values = () if end is None else getattr(end, name)
+            if getattr(limits, name) is not None and all(value is None for value in values):
+                lines.append(f"no {name} was measured: it needs two runs, of pictures a VAE, too")
+        return lines
 
 
 def check(
@@ -107,6 +178,7 @@ def check(
     both: bool = True,
     rate: float = 1.0,
     rows: int = 64,
+    keep: Callable[[AccuracyReport], None] = lambda report: None,
 ) -> Check:
     """Sample with the plan of ``model`` (or ``plan``), and without, and compare.
 
@@ -116,6 +188,7 @@ def check(
         both: make the run without the plan too; else only live calls are watched.
         rate: share of the quantized calls that is compared with exact attention.
         rows: query rows of such a call.
+        keep: gets a report of what was compared where the run with the plan is broken off.
 
     Raises:
         PlanError: neither ``model`` nor ``plan`` says what to check.
@@ -132,24 +205,47 @@ def check(
         )
     if before is not None:
         before.sampled_by("Attention Accuracy Check")
-    exact = sample(without(model)) if both else None
+    own = ModelAttention("fp16")  # bit-equal to the model as it came, and timed
+    exact = sample(attach(without(model), own)) if both else None
     measured = LayerAccuracy(rows)
-    session = AttentionSession(plan, observers=[CallSampling(measured, rate)], **settings)
+    sampling = CallSampling(measured, rate, looked=lambda: attention.spoil_times())
+    session = AttentionSession(plan, observers=[sampling], **settings)
     attention = ModelAttention(session, keep_cross=before is not None and before.keep_cross)
-    found = sample(attach(without(model), attention))
-    summary = session.summary()
-    ran = sorted({backend for layer in summary.layers for _, backend in layer.ran})
-    report = AccuracyReport(
-        plan_name(plan),
-        tuple(measured.rows),
-        None if exact is None else end_to_end(found, exact),
-        environment(backends=", ".join(ran) or "none", model=attention.model_name),
-        summary.to_dict(),
-        plan,
-        pictures=() if exact is None else _pictures(found, exact),
-    )
+
+    def report_of(found: Generation | None) -> AccuracyReport:
+        summary = session.summary()
+        ran = sorted({backend for layer in summary.layers for _, backend in layer.ran})
+        return AccuracyReport(
+            plan_name(plan),
+            tuple(measured.rows),
+            end_to_end(found, exact) if found and exact else None,
+            environment(backends=", ".join(ran) or "none", model=attention.model_name),
+            summary.to_dict(),
+            plan,
+            pictures=_pictures(found, exact) if found and exact else (),
+        )
+
+    try:
+        found = sample(attach(without(model), attention))
+    except BaseException:
+        if measured.rows:
+            keep(report_of(None))
+        raise
+    report = report_of(found)
     alarms = attention.last.alarms if attention.last is not None else ()
-    return Check(report, found, exact, alarms)
+    return Check(report, found, exact, alarms, sampling.quantized, _timing(attention, own))
+
+
+def _timing(attention: ModelAttention, own: ModelAttention) -> Timing | None:
+    """Of the run with the plan, beside that without; comparing calls is no part of it."""
+    after = None if attention.last is None else attention.last.timing
+    before = None if own.last is None else own.last.timing
+    if after is None or before is None or not after.fast:
+        return after
+    step = None
+    if before.step is not None:
+        step = before.step - (before.attention - after.attention) / before.steps
+    return replace(after, attention_before=before.attention, step_before=before.step, step=step)
 
 
 def _pictures(found: Generation, exact: Generation) -> tuple[Any, ...]:
@@ -164,7 +260,8 @@ class KSampling:
     """What ComfyUI's KSampler does, as a function of the MODEL alone.
 
     The latents of a :class:`Generation` are the denoised predictions after each step; ``samples``
-    is the result of the last run.
+    is the result of the last run.  ``on_step`` is called after each with its number, its prediction
+    and the number of all.
     """
 
     positive: Any
@@ -178,6 +275,7 @@ class KSampling:
     denoise: float = 1.0
     vae: Any = None
     samples: Tensor | None = None
+    on_step: Callable[[int, Tensor, int], None] | None = None
 
     def __call__(self, model: Any) -> Generation:
         """Sample with a MODEL."""
@@ -189,6 +287,8 @@ class KSampling:
 
         def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
             seen.append(denoised.detach().to("cpu", copy=True))
+            if self.on_step is not None:
+                self.on_step(step, denoised, total)
 
         self.samples = comfy.sample.sample(
             model,
@@ -218,6 +318,13 @@ def as_pictures(images: Tensor) -> Tensor:
     """ComfyUI's ``[N, H, W, C]`` (a video's ``[B, T, H, W, C]``) as ``[N, C, H, W]`` in 0 .. 1."""
     flat = images.reshape(-1, *images.shape[-3:])[..., :3]
     return flat.permute(0, 3, 1, 2).float().cpu().clamp(0, 1)
+
+
+def as_images(run: Generation | None) -> Tensor | None:
+    """ComfyUI's IMAGE of a run, None where it made no picture."""
+    if run is None or run.images is None:
+        return None
+    return run.images.permute(0, 2, 3, 1).contiguous()
 
 
 def side_by_side(done: Check) -> Tensor | None:

@@ -277,6 +277,11 @@ class ModelAttention:
             return None
         return max(self.devices.values(), key=lambda state: state.forwards).watch.read()
 
+    def spoil_times(self) -> None:
+        """The call that is made now does more than attention: its seconds do not count."""
+        for state in self.devices.values():
+            state.watch.spoil()
+
     def tell(self, headline: Headline) -> None:
         """Something other than the end of a run happened."""
         self.status = headline

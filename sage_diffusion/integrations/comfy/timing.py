@@ -121,6 +121,7 @@ class Timing:
         step_before: the same with the model's own attention, None if unknown.
         peak: most bytes of the device's memory, None if unknown.
         both_ways: calls that were made both ways for it.
+        steps: of a sampler, in which the model was called.
         fast: False where quantized calls are imitations, which tell nothing of speed.
     """
 
@@ -130,6 +131,7 @@ class Timing:
     step_before: float | None
     peak: int | None
     both_ways: int
+    steps: int = 0
     fast: bool = True
 
     def brief(self) -> str:
@@ -188,7 +190,7 @@ class Stopwatch:
         self._disturbed: set[int] = set()
         self._step = -1
         self._left = MOST_SPANS
-        self._fell_back = False
+        self._fell_back = self._spoiled = False
 
     def begin_run(self) -> None:
         """Forget the last run's marks; what native calls take stays known."""
@@ -206,6 +208,11 @@ class Stopwatch:
     def fall_back(self) -> None:
         """The host's own attention serves the call that is timed now."""
         self._fell_back = True
+
+    def spoil(self) -> None:
+        """The call that is timed now does more than it would: its seconds do not count."""
+        self._spoiled = True
+        self._disturbed.add(self._step)
 
     def native(self, kind: Hashable, run: Callable[[], Any]) -> Any:
         """A call that is the model's own anyway."""
@@ -229,7 +236,7 @@ class Stopwatch:
             self._counts[key] -= 1
             native = (kind, NATIVE)
             self._counts[native] += 1
-            if self._spans[key]:
+            if self._spans[key] and not self._spoiled:
                 self._spans[native].append(self._spans[key].pop())
         elif host is not None and self._wants(kind):
             start = self.clock.mark()
@@ -243,9 +250,11 @@ class Stopwatch:
         if self._left <= 0:
             return run()
         self._left -= 1
+        self._spoiled = False
         start = self.clock.mark()
         out = run()
-        self._spans[key].append((start, self.clock.mark()))
+        if not self._spoiled:
+            self._spans[key].append((start, self.clock.mark()))
         return out
 
     def _wants(self, kind: Hashable) -> bool:
@@ -274,7 +283,8 @@ class Stopwatch:
             step_before = step + (before - after) / len(self._steps)
         both = sum(map(len, self._baseline.values()))
         peak = self.clock.peak()
-        return Timing(after, before, step, step_before, peak, both, self.clock.compares)
+        steps = len(self._steps) if step is not None else 0
+        return Timing(after, before, step, step_before, peak, both, steps, self.clock.compares)
 
     def _step_seconds(self) -> float | None:
         """Mean of the steps in which nothing was compiled and nothing made both ways, if any."""
