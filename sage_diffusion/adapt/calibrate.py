@@ -17,7 +17,7 @@ from torch import Tensor
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
 from sage_diffusion.adapt.gradient import measure_gradient
 from sage_diffusion.adapt.sampling import Progress, Sampler, Tracer, planned
-from sage_diffusion.adapt.sensitivity import measure_sensitivity
+from sage_diffusion.adapt.sensitivity import cell_damage, measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.attend.calls import AttentionEvent
 from sage_diffusion.attend.rows import RowCall, measure, outliers, sample_rows
@@ -168,8 +168,8 @@ def calibrate(
         share: of the cells that are measured; the others are completed from them.
         rows: query rows per measured call.
         seed: of the choice of cells and rows.
-        bar_db: where completing is less certain than this (held-out RMS, dB of squared error), the
-            most doubtful cells are measured as well.
+        bar_db: where completing is less certain than this (expected RMS, dB of squared error), the
+            cells whose uncertainty may cost most are measured as well.
         sensitivity: runs on which to measure what cells do to the final latents; 0 skips that
             stage. A few can mislead: one picture that flips to another mode outweighs all the
             others, so take eight or more.
@@ -348,14 +348,14 @@ def _candidates(specs: Sequence[str | AttentionSpec]) -> tuple[AttentionSpec, ..
 
 
 def _doubtful(table: ScoreTable, bar_db: float) -> list[tuple[str, int, str]]:
-    """Cells to measure as well: the more doubtful half where completing is too uncertain, all
-    where too few were measured to complete anything."""
+    """Cells to measure as well where completing is too uncertain: the half in which being wrong
+    costs most, their bar times their effect; all where too few were measured to complete any."""
     open_cells = np.argwhere(table.exists & ~table.measured)
     if len(open_cells) and table.measured.sum() >= LEAST_CELLS:
         completed = complete(table)
-        if completed.bar_db <= bar_db:
+        if completed.rms_db <= bar_db:
             return []
-        doubt = [-completed.doubt_db[tuple(cell)] for cell in open_cells]
-        half = np.argsort(doubt, kind="stable")[: -(-len(doubt) // 2)]
-        open_cells = open_cells[np.sort(half)]
+        stake = (cell_damage(table, completed.error) * completed.bar_db).max(-1)
+        order = np.argsort(-stake[tuple(open_cells.T)], kind="stable")
+        open_cells = open_cells[np.sort(order[: -(-len(order) // 2)])]
     return [(table.layers[i], int(s), table.branches[b]) for i, s, b in open_cells]

@@ -48,7 +48,7 @@ class Problem:
         time: of every cell and option, as a share of all of FP16 attention's, same shape.
         peak: range of the reference latents, None if only local errors are known.
         table: where the numbers come from.
-        bar_db: how certain completed cells are.
+        bar_db: root mean square that completed cells are expected to be off by, dB.
         coupling: how cells' errors add up, None if they are taken as independent.
     """
 
@@ -170,7 +170,7 @@ def problem(
         time,
         None if table.sensitivity is None else float(table.sensitivity["peak"]),
         table,
-        completed.bar_db,
+        completed.rms_db,
         _coupling(table, ("fp16", *chosen) if exact else chosen, damage),
     )
 
