@@ -4,27 +4,29 @@ Errors of different cells are nearly independent, so their squares add up::
 
     final squared error = sum over cells of  sensitivity(cell) * local squared error(cell, spec)
 
-Groups of layers (at all steps) and groups of steps (in all layers) are run in a low spec one at a
-time, everything else in FP16; mixed runs check, and then take part in, the fit by non-negative
-least squares.
+Groups of layers (at all steps), groups of steps (in all layers) and each half of guidance are run
+in a low spec one at a time, everything else in FP16, and a fit that is drawn toward the local error
+(:mod:`.ridge`) meets those runs.  Mixed runs take no part in it and tell how good it is.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from sage_diffusion.adapt import ridge
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.gradient import cell_effects
 from sage_diffusion.adapt.sampling import Sampler, planned
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan import BRANCHES, PrecisionPlan, Rule
 from sage_diffusion.plan.globs import cover, step_range
 
 #: Mixed runs, each with a random half of the groups in the low spec.
@@ -54,12 +56,14 @@ def measure_sensitivity(
         keep: called with plain data after each run.
 
     Returns:
-        Plain data for ``ScoreTable.sensitivity``: ``spec``; ``layers`` (names per group); ``steps``
-        (``[first, stop)`` per group); ``weight [LG][SG]`` (final squared error per local one);
-        ``layer_effect [LG]`` and ``step_effect [SG]`` (squared error of the final latents);
-        ``factor [K]`` (measured over predicted error of each spec used everywhere: what kind of
-        error a spec makes, and by how much chaotic samples raise the mean); ``peak`` (largest minus
-        smallest reference latent); ``checks`` (predicted and measured error of the mixed runs).
+        Plain data for ``ScoreTable.sensitivity``: ``spec``; ``layers`` and ``branches`` (names per
+        group); ``steps`` (``[first, stop)`` per group); ``weight [LG][SG][BG]`` (final squared
+        error per local one); ``layer_effect [LG]``, ``step_effect [SG]`` and ``branch_effect``
+        (squared error of the final latents); ``factor [K]`` (measured over predicted error of each
+        spec used everywhere: what kind of error a spec makes, and by how much chaotic samples raise
+        the mean); ``peak`` (largest minus smallest reference latent); ``checks`` (predicted and
+        measured error of the mixed runs); ``fit`` (how the fit and the local error alone did on
+        runs that they had not seen, dB; ``ridge`` null where the local error is kept).
 
     Raises:
         TableError: ``unfinished`` is broken.
@@ -94,19 +98,21 @@ def measure_sensitivity(
 
 @dataclass(frozen=True)
 class _Groups:
-    """Cells in groups of layers and steps, and the runs that show what a group does.
+    """Cells in groups of layers, steps and branches, and the runs that show what a group does.
 
     Attributes:
         low: index of the least accurate spec.
         layers: names, by group.
         steps: ``[first, stop)``, by group.
-        masks: which groups ``[LG, SG]`` are in the low spec, run by run: each group of layers,
-            each group of steps, then the mixed runs.
+        branches: names, by group; one of all where a plan can't tell them apart.
+        masks: which groups ``[LG, SG, BG]`` are in the low spec, run by run: each group of layers,
+            of steps and of branches, then the mixed runs.
     """
 
     low: int
     layers: list[list[str]]
     steps: list[tuple[int, int]]
+    branches: list[list[str]]
     masks: list[np.ndarray]
 
     @classmethod
@@ -117,24 +123,46 @@ class _Groups:
         count = min(layer_groups, table.shape[0]), min(step_groups, table.steps)
         layers = [list(part) for part in np.array_split(table.layers, count[0])]
         edges = np.linspace(0, table.steps, count[1] + 1).round().astype(int)
-        masks = [np.broadcast_to(np.arange(count[0])[:, None] == i, count) for i in range(count[0])]
-        masks += [np.broadcast_to(np.arange(count[1]) == i, count) for i in range(count[1])]
+        steps = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        apart = set(table.branches) == set(BRANCHES)
+        branches = [[name] for name in table.branches] if apart else [list(table.branches)]
+        shape = len(layers), len(steps), len(branches)
+        masks = [at == i for at in np.indices(shape)[: 2 + apart] for i in range(at.max() + 1)]
         rng = np.random.default_rng(0)
         for _ in range(_CHECKS):
-            mask = np.zeros(count[0] * count[1], dtype=bool)
+            mask = np.zeros(math.prod(shape), dtype=bool)
             mask[rng.permutation(mask.size)[: mask.size // 2 or 1]] = True
-            masks.append(mask.reshape(count))
+            masks.append(mask.reshape(shape))
         low = int(np.argmax(np.nanmean(error, (0, 1, 2))))
-        steps = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
-        return cls(low, layers, steps, masks)
+        return cls(low, layers, steps, branches, masks)
 
     def plans(self, table: ScoreTable) -> list[PrecisionPlan]:
         """One per run: the masks', then every spec used everywhere."""
-        low = table.specs[self.low]
-        plans = [group_plan(low, mask, self.layers, self.steps, table) for mask in self.masks]
-        return plans + [
+        return [self.plan(mask, table) for mask in self.masks] + [
             replace(table.unquantized, default=AttentionSpec.parse(name)) for name in table.specs
         ]
+
+    def plan(self, mask: np.ndarray, table: ScoreTable) -> PrecisionPlan:
+        """FP16 everywhere but in the groups of ``mask [LG, SG, BG]``."""
+        spec = AttentionSpec.parse(table.specs[self.low])
+        rules = []
+        for i, j, k in np.argwhere(mask):
+            start, end = step_range(*self.steps[j], table.steps)
+            branch = self.branches[k][0] if len(self.branches) > 1 else None
+            globs = cover(self.layers[i], table.layers)
+            rules += [Rule(spec, glob, start, end, branch) for glob in globs]
+        return table.unquantized.with_rules(rules)
+
+    def sums(self, table: ScoreTable, error: np.ndarray) -> np.ndarray:
+        """Local squared errors summed over each group, ``[LG, SG, BG, K]``."""
+        found = np.zeros((len(self.layers), len(self.steps), len(self.branches), error.shape[-1]))
+        for i, j, k in np.ndindex(found.shape[:3]):
+            found[i, j, k] = np.nansum(error[self.cells(table, i, j, k)], (0, 1, 2))
+        return found
+
+    def cells(self, table: ScoreTable, i: int, j: int, k: int) -> tuple[np.ndarray, ...]:
+        """Index of a group's cells in arrays ``[L, S, B, ..]``."""
+        return _cells(table, self.layers[i], self.steps[j], self.branches[k])
 
     def fit(self, table: ScoreTable, error: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
         """What the runs say of the groups, as :func:`measure_sensitivity` returns it.
@@ -144,37 +172,33 @@ class _Groups:
             error: local squared errors, ``[L, S, B, K]``.
             errors: final squared errors of every sample, ``[runs, samples]``.
         """
-        rows, columns = len(self.layers), len(self.steps)
-        single = rows + columns
         # A few chaotic samples err by orders of magnitude more than the others and would decide
         # alone in a mean of squares, yet they do decide the PSNR: what matters is judged by the
         # squared mean of the amplitudes, the level by the mean of the squares.
         votes = np.sqrt(errors).mean(1) ** 2
         measured, uniform = votes[: len(self.masks)], errors.mean(1)[len(self.masks) :]
-        sums = np.array(
-            [
-                _group_sums(table, error[..., k], self.layers, self.steps)
-                for k in range(len(table.specs))
-            ]
-        )
-        design = np.stack([(mask * sums[self.low]).ravel() for mask in self.masks])
-        # From equal weights: what the runs leave open stays as the local error says.
-        even = np.full(design.shape[1], measured[:single].mean() / design[:single].sum(1).mean())
-        blind = nonnegative_fit(design[:single], measured[:single], even)
-        weight = nonnegative_fit(design, measured, even)
-        predicted = (sums.reshape(len(table.specs), -1) * weight).sum(1)
+        sums = self.sums(table, error)
+        found = ridge.fit(sums[..., self.low], self.masks, measured, _CHECKS)
+        predicted = np.einsum("ijbk,ijb->k", sums, found.rate)
+        rows, columns = len(self.layers), len(self.layers) + len(self.steps)
+        last = len(self.masks) - _CHECKS
+        expected = [(mask * sums[..., self.low] * found.rate).sum() for mask in self.masks[last:]]
         return {
+            "method": "groups",
             "spec": table.specs[self.low],
             "layers": self.layers,
             "steps": [list(s) for s in self.steps],
-            "weight": _rounded(weight.reshape(rows, columns)),
-            "layer_effect": [float(f"{x:.6g}") for x in measured[:rows]],
-            "step_effect": [float(f"{x:.6g}") for x in measured[rows:single]],
-            "factor": [float(f"{x:.6g}") for x in uniform / np.maximum(predicted, 1e-300)],
+            "branches": self.branches,
+            "weight": _rounded(found.rate),
+            "layer_effect": _rounded(measured[:rows]),
+            "step_effect": _rounded(measured[rows:columns]),
+            "branch_effect": _rounded(measured[columns:last]),
+            "factor": _rounded(uniform / np.maximum(predicted, 1e-300)),
             "checks": [
-                {"predicted": float(design[i] @ blind), "measured": float(measured[i])}
-                for i in range(single, len(self.masks))
+                {"predicted": float(p), "measured": float(m)}
+                for p, m in zip(expected, measured[last:], strict=True)
             ],
+            "fit": found.to_dict(),
         }
 
 
@@ -209,60 +233,25 @@ def cell_weights(table: ScoreTable) -> np.ndarray:
     if table.sensitivity is None:
         share = table.exists / max(int(table.exists.sum()), 1)
         return np.repeat(share[..., None], len(table.specs), -1)
-    found = np.full(table.shape, np.nan)
-    for names, row in zip(table.sensitivity["layers"], table.sensitivity["weight"], strict=True):
-        for (first, stop), value in zip(table.sensitivity["steps"], row, strict=True):
-            for name in names:
-                found[table.layers.index(name), first:stop] = value
+    found, stage = np.full(table.shape, np.nan), table.sensitivity
+    weight = np.array(stage["weight"], dtype=np.float64)
+    groups = stage.get("branches") or [list(table.branches)]
+    weight = weight.reshape(*weight.shape[:2], len(groups))  # stages of before knew no branches
+    for i, j, k in np.ndindex(weight.shape):
+        at = _cells(table, stage["layers"][i], stage["steps"][j], groups[k])
+        found[at] = weight[i, j, k]
     # A layer that appeared after the stage was run: as sensitive as the mean.
     found = np.where(np.isnan(found), np.nanmean(found), found)
     return found[..., None] * np.array(table.sensitivity["factor"])
 
 
-def group_plan(
-    spec: str,
-    mask: np.ndarray,
-    layers: Sequence[Sequence[str]],
-    steps: Sequence[tuple[int, int]],
-    table: ScoreTable,
-) -> PrecisionPlan:
-    """FP16 everywhere but in the groups of ``mask [LG, SG]``."""
-    parsed = AttentionSpec.parse(spec)
-    rules = []
-    for names, row in zip(layers, mask, strict=True):
-        for (first, stop), on in zip(steps, row, strict=True):
-            if on:
-                start, end = step_range(first, stop, table.steps)
-                rules += [Rule(parsed, g, start, end) for g in cover(names, table.layers)]
-    return table.unquantized.with_rules(rules)
+def _cells(
+    table: ScoreTable, layers: Sequence[str], steps: Sequence[int], branches: Sequence[str]
+) -> tuple[np.ndarray, ...]:
+    rows = [table.layers.index(name) for name in layers]
+    columns = [table.branches.index(name) for name in branches]
+    return np.ix_(rows, range(*steps), columns)
 
 
-def nonnegative_fit(design: np.ndarray, target: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """``x >= 0`` with ``design @ x`` close to ``target`` relative to its size.
-
-    Multiplicative updates (Lee and Seung) from ``start``; everything must be non-negative.
-    """
-    scale = 1.0 / np.maximum(target, target.max() * 1e-3)
-    a, b = design * scale[:, None], target * scale
-    x = np.maximum(start, 1e-300)
-    gram, right = a.T @ a, a.T @ b
-    for _ in range(5000):
-        x = x * right / np.maximum(gram @ x, 1e-300)
-    return x
-
-
-def _group_sums(
-    table: ScoreTable,
-    error: np.ndarray,
-    layers: Sequence[Sequence[str]],
-    steps: Sequence[tuple[int, int]],
-) -> np.ndarray:
-    """Local squared errors summed over each group, ``[LG, SG]``."""
-    rows = [[table.layers.index(name) for name in names] for names in layers]
-    return np.array(
-        [[np.nansum(error[index, first:stop]) for first, stop in steps] for index in rows]
-    )
-
-
-def _rounded(array: np.ndarray) -> list[list[float]]:
-    return [[float(f"{x:.6g}") for x in row] for row in array]
+def _rounded(array: np.ndarray) -> Any:
+    return [_rounded(x) if np.ndim(x) else float(f"{x:.6g}") for x in array]

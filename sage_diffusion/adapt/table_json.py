@@ -93,7 +93,7 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
         "runs": _runs(data["runs"], "runs"),
         "extra": _cells(data["extra"], "extra"),
         "extra_runs": _runs(data["extra_runs"], "extra_runs"),
-        "sensitivity": _sensitivity(data["sensitivity"], layers, steps, len(specs)),
+        "sensitivity": _sensitivity(data["sensitivity"], layers, steps, branches, len(specs)),
         "unfinished": unfinished,
         "schedule_unit": _unit(data.get("schedule_unit")),
     }
@@ -102,7 +102,9 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
     return fields, arrays
 
 
-def _sensitivity(data: Any, every: list[str], steps: int, kinds: int) -> dict[str, Any] | None:
+def _sensitivity(
+    data: Any, every: list[str], steps: int, branches: list[str], kinds: int
+) -> dict[str, Any] | None:
     """What :mod:`.gradient` or :mod:`.sensitivity` found."""
     if data is None:
         return None
@@ -114,11 +116,10 @@ def _sensitivity(data: Any, every: list[str], steps: int, kinds: int) -> dict[st
     _need(not np.isnan(factor).any(), f"{at}.factor", "numbers", "null")
     if found.get("method") == "gradient":
         layers = _names(found["layers"], f"{at}.layers")
-        branches = _names(found["branches"], f"{at}.branches")
-        shape = (len(layers), steps, len(branches), kinds)
-        _numbers(found["effect"], shape, f"{at}.effect")
+        own = _names(found["branches"], f"{at}.branches")
+        _numbers(found["effect"], (len(layers), steps, len(own), kinds), f"{at}.effect")
         if found.get("correlation") is not None:
-            lags = (kinds, len(branches), len(branches), steps)
+            lags = (kinds, len(own), len(own), steps)
             _numbers(found["correlation"], lags, f"{at}.correlation", low=-1.0, high=1.0)
         return found
     groups, spans = found["layers"], found["steps"]
@@ -131,9 +132,21 @@ def _sensitivity(data: Any, every: list[str], steps: int, kinds: int) -> dict[st
         fine = isinstance(pair, list) and len(pair) == 2 and all(map(_whole, pair))
         fine = fine and 0 <= pair[0] < pair[1] <= steps
         _need(fine, f"{at}.steps[{i}]", f"[first, stop] within {steps} steps", pair)
-    weight = _numbers(found["weight"], (len(groups), len(spans)), f"{at}.weight")
+    shape: tuple[int, ...] = (len(groups), len(spans))
+    if found.get("branches") is not None:  # a stage of before did not tell them apart
+        shape += (_branch_groups(found["branches"], branches, f"{at}.branches"),)
+    weight = _numbers(found["weight"], shape, f"{at}.weight")
     _need(not np.isnan(weight).any(), f"{at}.weight", "numbers", "null")
     return found
+
+
+def _branch_groups(data: Any, every: list[str], at: str) -> int:
+    """How many groups of the table's branches there are."""
+    _need(isinstance(data, list), at, "a list of groups", data)
+    for i, group in enumerate(data):
+        for name in _names(group, f"{at}[{i}]"):
+            _need(name in every, f"{at}[{i}]", "branches of the table", name)
+    return len(data)
 
 
 def _fingerprint(data: Any) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import pytest
 from adapt_host import TinySampler
 
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
-from sage_diffusion.adapt.sensitivity import cell_weights, nonnegative_fit
+from sage_diffusion.adapt.complete import complete
+from sage_diffusion.adapt.planner import plan_index
+from sage_diffusion.adapt.sensitivity import _Groups, cell_weights
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 
@@ -233,7 +235,8 @@ def test_sensitivity_predicts_mixed_runs():
     table = run(sampler, share=1, sensitivity=2)
     found = table.sensitivity
     assert found["spec"] == "int4/fp8-fast"
-    assert np.shape(found["weight"]) == (3, 5)
+    assert np.shape(found["weight"]) == (3, 5, 1)
+    assert found["method"] == "groups" and found["fit"]["checked_db"] < 3
     assert (cell_weights(table) > 0).all()
     for check in found["checks"]:
         assert abs(10 * np.log10(check["predicted"] / check["measured"])) < 3
@@ -241,10 +244,34 @@ def test_sensitivity_predicts_mixed_runs():
     assert np.array_equal(cell_weights(copy), cell_weights(table))
 
 
-def test_the_fit_is_not_negative_and_meets_the_data():
-    rng = np.random.default_rng(0)
-    design = rng.random((12, 5))
-    truth = np.array([0.0, 1e-3, 2.0, 0.5, 0.1])
-    found = nonnegative_fit(design, design @ truth, np.ones(5))
-    assert (found >= 0).all()
-    assert np.allclose(design @ found, design @ truth, rtol=0.02)
+def test_a_half_of_guidance_that_is_not_seen_weighs_less():
+    table = run(TinySampler(layers=2, steps=4), share=1)
+    halves = ScoreTable.from_dict(table.to_dict())
+    halves.branches = ["cond", "uncond"]
+    for name in ("count", "mean", "m2", "work", "calls", "outliers"):
+        setattr(halves, name, np.repeat(getattr(table, name), 2, 2))
+    groups = _Groups.of(halves, complete(halves).error, 2, 2)
+    assert groups.branches == [["cond"], ["uncond"]] and len(groups.masks) == 2 + 2 + 2 + 2
+    plans = groups.plans(halves)
+    for mask, plan in zip(groups.masks, plans, strict=False):
+        index = plan_index(halves, plan, ("fp16", *halves.specs))
+        at = np.ix_([0, 1], [0, 0, 1, 1], [0, 1])
+        assert ((index > 0) == mask[at]).all()
+    error = complete(halves).error
+    true = groups.sums(halves, error) * np.array([1.0, 0.01])[:, None]
+    found = groups.fit(halves, error, errors_of(groups, true))
+    halves.sensitivity = found | {"peak": 1.0}
+    weights = cell_weights(ScoreTable.from_dict(halves.to_dict()))
+    assert (weights[:, :, 0] > 4 * weights[:, :, 1]).all()
+    old = dict(halves.sensitivity)
+    del old["branches"]  # as tables of before have it
+    old["weight"] = np.array(old["weight"])[..., 0].tolist()
+    halves.sensitivity = old
+    weights = cell_weights(ScoreTable.from_dict(halves.to_dict()))
+    assert np.array_equal(weights[:, :, 0], weights[:, :, 1])
+
+
+def errors_of(groups, true):
+    """Final squared errors ``[runs, 1]`` if group's effects ``true [LG, SG, BG, K]`` add up."""
+    masked = [(mask * true[..., groups.low]).sum() for mask in groups.masks]
+    return np.array([*masked, *true.sum((0, 1, 2))])[:, None]
