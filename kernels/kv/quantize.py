@@ -5,17 +5,16 @@ tokens of one channel ("channel"); keys have outlier channels and want the secon
 (KIVI, 2402.02750).  Steps and zeros are stored in 16 or in 8 bits, and codes are chosen for what is
 stored:
 
-=====  =====================================  ==================================================
+=====  =====================================  ===================
 form   step                                   zero
-=====  =====================================  ==================================================
+=====  =====================================  ===================
 fp16   float16                                float16
-fp8    uint8: float16's bits 14 to 7 (E5M3),  E4M3 of zero / step, downwards
-       upwards
-=====  =====================================  ==================================================
+fp8    uint8: float16's bits 14 to 7 (E5M3)   E4M3 of zero / step
+=====  =====================================  ===================
 
-In 8 bits the rounding widens the range and cuts nothing off, as the largest values of a group carry
-the attention.  That is for groups whose mean is not far beyond their spread: keys without their
-mean, values.
+Both are rounded to nearest, but in 8 bits not so that an end of the range would lie more than half
+a step beyond the levels: then the zero goes down, the step up.  No value is further than half a
+step from its level, and the largest ones, which carry the attention, are not cut off.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _TINY = {"fp16": 2.0**-24, "fp8": 2.0**-17}
 
 #: Largest number of float16 and of E5M3, and of E4M3.
 _LARGEST = {"fp16": 65504.0, "fp8": 61440.0}
-_E4M3 = 448.0
+_LAST_E4M3 = 448.0
 
 #: The code of E5M3's largest finite number.
 _LAST_E5M3 = 0xF7
@@ -92,7 +91,7 @@ def quantize(x: Tensor, width: Width, axis: Axis, group: int, form: Form = "fp16
     elif is_symmetric(width):
         step = _encode_step(2.0 * parts.abs().mean(dim), form)
     else:
-        step, zero = _minmax(parts.amin(dim), parts.amax(dim), top, form)
+        step, zero = minmax(parts.amin(dim), parts.amax(dim), top, form)
     scale, offset = (one.unsqueeze(dim) for one in decode(step, zero, width))
     # The quotient of the smallest steps may overflow; clamping gives what it should.
     codes = ((parts - offset) / scale).round_().clamp_(0, top).to(torch.uint8)
@@ -131,17 +130,24 @@ def _split(x: Tensor, axis: Axis, group: int) -> Tensor:
     return x.unflatten(dim, (size // group, group))
 
 
-def _minmax(low: Tensor, high: Tensor, top: int, form: Form) -> tuple[Tensor, Tensor]:
+def minmax(low: Tensor, high: Tensor, top: int, form: Form) -> tuple[Tensor, Tensor]:
+    """Steps and zeros, as they are stored, of groups from ``low`` to ``high``.
+
+    Args:
+        low, high: float32 of one shape.
+        top: the highest code; 0 is the lowest.
+    """
     if form == "fp16":
         zero = low.clamp(-65504.0, 65504.0).half()
         return _encode_step((high - low) / top, form), zero
     # A zero that is too many steps away is out of E4M3's reach: wider steps bring it nearer.
-    step = _encode_step(torch.maximum((high - low) / top, low.abs() / _E4M3), form)
-    zero = _down_e4m3(low / decode(step, None, 2)[0])
-    for _ in range(_WIDENINGS):  # what zero went down, the top level must go up
+    step = _encode_step(torch.maximum((high - low) / top, low.abs() / _LAST_E4M3), form)
+    zero = _e4m3(low / decode(step, None, 2)[0])
+    for _ in range(_WIDENINGS):
         scale, offset = decode(step, zero, 2)
-        step = (step + (offset + top * scale < high).to(torch.uint8)).clamp_(max=_LAST_E5M3)
-        zero = _down_e4m3(low / decode(step, None, 2)[0])
+        cut = high - offset - top * scale > scale / 2
+        step = (step + cut.to(torch.uint8)).clamp_(max=_LAST_E5M3)
+        zero = _e4m3(low / decode(step, None, 2)[0])
     return step, zero
 
 
@@ -159,17 +165,16 @@ def _encode_step(step: Tensor, form: Form) -> Tensor:
     step = step.clamp(_TINY[form], _LARGEST[form])
     if form == "fp16":
         return step.half()
-    half = step.half()
-    half = torch.where(half.float() < step, half.view(torch.int16) + 1, half.view(torch.int16))
-    return ((half.to(torch.int32) + 127) >> 7).to(torch.uint8)
+    half = step.half().view(torch.int16)
+    return ((half.to(torch.int32) + 64) >> 7).clamp_(max=_LAST_E5M3).to(torch.uint8)
 
 
-def _down_e4m3(x: Tensor) -> Tensor:
-    """The largest E4M3 number that is not above x, of which there must be one."""
-    x = x.clamp(-_E4M3, _E4M3)
+def _e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 number; the one below where that is more than 1/2, half a step, above."""
+    x = x.clamp(-_LAST_E4M3, _LAST_E4M3)
     near = x.to(torch.float8_e4m3fn)
     code = near.view(torch.uint8).to(torch.int16)
-    # The numbers below: a larger code if negative, a smaller one if positive, -tiny below zero.
-    below = torch.where(code >= 128, code + 1, torch.where(code == 0, 129, code - 1))
-    code = torch.where(near.float() > x, below, code)
+    # So far from 0 that codes are neighbours: the one below is larger if negative, else smaller.
+    below = torch.where(code >= 128, code + 1, code - 1)
+    code = torch.where(near.float() - x > 0.5, below, code)
     return code.to(torch.uint8).view(torch.float8_e4m3fn)

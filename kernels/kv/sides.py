@@ -23,6 +23,7 @@ class Side(NamedTuple):
         group: tokens (per channel) or channels (per token) that share a step.
         dim: channels D.
         tokens: those that there are.
+        largest: no step is larger; None where that is not known.
     """
 
     words: Tensor
@@ -33,6 +34,7 @@ class Side(NamedTuple):
     group: int
     dim: int
     tokens: int
+    largest: float | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
         """Tokens start .. stop - 1 as ``[B, H, stop - start, D]`` float32; start begins a group."""

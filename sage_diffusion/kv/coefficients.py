@@ -17,7 +17,7 @@ from sage_diffusion.kernels.kv.layout import (
     unpack,
     unpack_trits,
 )
-from sage_diffusion.kernels.kv.quantize import decode
+from sage_diffusion.kernels.kv.quantize import decode, minmax
 from sage_diffusion.kv.store import Store
 
 #: Bits that a direction may have, 0 for one that is dropped.
@@ -37,28 +37,14 @@ def side_bits(size: int) -> float:
     return 16 / size
 
 
-def minmax(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Steps (E5M3) and zeros (E4M3 of zero / step) for codes 0 .. ``top``, both rounded to nearest.
-
-    Some ranges become up to 6 % too short and cut their ends off.  Rounding outwards instead cuts
-    nothing off, but all steps grow, and that costs more: see docs/kv.md.
-
-    Returns:
-        uint8 each, as :func:`sage_diffusion.kernels.kv.quantize.decode` reads them.
-    """
-    half = ((high - low) / top).clamp(2.0**-17, 61440.0).half().view(torch.int16)
-    step = ((half.to(torch.int32) + 64) >> 7).clamp(max=0xF7).to(torch.uint8)
-    zero = (low / decode(step, None, 2)[0]).clamp(-448.0, 448.0)
-    return step, zero.to(torch.float8_e4m3fn).view(torch.uint8)
-
-
 def quantize(x: Tensor, top: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes 0 .. ``top`` of groups along ``dim``.
 
     Returns:
         codes uint8, as ``x``; steps and zeros uint8, without ``dim``.
     """
-    step, zero = minmax(x.amin(dim), x.amax(dim), top)
+    step, eight = minmax(x.amin(dim), x.amax(dim), top, "fp8")
+    zero = eight.view(torch.uint8)
     scale, offset = _scales(step, zero, dim)
     return ((x - offset) / scale).round_().clamp_(0, top).to(torch.uint8), step, zero
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.kernels.kv import reference
+from sage_diffusion.kernels.kv.quantize import decode as decode_steps
 from sage_diffusion.kernels.kv.sides import Side, check
 from sage_diffusion.kv.parts import Part
 
@@ -17,6 +18,10 @@ MOST_ROWS = 256
 
 #: Channels that the Gluon kernel knows, and groups of channels of a token of V.
 GLUON_DIMS, GLUON_GAINS = (64, 128, 256), (1, 2, 4, 8)
+
+#: Steps of V that the Gluon kernel knows are below it: it multiplies them by up to 32 in half
+#: precision.
+MOST_STEP = 2047.0
 
 #: Largest head dim of the Triton kernel.
 MOST_DIMS = 256
@@ -38,8 +43,7 @@ def attend(
 
     Args:
         q: ``[B, Hq, L, D]``, floating; Hq a multiple of the heads of K and V.
-        k, v: packed sides (:class:`~sage_diffusion.kernels.kv.sides.Side`) of as many tokens; the
-            Gluon kernel multiplies V's steps by up to 32 in half precision: below 2,047.
+        k, v: packed sides (:class:`~sage_diffusion.kernels.kv.sides.Side`) of as many tokens.
         scale: of the scores.
         mask: boolean (true: seen) or additive, broadcastable to ``[B, Hq, L, tokens]``.
         backend: "gluon" (NVIDIA), "triton", "torch", or "auto": the first that can.
@@ -113,7 +117,18 @@ def refuse_shapes(backend: str, q: Tensor, k: Side, v: Side) -> str | None:
         return f"needs a head dim of {', '.join(map(str, GLUON_DIMS))}, got {k.dim}"
     if v.dim // v.group not in GLUON_GAINS or v.group % 16:
         return f"needs groups of 16 channels or a multiple, at most 8 a token, got {v.group}"
+    largest = _largest(v)
+    if largest >= MOST_STEP:
+        return f"needs steps of values below {MOST_STEP:,.0f}, got {largest:,.0f}"
     return None
+
+
+def _largest(side: Side) -> float:
+    """The largest step; looked up, which waits for the device, only where nobody knows it."""
+    if side.largest is not None or not side.tokens:
+        return side.largest or 0.0
+    groups = side.tokens if side.axis == "token" else -(-side.tokens // side.group)
+    return float(decode_steps(side.step[:, :, :groups].amax(), None, side.width)[0])
 
 
 def _check(q: Tensor, k: Side, v: Side, mask: Tensor | None) -> None:

@@ -51,6 +51,7 @@ class PackedSide:
         stores: ``codes`` words, ``steps`` and ``zeros``; the last is empty where zeros follow from
             the steps.
         dim: channels.
+        largest: step of all that were appended.
 
     Args:
         room: where memory that is needed for a moment is shared, e.g. by all layers of a cache.
@@ -60,6 +61,7 @@ class PackedSide:
         grouping.check(dim)
         self._room = {} if room is None else room
         self.grouping, self.dim, self.tokens = grouping, dim, 0
+        self.largest = 0.0
         self.stores = {"codes": Store(), "steps": Store(), "zeros": Store()}
         self._columns = Columns.of(grouping.width, dim)
 
@@ -67,6 +69,9 @@ class PackedSide:
         """Quantize ``x [B, H, n, D]``, whole groups."""
         g = self.grouping
         made = quantize(x, g.width, g.axis, g.size, g.form)
+        if x.shape[2]:  # larger steps have larger codes in 8 bits, too
+            step, _ = decode(made.step.amax(), None, g.width)
+            self.largest = max(self.largest, float(step))
         self.stores["codes"].append(pack_checked(made.codes, g.width))
         self.stores["steps"].append(made.step)
         if made.zero is not None:
@@ -93,6 +98,7 @@ class PackedSide:
             g.size,
             self.dim,
             self.tokens,
+            self.largest,
         )
 
     def read(self, start: int, stop: int) -> Tensor:

@@ -41,11 +41,13 @@ def test_every_value_is_within_half_a_step(width, axis, group, form):
 
 
 @pytest.mark.parametrize("width", MINMAX)
-def test_eight_bits_widen_a_step_by_less_than_a_third(width):
+def test_eight_bits_round_a_step_to_nearest_and_widen_few(width):
     x = data(64, 128, mean=0.0)
-    wide, narrow = (quantize(x, width, "token", 64, form) for form in ("fp8", "fp16"))
-    ratio = decode(wide.step, None, width)[0] / decode(narrow.step, None, width)[0]
-    assert ratio.min() >= 0.999 and ratio.max() < 1.33
+    eight, full = (quantize(x, width, "token", 64, form) for form in ("fp8", "fp16"))
+    ratio = decode(eight.step, None, width)[0] / decode(full.step, None, width)[0]
+    assert ratio.min() >= 15 / 16 - 1e-3 and ratio.max() < 1.26
+    if width < 4:  # where 1/16 of a step and of a zero are less than half a step
+        assert ratio.max() <= 17 / 16 + 1e-3 and (ratio < 1).any()
 
 
 def test_a_ternary_scale_has_the_least_squared_error():

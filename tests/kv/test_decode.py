@@ -44,6 +44,18 @@ def test_shapes_that_a_kernel_has_not():
     assert "got 400 rows" in decode.refuse_shapes("triton", many, k, v)
 
 
+@pytest.mark.parametrize("form", ["fp16", "fp8"])
+def test_steps_that_overflow_in_half_precision_are_another_kernels(form):
+    q, k, v = data(1, 2, 2, 1, 64, 48)
+    v[0, 1, 40, 3] = 4e4
+    k, v = side(k, 4, "channel", 16), side(v, 4, "token", 32, form)
+    reason = decode.refuse_shapes("gluon", q, k, v)
+    assert reason.startswith("needs steps of values below 2,047, got 2,")
+    assert decode.refuse_shapes("triton", q, k, v) is None
+    assert decode.refuse_shapes("gluon", q, k, v._replace(tokens=40)) is None
+    assert decode.refuse_shapes("gluon", q, k, v._replace(largest=1.0)) is None
+
+
 def test_bad_input_is_refused():
     q, k, v = sides()
     with pytest.raises(ValueError, match="q must be floating"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sage_diffusion.kernels.kv.quantize import dequantize, quantize
+from sage_diffusion.kernels.kv.quantize import decode, dequantize, quantize
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.store import Store, select
 
@@ -38,6 +38,16 @@ def test_codes_take_their_bits():
     side.append(torch.randn(1, 2, 1024, 64))
     assert side.stores["codes"].used * 8 == 3 * 2 * 1024 * 64
     assert side.stores["steps"].used * 8 == 16 * 2 * 1024 * 64 // 32
+
+
+@pytest.mark.parametrize("form", ["fp16", "fp8"])
+def test_the_largest_step_is_known(form):
+    side = PackedSide(Grouping(2, "token", form=form), 64)
+    x = torch.randn(1, 2, 48, 64, generator=torch.Generator().manual_seed(0))
+    side.append(x * torch.tensor([1.0, 9.0, 3.0]).repeat_interleave(16)[:, None])
+    side.append(x[:, :, :0])
+    step, _ = decode(side.stores["steps"].read(), None, 2)
+    assert side.side().largest == float(step.max())
 
 
 def test_equal_elements_are_kept():
