@@ -9,7 +9,8 @@ scored by attending to the packed past.  ``smollm2`` is the GGUF of the package 
 scored text is the topic "specialnames" of Python's ``pydoc_data``, calibration text other topics
 and, if it is there, the MPL; heavy hitters are chosen by the prefix's last 64 queries.
 
-Seconds are CPU time of one run: compressing, and scoring.
+With ``--decode`` 8 tokens are then decoded one by one: tokens a second are of CPU time, the peak is
+what cache, attention and activations allocate while two more are.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.kv_decode import step
+from benchmarks.kv_turboquant import TurboQuant
 from sage_diffusion.integrations.transformers.kv_calibration import calibrate
 from sage_diffusion.integrations.transformers.kv_evaluate import (
     Passage,
+    compressed,
     judge,
     needles,
     passage,
@@ -37,13 +41,18 @@ from sage_diffusion.kv.method import Method
 from sage_diffusion.kv.methods.calibrated import Calibrated
 from sage_diffusion.kv.methods.gear import Gear
 from sage_diffusion.kv.methods.kivi import Kivi
+from sage_diffusion.kv.methods.lossless import Lossless
 from sage_diffusion.kv.methods.matryoshka import Matryoshka
 from sage_diffusion.kv.methods.prefixkv import PrefixKV
 from sage_diffusion.kv.methods.vidkv import VidKV
 from sage_diffusion.kv.methods.xkv import XKV
 from sage_diffusion.kv.presets import PRESETS
+from sage_diffusion.vq.memory import PeakMemory
 
 PREFIX, SCORED = 3584, 512
+
+#: Tokens that are decoded for the clock, and for the peak.
+DECODED, WATCHED = 8, 2
 
 #: Topics that share no text with the scored one.
 TOPICS = (
@@ -52,10 +61,14 @@ TOPICS = (
 
 #: What is compared.
 METHODS: dict[str, Method] = {
+    "exact, float32": Lossless(),
+    "k8v8": Kivi(8, 8),
     "k4v4": Kivi(4, 4),
     "k3v2": Kivi(3, 2),
     "kivi, K and V at 2 bits": Kivi(2, 2),
     "k2v2": PRESETS["k2v2"],
+    "turboquant's recipe, K 4 bits, V 3": TurboQuant(4, 3),
+    "turboquant's recipe, K 3 bits, V 2": TurboQuant(3, 2),
     "vidkv": VidKV(),
     "gear": Gear(),
     "xkv, groups of 5 layers": XKV(group=5),
@@ -134,33 +147,53 @@ def scored_text(tokenizer: Any, path: Path | None) -> torch.Tensor:
 
 
 def row(model: Any, tokenizer: Any, method: Method, found: Any, text: Passage,
-        hidden: list[Passage], window: int, scored: int) -> dict[str, Any]:  # fmt: skip
+        hidden: list[Passage], args: argparse.Namespace) -> dict[str, Any]:  # fmt: skip
     """One method's figures."""
     if isinstance(method, Calibrated):
         method = dataclasses.replace(method, unit=32)  # so that all of the prefix is compressed
     if isinstance(method, XKV):
         method = dataclasses.replace(method, unit=1)
-    verdict = judge(model, text, method, found, window=window, scored=scored)
+    verdict = judge(model, text, method, found, window=args.window, scored=args.scored)
     bits = verdict.bits
+    seconds = peak = None
+    if args.decode:
+        seconds, peak = decoding(model, text, method, found, args.window)
     return {
         "body": bits.body,
         "all_in_4k": bits.all_in(4096),
         "all_in_32k": bits.all_in(32768),
         **vars(verdict.agreement),
         "needle": recall(model, tokenizer, hidden, method, found) if hidden else None,
-        "mib": verdict.bytes / 2**20,
-        "seconds": verdict.seconds,
+        "peak_mib": peak and peak / 2**20,
+        "tokens_per_second": seconds and 1 / seconds,
+        "compressing_seconds": verdict.seconds[0],
     }
+
+
+def decoding(
+    model: Any, text: Passage, method: Method, found: Any, window: int
+) -> tuple[float, int]:
+    """CPU seconds of a token that is decoded after a text's prefix, and bytes at the peak."""
+    with PeakMemory() as memory:
+        cache = compressed(model, text, method, found, window=window)
+        step(model, cache)
+        memory.peak = 0
+        for _ in range(WATCHED):
+            step(model, cache)
+    return sum(step(model, cache) for _ in range(DECODED)) / DECODED, memory.peak
 
 
 def line(name: str, at: dict[str, Any]) -> str:
     """A row of the table in Markdown."""
-    needle = "-" if at["needle"] is None else f"{at['needle']:.2f}"
-    compressing, scoring = at["seconds"]
+
+    def shown(key: str, digits: int) -> str:
+        return "-" if at[key] is None else f"{at[key]:.{digits}f}"
+
     return (
         f"| {name} | {at['body']:.2f} | {at['all_in_4k']:.2f} / {at['all_in_32k']:.2f} "
         f"| {at['kl']:.5f} | {at['top1']:.3f} | {at['p99']:.4f} | {at['perplexity']:.3f} "
-        f"| {needle} | {at['mib']:.1f} | {compressing:.1f} / {scoring:.1f} |"
+        f"| {shown('needle', 2)} | {shown('peak_mib', 1)} | {shown('tokens_per_second', 1)} "
+        f"| {at['compressing_seconds']:.1f} |"
     )
 
 
@@ -173,6 +206,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--needles", action="store_true", help="hide numbers in 1,500 tokens, too")
+    parser.add_argument("--decode", action="store_true", help="measure tokens/s and peak, too")
     parser.add_argument("--only", nargs="*", help="methods whose name has one of these in it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -183,14 +217,15 @@ def main() -> None:
     text = passage(model, ids, PREFIX, args.keep)
     hidden = needles(model, tokenizer, ids[:1500], folder=args.keep) if args.needles else []
     print(
-        "| method | body bits | all-in 4K / 32K | KL | top-1 | p99 | ppl | needle | MiB | CPU s |"
+        "| method | body bits | all-in 4K / 32K | KL | top-1 | p99 | ppl | needle "
+        "| peak, MiB | tokens/s | compressing, s |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     rows = {}
     for name, method in METHODS.items():
         if args.only and not any(part in name for part in args.only):
             continue
-        rows[name] = row(model, tokenizer, method, found, text, hidden, args.window, args.scored)
+        rows[name] = row(model, tokenizer, method, found, text, hidden, args)
         print(line(name, rows[name]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -128,9 +128,10 @@ def judge(
     scored: int = 256,
 ) -> Verdict:
     """Compress a passage's prefix and score the tokens after it, whose own K and V are exact."""
-    cache = KVCache.for_model(model, method, calibration, sink=sink, window=window)
     began = time.process_time()
-    logits, compressed = _continue(model, cache, text, text.ids[text.prefix :][:scored])
+    cache = compressed(model, text, method, calibration, sink=sink, window=window)
+    done = time.process_time()
+    logits = _continue(model, cache, text.ids[text.prefix :][:scored])
     ended = time.process_time()
     following = text.ids[text.prefix + 1 :][:scored]
     count = following.numel()
@@ -138,12 +139,22 @@ def judge(
         agreement(logits[:count], text.logits[:count], following),
         bits(list(cache.pasts.values())),
         cache.nbytes,
-        (compressed - began, ended - compressed),
+        (done - began, ended - done),
     )
 
 
-def _continue(model: nn.Module, cache: KVCache, text: Passage, ids: Tensor) -> tuple[Tensor, float]:
-    """Logits ``[n, vocabulary]`` of tokens after the compressed prefix; when it was compressed."""
+@torch.no_grad()
+def compressed(
+    model: nn.Module,
+    text: Passage,
+    method: Method,
+    calibration: Calibration | None = None,
+    *,
+    sink: int = 32,
+    window: int = 128,
+) -> KVCache:
+    """A cache that holds a passage's prefix, compressed all but its first and last tokens."""
+    cache = KVCache.for_model(model, method, calibration, sink=sink, window=window)
     for i, past in cache.pasts.items():
         past.append(text.k[i][None], text.v[i][None])
         q = text.q[i][None]
@@ -151,9 +162,12 @@ def _continue(model: nn.Module, cache: KVCache, text: Passage, ids: Tensor) -> t
         mask = torch.ones(1, 1, rows, tokens, dtype=torch.bool).tril(tokens - rows)
         past.observe(q, q.shape[-1] ** -0.5, mask)
         past.settle()
-    compressed = time.process_time()
-    logits = model(ids[None], **{argument(model): cache}).logits[0]
-    return logits, compressed
+    return cache
+
+
+def _continue(model: nn.Module, cache: KVCache, ids: Tensor) -> Tensor:
+    """Logits ``[n, vocabulary]`` of tokens after what a cache holds."""
+    return model(ids[None], **{argument(model): cache}).logits[0]
 
 
 def needles(
@@ -192,8 +206,8 @@ def recall(
     answer = tokenizer(ANSWER, return_tensors="pt", add_special_tokens=False).input_ids[0]
     hits = 0
     for text in texts:
-        cache = KVCache.for_model(model, method, calibration)
-        logits, _ = _continue(model, cache, text, text.ids[text.prefix :])
+        cache = compressed(model, text, method, calibration)
+        logits = _continue(model, cache, text.ids[text.prefix :])
         hits += _recalled(logits, answer)
     return hits / len(texts) if texts else float("nan")
 
