@@ -64,12 +64,15 @@ class IBQ(Quantizer):
         if not (self.training and torch.is_grad_enabled()):
             return VQOutput(straight_through(x, hard), indices, loss)
         logits = x @ self.codebook.t()
-        soft = logits.softmax(-1) @ self.codebook
+        chances = logits.softmax(-1)
+        soft = chances @ self.codebook
         # One-hot forward, softmax backward: eq. 5 of the paper, without its one-hot matrix.
         quantized = hard.detach() + (soft - soft.detach()) + (hard - hard.detach())
         loss = loss + nn.functional.mse_loss(quantized, x)
         if self.entropy_weight:
-            p = (logits / self.temperature).softmax(-1).flatten(0, 1)
+            if self.temperature != 1:
+                chances = (logits / self.temperature).softmax(-1)
+            p = chances.flatten(0, 1)
             sample = -(p * (p + 1e-9).log()).sum(-1).mean()
             mean = p.mean(0)
             loss = loss + self.entropy_weight * (sample + (mean * (mean + 1e-9).log()).sum())
