@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage_diffusion.files import write_bytes
 from sage_diffusion.kv.allocation import allocate
@@ -152,6 +153,16 @@ class Calibration:
         if fingerprint is not None:
             made.check(fingerprint)
         return made
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits of a model's weights: names, shapes and a sample as bfloat16."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(x.shape)}".encode())
+        sample = x.detach().flatten()[:256].cpu().to(torch.bfloat16).view(torch.uint8)
+        digest.update(bytes(sample.tolist()))
+    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=32)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage_diffusion.kv.bases import Basis, eigenbasis
-from sage_diffusion.kv.calibration import rounded, table
+from sage_diffusion.kv.calibration import Calibration, fingerprint, rounded, table
 
 #: Points of the curve of attention mass, beyond that of no tokens.
 POINTS = 100
+
+#: Newest queries of a text that show which older tokens matter.
+QUERIES = 64
 
 #: Share of heavy hitters for which their distribution over layers and heads is measured.
 HEAVY = 0.02
@@ -37,6 +42,22 @@ class LayerMoments:
     count: int = 0
     sums: Tensor | None = None  # [2, H, D]
     squares: Tensor | None = None  # [2, H, D, D]
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, flat: Tensor, sink: int, gap: int) -> None:
+        """One text of T tokens.
+
+        Args:
+            q: ``[1, Hq, n, D]``, its newest queries.
+            k, v: ``[1, H, T, D]``, K after RoPE.
+            flat: ``[T, H D]`` on the CPU, K before RoPE.
+            sink: first tokens, which count nowhere.
+            gap: last tokens, which are exact when the newest queries look at older ones.
+        """
+        self.k.append(flat[sink:].half())
+        self.add_sides(k[0, :, sink:].cpu(), v[0, :, sink:].cpu())
+        chances = _chances(q, k)[..., sink : k.shape[2] - gap]  # [H, G * n, m]
+        self.attended.append(chances.square().sum(1).cpu())
+        self.received.append(chances.sum((0, 1)).cpu())
 
     def add_gradient(self, g: Tensor) -> None:
         """``g [n, d]``."""
@@ -101,6 +122,25 @@ def _basis(basis: Basis, k: list[Tensor], heads: int) -> dict[str, Tensor]:
         "weights": basis.weights,
         "table": table([(one - basis.mean) @ into for one in k]),
     }
+
+
+def _chances(q: Tensor, k: Tensor) -> Tensor:
+    """Probabilities ``[H, G * n, T]`` that the last n queries give to all tokens."""
+    groups, rows, tokens = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    grouped = q[0].unflatten(0, (-1, groups)).float()  # [H, G, n, D]
+    scores = grouped @ k[0, :, None].float().transpose(2, 3) * q.shape[-1] ** -0.5
+    seen = torch.ones(rows, tokens, dtype=torch.bool, device=q.device).tril(tokens - rows)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).flatten(1, 2)
+
+
+def calibration_of(
+    model: nn.Module, moments: Mapping[int, LayerMoments], heads: int, about: dict[str, Any]
+) -> Calibration:
+    """What the moments of a model's layers, by their numbers, amount to."""
+    parts = [one.tensors(heads) for one in moments.values()]
+    tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    tensors["heavy"] = heavy_shares([one.attended for one in moments.values()])
+    return Calibration(fingerprint(model), tuple(moments), tensors, about)
 
 
 def heavy_shares(attended: list[list[Tensor]], share: float = HEAVY) -> Tensor:

@@ -19,9 +19,9 @@ from transformers.cache_utils import (
 )
 
 from sage_diffusion.integrations.transformers.lazy import LazyPast
-from sage_diffusion.integrations.transformers.rope import fingerprint, model_rope
+from sage_diffusion.integrations.transformers.rope import model_rope
 from sage_diffusion.kv import report as _report
-from sage_diffusion.kv.calibration import Calibration
+from sage_diffusion.kv.calibration import Calibration, fingerprint
 from sage_diffusion.kv.kept import QUERIES
 from sage_diffusion.kv.layer import Layer
 from sage_diffusion.kv.method import Method

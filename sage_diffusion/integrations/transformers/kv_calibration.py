@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from sage_diffusion.integrations.transformers.rope import ModelRope, fingerprint, model_rope
+from sage_diffusion.integrations.transformers.rope import ModelRope, model_rope
 from sage_diffusion.integrations.transformers.tap import Tap
 from sage_diffusion.kv.calibration import Calibration, CalibrationError
-from sage_diffusion.kv.moments import LayerMoments, heavy_shares
-
-#: Newest queries that show which older tokens matter.
-_QUERIES = 64
+from sage_diffusion.kv.moments import QUERIES, LayerMoments, calibration_of
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,6 @@ def calibrate(
     for number, ids in enumerate(chunks):
         watch.run(ids)
         report(f"chunk {number + 1} of {len(chunks)}: {ids.numel()} tokens")
-    parts = [moments[i].tensors(heads) for i in layers]
-    tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    tensors["heavy"] = heavy_shares([moments[i].attended for i in layers])
     about = {
         "model": type(model).__name__,
         "tokens": sum(ids.numel() for ids in chunks),
@@ -84,7 +78,7 @@ def calibrate(
         "rope": watch.rope is not None,
         **vars(recipe),
     }
-    return Calibration(fingerprint(model), tuple(layers), tensors, about)
+    return calibration_of(model, moments, heads, about)
 
 
 def _least(recipe: Recipe) -> int:
@@ -120,7 +114,7 @@ class _Watch:
         found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
         def seen(number: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            found[number] = q.detach()[:, :, -_QUERIES:], k, v.detach()
+            found[number] = q.detach()[:, :, -QUERIES:], k, v.detach()
             return k, v
 
         model: Any = self.model
@@ -162,12 +156,7 @@ class _Watch:
 
     def _add(self, moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor) -> None:
         k = k.detach()
-        sink, stop = self.recipe.sink, k.shape[2] - self.recipe.gap
-        moments.k.append(self._flat(k)[sink:].half())
-        moments.add_sides(k[0, :, sink:].cpu(), v[0, :, sink:].cpu())
-        chances = _chances(q, k)[..., sink:stop]  # [H, G * n, m]
-        moments.attended.append(chances.square().sum(1).cpu())
-        moments.received.append(chances.sum((0, 1)).cpu())
+        moments.add(q, k, v, self._flat(k), self.recipe.sink, self.recipe.gap)
 
 
 def _unrotated(k: Tensor, rope: ModelRope | None) -> Tensor:
@@ -175,12 +164,3 @@ def _unrotated(k: Tensor, rope: ModelRope | None) -> Tensor:
         return k.float()
     positions = torch.arange(k.shape[2], device=k.device)[None]
     return rope.rotate(k, positions, inverse=True)
-
-
-def _chances(q: Tensor, k: Tensor) -> Tensor:
-    """Probabilities ``[H, G * n, T]`` that the last n queries give to all tokens."""
-    groups, rows, tokens = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    grouped = q[0].unflatten(0, (-1, groups)).float()  # [H, G, n, D]
-    scores = grouped @ k[0, :, None].float().transpose(2, 3) * q.shape[-1] ** -0.5
-    seen = torch.ones(rows, tokens, dtype=torch.bool, device=q.device).tril(tokens - rows)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).flatten(1, 2)

@@ -1,14 +1,15 @@
-"""What is known of a model of transformers: its RoPE, forwards and back, and its fingerprint."""
+"""What is known of a model of transformers: its RoPE, forwards and back."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sage_diffusion.kv.calibration import fingerprint as fingerprint
 
 
 class ModelRope:
@@ -55,13 +56,3 @@ def model_rope(model: nn.Module) -> ModelRope | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return rope if torch.allclose(again, probe, atol=1e-4) else None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of a model's weights: names, shapes and a sample as bfloat16."""
-    digest = hashlib.sha256()
-    for name, x in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(x.shape)}".encode())
-        sample = x.detach().flatten()[:256].cpu().to(torch.bfloat16).view(torch.uint8)
-        digest.update(bytes(sample.tolist()))
-    return digest.hexdigest()[:16]
