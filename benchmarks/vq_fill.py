@@ -6,7 +6,8 @@
 A quarter of the tokens is masked, scattered or as one square hole, in the middle 512 x 512 pixels
 of the photographs of ``tools/photographs.json`` that training never saw.  Pictures are compared
 inside the mask with what the unmasked tokens decode to, beside the mask's own mean colour there,
-which no one could know who fills it.  CPU-seconds are those of the whole path: encode, fill, decode.
+which no one could know who fills it.  CPU-seconds are those of the whole path: encode, fill and
+decode.
 """
 
 from __future__ import annotations
