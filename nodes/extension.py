@@ -14,6 +14,12 @@ from sage_diffusion.nodes.host import (
     register_tokenizer_folder,
 )
 from sage_diffusion.nodes.kv import KVCacheCompression, KVCacheReport
+from sage_diffusion.nodes.kv_calibration import (
+    KVCalibrate,
+    LoadKVCalibration,
+    SaveKVCalibration,
+    register_calibration_folder,
+)
 from sage_diffusion.nodes.plan import (
     SageEditPlan,
     SageLoadPlan,
@@ -62,6 +68,9 @@ NODES: list[type[io.ComfyNode]] = [
     VQSearch,
     KVCacheCompression,
     KVCacheReport,
+    KVCalibrate,
+    SaveKVCalibration,
+    LoadKVCalibration,
 ]
 
 
@@ -69,9 +78,10 @@ class SageExtension(ComfyExtension):
     """The pack."""
 
     async def on_load(self) -> None:
-        """Register ``models/sage_plans``, ``models/vq_tokenizers``, and what the page asks for."""
+        """Register the pack's folders below ``models``, and what the page asks for."""
         register_plan_folder()
         register_tokenizer_folder()
+        register_calibration_folder()
         register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

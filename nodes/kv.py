@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from sage_diffusion.nodes.host import CATEGORY, show
+from sage_diffusion.nodes.kv_calibration import KVCalibration
 
 if TYPE_CHECKING:
     from sage_diffusion.integrations.comfy.kv_patch import Compressed
+    from sage_diffusion.kv.calibration import Calibration
+    from sage_diffusion.kv.evaluate import Agreement
 
 KVCache = io.Custom("KV_CACHE")
 
-#: Presets that need nothing but K and V, those that keep most first.
+#: Presets that need nothing but K and V, those that keep most first; then those of a calibration.
 PRESETS = ("lossless", "k8v8", "k4v4", "k3v2", "k2v2")
+CALIBRATED = ("calibrated-3.9", "calibrated-2.9", "calibrated-2.25")
 
 
 class KVCacheCompression(io.ComfyNode):
@@ -34,10 +38,11 @@ class KVCacheCompression(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=[*PRESETS, *CALIBRATED],
                     default="k4v4",
                     tooltip="Bits of keys and values. k4v4 is hard to tell from exact, k2v2 is the "
-                    "smallest; lossless only spares what ComfyUI allocates in advance.",
+                    "smallest; lossless only spares what ComfyUI allocates in advance. Calibrated "
+                    "ones keep more in fewer bits, of a clip with a calibration.",
                 ),
                 io.Model.Input(
                     "model",
@@ -74,6 +79,11 @@ class KVCacheCompression(io.ComfyNode):
                     tooltip="Most tokens of a video that are kept: the oldest after the first "
                     "block are forgotten. -1: all.",
                 ),
+                KVCalibration.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="Of the clip's language model, for the calibrated presets.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler."),
@@ -92,13 +102,14 @@ class KVCacheCompression(io.ComfyNode):
         sink: int = -1,
         recent: int = -1,
         window: int = -1,
+        calibration: Calibration | None = None,
     ) -> io.NodeOutput:
         from sage_diffusion.integrations.comfy.kv import Settings
         from sage_diffusion.integrations.comfy.kv_patch import compress_clip, compress_model
 
         if model is None and clip is None:
             raise ValueError("KV Cache Compression needs a model or a clip")
-        settings = Settings(preset, sink, recent, window)
+        settings = Settings(preset, sink, recent, window, calibration)
         found: dict[str, Compressed] = {}
         if model is not None:
             found["model"] = compress_model(model, settings)
@@ -120,7 +131,8 @@ class KVCacheReport(io.ComfyNode):
             display_name="KV Cache Report",
             category=CATEGORY,
             description="Shows the memory of a compressed KV cache, measured in the last run, "
-            "beside what ComfyUI would have allocated. Put it behind the sampler or Generate Text.",
+            "beside what ComfyUI would have allocated, and how far a text's predictions move. Put "
+            "it behind the sampler or Generate Text.",
             search_aliases=["kv cache memory", "cache size", "memory saved"],
             is_output_node=True,
             inputs=[
@@ -130,6 +142,14 @@ class KVCacheReport(io.ComfyNode):
                     "passes through unchanged.",
                 ),
                 KVCache.Input("cache", tooltip="From KV Cache Compression."),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="A text whose last 64 predictions a compressed clip makes with and "
+                    "without compression: their KL. Empty: not measured.",
+                ),
             ],
             outputs=[
                 io.AnyType.Output(display_name="after", tooltip="What came in."),
@@ -145,21 +165,44 @@ class KVCacheReport(io.ComfyNode):
         return float("nan")  # never cached: it reports on what happened, not on its inputs
 
     @classmethod
-    def execute(cls, after: Any, cache: list[Compressed]) -> io.NodeOutput:
+    def execute(cls, after: Any, cache: list[Compressed], text: str = "") -> io.NodeOutput:
         import torch
 
         from sage_diffusion.integrations.comfy.kv_report import bars, text_of
 
         used = [one for one in cache if one.memory.kept] or cache
-        text = "\n".join(text_of(one.memory) for one in used)
+        lines = [text_of(one.memory) for one in used]
+        data = [{"kind": one.kind, **one.memory.to_dict()} for one in used]
         pictures = [bars(one.memory) for one in used]
+        if text.strip():
+            found = _predictions(cache, text)
+            lines.append(
+                f"predictions: KL {found.kl:.5f}, 99th percentile {found.p99:.4f}, "
+                f"{found.top1:.0%} the same token"
+            )
+            data.append({"kind": "predictions", "kl": found.kl, "p99": found.p99})
+            data[-1]["top1"] = found.top1
         rows = max(picture.shape[1] for picture in pictures)
         padded = [
             torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, rows - picture.shape[1]), value=1.0)
             for picture in pictures
         ]
-        data = [{"kind": one.kind, **one.memory.to_dict()} for one in used]
-        show(cls.hidden.unique_id, text)
+        report = "\n".join(lines)
+        show(cls.hidden.unique_id, report)
         return io.NodeOutput(
-            after, torch.cat(padded), text, json.dumps(data), ui=ui.PreviewText(text)
+            after, torch.cat(padded), report, json.dumps(data), ui=ui.PreviewText(report)
         )
+
+
+def _predictions(cache: list[Compressed], text: str) -> Agreement:
+    """Of the compressed clip.
+
+    Raises:
+        ValueError: no clip is compressed.
+    """
+    from sage_diffusion.integrations.comfy.kv_calibration import compare_predictions
+
+    clips = [one for one in cache if one.kind == "text"]
+    if not clips:
+        raise ValueError("predictions are a clip's: connect one, or leave the text empty")
+    return compare_predictions(clips[0], text)

@@ -41,6 +41,10 @@ ALSO_TESTS = {
     ),
     "comfy/test_in_process_nodes.py": "nodes.progress",
     "comfy/test_server_training.py": "nodes.vq_train",
+    "comfy/test_in_process_kv_calibration.py": (
+        "nodes.kv_calibration sage_diffusion.integrations.comfy.kv_calibration "
+        "sage_diffusion.integrations.comfy.kv_inside"
+    ),
     "comfy/test_in_process_kv.py": (
         "sage_diffusion.integrations.comfy.causal_wan sage_diffusion.integrations.comfy.kv_patch"
     ),

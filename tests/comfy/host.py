@@ -113,6 +113,7 @@ def serve(comfy: Path, models: Path, out: Path, *arguments: str) -> Iterator[Ser
         "diffusion_models",
         "vq_tokenizers",
         "vq_fill",
+        "kv_calibrations",
         "text_encoders",
         "vae",
         "vae_approx",

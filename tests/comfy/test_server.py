@@ -36,6 +36,9 @@ NODES = (
     "SageDiffusionVQSearch",
     "SageDiffusionKVCache",
     "SageDiffusionKVCacheReport",
+    "SageDiffusionKVCalibrate",
+    "SageDiffusionSaveKVCalibration",
+    "SageDiffusionLoadKVCalibration",
 )
 PRIMITIVES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_diffusion.kv.calibration import Calibration
 from sage_diffusion.kv.layer import Layer
-from sage_diffusion.kv.method import Method
+from sage_diffusion.kv.method import Method, Rope
 from sage_diffusion.kv.presets import method as method_of
 from sage_diffusion.kv.rolling import Rolling, RollingBody
 from sage_diffusion.kv.scratch import Scratch
@@ -32,12 +33,14 @@ class Settings:
         sink: first tokens that are kept exact; -1: a video's first block, 32 tokens of text.
         recent: newest tokens that are kept exact; -1: a video's newest block, 128 tokens of text.
         window: most tokens of a video that are kept; -1: all.
+        calibration: of the language model, for the calibrated presets.
     """
 
     method: str | Method = "k4v4"
     sink: int = -1
     recent: int = -1
     window: int = -1
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         method_of(self.method)
@@ -328,7 +331,11 @@ def video_caches(
 
 
 def text_cache(
-    original: Callable[..., list[Any]], settings: Settings, memory: Memory, sliding: Sequence[int]
+    original: Callable[..., list[Any]],
+    settings: Settings,
+    memory: Memory,
+    sliding: Sequence[int],
+    rope: Rope | None = None,
 ) -> Callable[..., list[Any]]:
     """What stands for ``init_kv_cache`` of ComfyUI's language models.
 
@@ -339,6 +346,7 @@ def text_cache(
         original: is asked for a cache of three tokens, to see what it is made of.
         sliding: tokens of each layer's sliding window, 0 for none; such a layer keeps its newest
             tokens, exact, and no others.
+        rope: of the others, for methods that take K before it.
     """
 
     def init_kv_cache(
@@ -353,7 +361,7 @@ def text_cache(
                 continue
             shape = torch.Size((*entry[0].shape[:2], max_cache_len, entry[0].shape[3]))
             keep = sliding[number] if number < len(sliding) else 0
-            layer = Newest(keep) if keep else _text_layer(settings, number)
+            layer = Newest(keep) if keep else _text_layer(settings, number, rope)
             past.add(layer, 2 * shape.numel() * entry[0].element_size())
             entries[number] = (*Pair(past, layer, shape, 2, entry[0].dtype).sides, 0)
         return entries
@@ -377,10 +385,11 @@ def _why_not(entry: Any) -> str | None:
     return None
 
 
-def _text_layer(settings: Settings, number: int) -> Layer:
+def _text_layer(settings: Settings, number: int, rope: Rope | None) -> Layer:
     sink = 32 if settings.sink < 0 else settings.sink
     recent = 128 if settings.recent < 0 else settings.recent
-    return Layer(method_of(settings.method), sink, recent, number)
+    method, calibration = method_of(settings.method), settings.calibration
+    return Layer(method, sink, recent, number, rope=rope, calibration=calibration)
 
 
 class References(MutableMapping[str, tuple[Tensor, Tensor]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,11 @@ from sage_diffusion.integrations.comfy.kv import (
     text_cache,
     video_caches,
 )
+from sage_diffusion.integrations.comfy.kv_inside import generators, rope_of, sliding
+from sage_diffusion.kv.calibration import fingerprint
+from sage_diffusion.kv.method import Rope
+from sage_diffusion.kv.methods.calibrated import Calibrated
+from sage_diffusion.kv.presets import method as method_of
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,14 @@ class Compressed:
     """A patched copy, and what its caches take.
 
     Attributes:
-        host: the MODEL or CLIP.
+        given: the MODEL or CLIP as it was given.
+        host: the patched copy.
         kind: ``"video"``, ``"references"`` or ``"text"``.
         settings: that it was made with.
         memory: of its latest run; all zero before the first.
     """
 
+    given: Any
     host: Any
     kind: str
     settings: Settings
@@ -36,8 +42,14 @@ def compress_model(model: Any, settings: Settings) -> Compressed:
     """A copy of a MODEL whose KV cache is compressed.
 
     Raises:
-        ValueError: it has none: neither is it a causal Wan nor did Flux KV Cache patch it.
+        ValueError: it has none: neither is it a causal Wan nor did Flux KV Cache patch it; or the
+            preset is for language models.
     """
+    if isinstance(method_of(settings.method), Calibrated):
+        raise ValueError(
+            f"{settings.method} is of a language model's calibration: a model's cache takes a "
+            "preset without one, as k4v4"
+        )
     network = model.get_model_object("diffusion_model")
     memory = Memory()
     if hasattr(network, "init_kv_caches"):
@@ -50,7 +62,7 @@ def compress_model(model: Any, settings: Settings) -> Compressed:
             head_dim=network.head_dim,
         )
         patched.add_object_patch("diffusion_model.init_kv_caches", caches)
-        return Compressed(patched, "video", settings, memory)
+        return Compressed(model, patched, "video", settings, memory)
     for patch in _patches(model, "attn1_patch"):
         if type(patch).__name__ == "KV_Attn_Input":
             return _with_references(model, patch, settings, memory)
@@ -80,7 +92,7 @@ def _with_references(model: Any, patch: Any, settings: Settings, memory: Memory)
     patches = patched.model_options["transformer_options"]["patches"]
     for name, own in (("attn1_patch", mine), ("post_input", without_references)):
         patches[name] = [own if _belongs(other, patch) else other for other in patches[name]]
-    return Compressed(patched, "references", settings, memory)
+    return Compressed(model, patched, "references", settings, memory)
 
 
 def _reference_patch(base: type, settings: Settings, memory: Memory) -> Any:
@@ -107,36 +119,33 @@ def compress_clip(clip: Any, settings: Settings) -> Compressed:
     """A copy of a CLIP whose text generation uses a compressed cache.
 
     Raises:
-        ValueError: its text encoder generates no text: there is no cache to compress.
+        ValueError: its text encoder generates no text: there is no cache to compress; or the preset
+            needs what there is not: a calibration, the model's RoPE, or queries.
+        CalibrationError: the calibration is of another model.
     """
     patched, memory = clip.clone(), Memory()
-    found = list(_generators(clip.cond_stage_model))
-    if not found:
+    for path, module in generators(clip):
+        name = f"{path}.init_kv_cache"
+        rope = _needed(settings, module)
+        # The module's own: while another copy is loaded, its patch stands there.
+        original = patched.patcher.get_model_object(name)
+        cache = text_cache(original, settings, memory, sliding(module), rope)
+        patched.patcher.add_object_patch(name, cache)
+    return Compressed(clip, patched, "text", settings, memory)
+
+
+def _needed(settings: Settings, module: Any) -> Rope | None:
+    """Check what a method asks of a language model; its RoPE."""
+    method, rope = method_of(settings.method), rope_of(module)
+    if isinstance(method, Calibrated) and settings.calibration is None:
+        raise ValueError(f"{settings.method} needs a calibration of this language model")
+    if method.heavy:
         raise ValueError(
-            f"{type(clip.cond_stage_model).__name__} generates no text: an encoder reads its "
-            "prompt in one pass and keeps no KV cache"
+            f"{settings.method} keeps the tokens that queries attend to most, and ComfyUI's cache "
+            "sees no queries: take a preset without, as calibrated-2.25"
         )
-    for path, module in found:
-        cache = text_cache(module.init_kv_cache, settings, memory, _sliding(module))
-        patched.patcher.add_object_patch(f"{path}.init_kv_cache", cache)
-    return Compressed(patched, "text", settings, memory)
-
-
-def _generators(model: Any) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        if hasattr(module, "init_kv_cache") and hasattr(module, "generate"):
-            yield path, module
-
-
-def _sliding(module: Any) -> list[int]:
-    """Tokens of each layer's sliding window, 0 where it sees everything.
-
-    ComfyUI slides Gemma 3's layers only; Gemma 2's know their windows and do without.
-    """
-    layers = getattr(getattr(module, "model", None), "layers", [])
-    return [
-        int(getattr(layer, "sliding_attention", 0) or 0)
-        if getattr(layer, "transformer_type", None) == "gemma3"
-        else 0
-        for layer in layers
-    ]
+    if method.pre_rope and rope is None:
+        raise ValueError(f"{settings.method} needs the RoPE of {type(module).__name__}, unknown")
+    if settings.calibration is not None:
+        settings.calibration.check(fingerprint(module))
+    return rope
