@@ -15,6 +15,9 @@ from sage_diffusion.plan.noise import NoiseScale
 from sage_diffusion.plan.plan import PrecisionPlan
 from sage_diffusion.plan.rules import PlanError, Rule
 
+#: Ends the name of a plan that one spec and a text box make.
+_CUSTOM = "(custom)"
+
 
 def check_fingerprint(plan: PrecisionPlan, found: Mapping[str, Any]) -> None:
     """Refuse a plan whose fingerprint is another model's; plans without one pass.
@@ -146,7 +149,22 @@ def custom(
     rules += [
         Rule(parsed, glob, start, end, min_tokens=min_tokens) for glob in dict.fromkeys(wanted)
     ]
-    return PrecisionPlan(FP16, tuple(rules), name=f"{parsed} (custom)")
+    return PrecisionPlan(FP16, tuple(rules), name=f"{parsed} {_CUSTOM}")
+
+
+def custom_globs_that_miss(plan: PrecisionPlan, layers: Sequence[str]) -> str | None:
+    """What is wrong with the globs of a :func:`custom` plan, for who typed them; None of others.
+
+    Args:
+        plan: any.
+        layers: the model's.
+    """
+    missed = [plan.rules[i].layers for i in plan.unmatched(layers)]
+    if not (plan.name or "").endswith(_CUSTOM) or not missed:
+        return None
+    there = ", ".join(list(layers)[:4]) + (f", .. ({len(layers)})" if len(layers) > 4 else "")
+    globs = ", ".join(map(repr, missed))
+    return f"layers: {globs} match{'es' * (len(missed) == 1)} no layer of this model: {there}"
 
 
 # ---------------------------------------------------------------------- edits

@@ -9,6 +9,7 @@ from sage_diffusion.attend.guard import Guard
 from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy import attached, patch, without
+from sage_diffusion.integrations.comfy.layers import layer_names
 from sage_diffusion.integrations.comfy.model import KEY, OVERRIDE
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
@@ -60,6 +61,7 @@ def test_pass_through_is_bit_identical_and_knows_every_layer(family):
     assert torch.equal(family.sample(patched), plain)
     report = attached(patched).last
     assert [layer.name for layer in report.summary.layers] == LAYERS[family.name]
+    assert layer_names(family.model.model.diffusion_model) == LAYERS[family.name]  # before a run
     assert report.forwards == 3
     assert report.summary.specs == {"fp16": 3 * len(LAYERS[family.name])}
     assert not report.alarms

@@ -265,3 +265,20 @@ def test_the_previous_override_gets_what_is_left_alone_with_every_argument():
     assert named["scale"] == 0.3
     assert named["low_precision_attention"] is False
     assert named["_inside_attn_wrapper"] is True
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "context", "cross"),
+    [
+        (64, 64, 77, False),
+        (64, 77, 77, True),  # a UNet's smallest maps have fewer tokens than a prompt
+        (256, 77, 77, True),
+        (256, 32, 77, True),  # tokens of a reference picture
+        (64, 192, 77, False),  # a cached or causal past and the queries' own
+        (77, 77, 77, False),
+        (64, 192, None, True),
+    ],
+)
+def test_cross_attention_means_other_tokens(queries, keys, context, cross):
+    q, k = torch.zeros(1, queries, 32), torch.zeros(1, keys, 32)
+    assert parse_call((q, k, k, 2), {}).cross(context) == cross

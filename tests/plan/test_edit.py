@@ -7,6 +7,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, step_progress
 from sage_diffusion.plan.edit import (
     check_fingerprint,
     custom,
+    custom_globs_that_miss,
     merge_plans,
     remap_plan,
     renamed,
@@ -127,3 +128,17 @@ def test_edits():
         without_rule(plan, 2)
     assert str(with_default(plan, "int8/fp8").default) == "int8/fp8"
     assert renamed(plan, " ").name is None
+
+
+def test_globs_of_a_text_box_that_match_nothing_are_said_in_its_words():
+    layers = [f"double.0{i}" for i in range(5)]
+    plan = custom("int8/fp16", layers="double.*, nothing.here")
+    found = custom_globs_that_miss(plan, layers)
+    assert found == (
+        "layers: 'nothing.here' matches no layer of this model: "
+        "double.00, double.01, double.02, double.03, .. (5)"
+    )
+    both = custom_globs_that_miss(custom("int8/fp16", layers="a b"), layers[:1])
+    assert both == "layers: 'a', 'b' match no layer of this model: double.00"
+    assert custom_globs_that_miss(custom("int8/fp16"), layers) is None
+    assert custom_globs_that_miss(PrecisionPlan("fp16", (Rule("int8/fp16", "a"),)), layers) is None

@@ -54,10 +54,19 @@ class HostCall:
     skip_output_reshape: bool
     full_precision: bool
 
-    @property
-    def cross(self) -> bool:
-        """True where the keys are other tokens than the queries, as far as lengths tell."""
-        return self.q.shape[2] != self.k.shape[2]
+    def cross(self, context: int | None) -> bool:
+        """Are the keys other tokens than the queries?  As far as lengths tell.
+
+        More keys than queries are the queries' own and those of a cached or earlier part, unless
+        they are as many as the tokens of the prompt.
+
+        Args:
+            context: tokens of the prompt that the model was called with, None if unknown.
+        """
+        queries, keys = self.q.shape[2], self.k.shape[2]
+        if context is None:
+            return queries != keys
+        return keys < queries or (keys == context and keys != queries)
 
     def to_host(self, out: Tensor) -> Tensor:
         """``[B, H, Lq, D]`` in the layout that the host asked for."""

@@ -30,6 +30,16 @@ def step_of(sigma: float, schedule: Sequence[float]) -> int:
     return step
 
 
+def percents_of(model_sampling: Any) -> tuple[float, ...]:
+    """Sigmas at 0 %, 1 %, .. of the model's own noise levels, strictly descending."""
+    values: list[float] = []
+    for i in range(1, 101):  # 0 % is an arbitrary huge number in ComfyUI
+        sigma = float(model_sampling.percent_to_sigma(i / 100))
+        if not values or sigma < values[-1]:
+            values.append(sigma)
+    return tuple(values) if len(values) > 1 else (1.0, 0.0)
+
+
 def branch_of(cond_or_uncond: Sequence[int] | None) -> str | None:
     """ "cond" or "uncond" where a model call holds chunks of one kind only, else None."""
     kinds = set(chunks_of(cond_or_uncond))
@@ -53,6 +63,7 @@ class DeviceState:
         inside: a model call is under way.
         unreached: why attention was not reached -> modules in which it happened.
         watch: times calls.
+        context: tokens of the prompt that the model is called with, None if unknown.
     """
 
     def __init__(self, session: AttentionSession, watch: Stopwatch):
@@ -62,6 +73,7 @@ class DeviceState:
         self.forwards = 0
         self.in_previous = False
         self.inside = False
+        self.context: int | None = None
         self.unreached: dict[str, set[str]] = {}
         self._patch: ModulePatch | None = None
         self._sigmas: Callable[[], Tensor | None] = _nothing

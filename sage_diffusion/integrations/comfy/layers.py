@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import re
+import sys
 import threading
 import types
 import weakref
@@ -120,13 +121,18 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Names that a run will use, as far as the modules tell before it: first calls of blocks."""
+    """Names that a run will use, as far as the modules tell before it."""
     model = _original(model)
     if not hasattr(model, "input_blocks"):
-        return [
-            *blocks_of(model),
-            *(n for n in reach_of(model).hidden if n not in blocks_of(model)),
-        ]
+        # Some classes have a `forward` with attention that their own model never calls (SD3's):
+        # where a file asks for overrides anywhere, what does not is taken to be such.
+        reach = reach_of(model)
+        hidden = [n for n, module in reach.hidden.items() if not _file_asks(type(module))]
+        names = []
+        for name, block in blocks_of(model).items():
+            if not any(n == name or n.startswith(f"{name}.") for n in hidden):
+                names += [name, *(f"{name}.{i}" for i in range(1, _calls(block)))]
+        return names + hidden
     names = []
     for kind, parts in (
         ("input", model.input_blocks),
@@ -141,6 +147,25 @@ def layer_names(model: nn.Module) -> list[str]:
                 for j in range(len(blocks)):
                     names += [f"{kind}.{i:02d}.{j}.attn1", f"{kind}.{i:02d}.{j}.attn2"]
     return names
+
+
+def _calls(block: nn.Module) -> int:
+    """Attention calls of a block that ask for overrides, one at least."""
+    found = 0
+    for kind in map(type, block.modules()):
+        code = getattr(getattr(kind, "forward", None), "__code__", None)
+        found += code is not None and {_HOST_FUNCTION, "transformer_options"} <= _names(code)
+    return found or 1
+
+
+def _file_asks(module_type: type) -> bool:
+    """Does any function of a class's file call the host's attention with options?"""
+    functions: list[Any] = []
+    for member in vars(sys.modules[module_type.__module__]).values():
+        functions += vars(member).values() if isinstance(member, type) else [member]
+    codes = (getattr(f, "__code__", None) for f in functions)
+    names = (_names(code) for code in codes if code is not None)
+    return any({_HOST_FUNCTION, "transformer_options"} <= found for found in names)
 
 
 def _numbered(module: nn.Module) -> list[tuple[int, nn.Module]] | None:

@@ -36,7 +36,7 @@ from sage_diffusion.attend.layer import AttentionRefused, Layer
 from sage_diffusion.attend.runs import Nothing, nothing_quantized, quantizes
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import HostCall, UnknownCall, native_of, parse_call
-from sage_diffusion.integrations.comfy.device import DeviceState
+from sage_diffusion.integrations.comfy.device import DeviceState, percents_of
 from sage_diffusion.integrations.comfy.headline import (
     MISSING,
     OFF,
@@ -190,12 +190,13 @@ class ModelAttention:
         except UnknownCall as error:
             session.layer(name or state.cursor.name(options)).decline(str(error))
             return host()
-        layer = session.layer(name or state.cursor.name(options, call.cross))
+        cross = call.cross(state.context)
+        layer = session.layer(name or state.cursor.name(options, cross))
         quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
             layer.keep(FULL_PRECISION)
             return host()
-        if quantized and self.keep_cross and call.cross:
+        if quantized and self.keep_cross and cross:
             quantized = False
         elif quantized or session.observers:
             ours = Call(call.q, call.k, call.v, call.mask, scale=call.scale)
@@ -331,10 +332,22 @@ class ModelAttention:
 
     @contextlib.contextmanager
     def forward(
-        self, model: Any, device: torch.device, options: Mapping[str, Any]
+        self,
+        model: Any,
+        device: torch.device,
+        options: Mapping[str, Any],
+        context: int | None = None,
     ) -> Iterator[None]:
-        """One model call: modules are patched, the session knows the step, inside the block."""
+        """One model call: modules are patched, the session knows the step, inside the block.
+
+        Args:
+            model: ComfyUI's.
+            device: of the call.
+            options: its ``transformer_options``.
+            context: tokens of its prompt, None if unknown.
+        """
         state = self._state(device)
+        state.context = context
         with state.forward(model, options, self.percents, self._hidden):
             yield
         if not self._checked:
@@ -354,6 +367,11 @@ class ModelAttention:
                 from sage_diffusion.plan.fingerprint import fingerprint
 
                 check_fingerprint(self.plan, fingerprint(layers, model=self.model_name))
+            from sage_diffusion.plan.edit import custom_globs_that_miss
+
+            words = custom_globs_that_miss(self.plan, layers)
+            if words is not None:
+                raise PlanError(words)
             self._warnings += self.plan.check(layers, strict=self.strict)
         except PlanError as error:
             if self.strict:
@@ -401,12 +419,14 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
     attention.first = attention.previous = options.get(OVERRIDE)
     config = getattr(clone.model, "model_config", clone.model)  # tells SD15 from SDXL
     attention.model_name = type(config).__name__
-    attention.percents = _percents(clone.get_model_object("model_sampling"))
+    attention.percents = percents_of(clone.get_model_object("model_sampling"))
     options[OVERRIDE] = options[KEY] = attention.override
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None) or {}
-        with attention.forward(executor.class_obj, args[0].device, given):
+        context = kwargs.get("c_crossattn", args[3] if len(args) > 3 else None)
+        tokens = context.shape[1] if isinstance(context, Tensor) and context.ndim == 3 else None
+        with attention.forward(executor.class_obj, args[0].device, given, tokens):
             return executor(*args, **kwargs)
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -470,13 +490,3 @@ def without(model: Any) -> Any:
     clone.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
     clone.remove_attachments(KEY)
     return clone
-
-
-def _percents(model_sampling: Any) -> tuple[float, ...]:
-    """Sigmas at 0 %, 1 %, .. of the model's own noise levels, strictly descending."""
-    values: list[float] = []
-    for i in range(1, 101):  # 0 % is an arbitrary huge number in ComfyUI
-        sigma = float(model_sampling.percent_to_sigma(i / 100))
-        if not values or sigma < values[-1]:
-            values.append(sigma)
-    return tuple(values) if len(values) > 1 else (1.0, 0.0)
