@@ -104,6 +104,15 @@ class SageCalibrate(io.ComfyNode):
                     tooltip="Title of the plan; a calibration of that name goes on where it "
                     "stopped.",
                 ),
+                io.Int.Input(
+                    "end_to_end",
+                    display_name="pictures for the end-to-end stage",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Measure what errors do to the result, on so many runs, eight or more; "
+                    "0 is off. Each costs 19 to 21 sampling runs.",
+                ),
             ],
             outputs=[
                 Plan.Output(display_name="plan", tooltip="The plan; save it or use it at once."),
@@ -131,6 +140,7 @@ class SageCalibrate(io.ComfyNode):
         goal: dict[str, Any],
         card: str,
         name: str,
+        end_to_end: int = 0,
     ) -> io.NodeOutput:
         from sage_diffusion.adapt.calibrate import calibrate
         from sage_diffusion.adapt.planner import make_plan
@@ -154,6 +164,7 @@ class SageCalibrate(io.ComfyNode):
             [Prompt(positive), Prompt(positive_2)],
             range(seed, seed + runs),
             share=share,
+            sensitivity=end_to_end,
             path=_table_path(name),
             progress=tell,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -170,9 +170,10 @@ def calibrate(
         seed: of the choice of cells and rows.
         bar_db: where completing is less certain than this (expected RMS, dB of squared error), the
             cells whose uncertainty may cost most are measured as well.
-        sensitivity: runs on which to measure what cells do to the final latents; 0 skips that
-            stage. A few can mislead: one picture that flips to another mode outweighs all the
-            others, so take eight or more.
+        sensitivity: on how many pictures (by gradients) or runs (by groups) to measure what cells
+            do to the final latents; 0 skips that stage. Where prompts and seeds are fewer, further
+            seeds are taken. A few can mislead: one picture that flips to another mode outweighs all
+            the others, so take eight or more.
         method: of that stage. "gradient" rates every cell by backward passes through the sampling
             of single pictures (:mod:`.gradient`), "groups" runs groups of cells in the lowest spec
             (:mod:`.sensitivity`), "auto" takes gradients where the sampler has them.
@@ -189,7 +190,8 @@ def calibrate(
         TableError: ``path`` holds another model's or calibration's table.
     """
     candidates = _candidates(specs)
-    pairs = [(prompt, int(s)) for prompt in prompts for s in seeds]
+    numbers = [int(s) for s in seeds]
+    pairs = [(prompt, s) for prompt in prompts for s in numbers]
     different = len({str(prompt) for prompt in prompts})
     if different < MIN_PROMPTS:
         raise CalibrationError(
@@ -213,15 +215,24 @@ def calibrate(
         job.table.extra = _doubtful(job.table, bar_db)
     if job.table.extra:
         job.passes("remeasure", pairs, job.table.extra_runs)
-    if sensitivity and job.table.sensitivity is None:
-        job.table.sensitivity = _end_to_end(job, pairs, sensitivity, method)
+    if sensitivity and not _answers(job.table.sensitivity, sensitivity, method):
+        found = _end_to_end(job, prompts, numbers, sensitivity, method)
+        job.table.sensitivity = found | {"asked": sensitivity}
         job.table.unfinished = None
         job.save()
     return job.table
 
 
+def _answers(found: dict[str, Any] | None, count: int, method: str) -> bool:
+    """Is a finished end-to-end stage what is asked for?  Stages of before don't say on how many
+    pictures they were asked to be run."""
+    if found is None or found.get("asked", count) != count:
+        return False
+    return method == "auto" or found.get("method", "groups") == method
+
+
 def _end_to_end(
-    job: _Job, pairs: Sequence[tuple[Any, int]], count: int, method: str
+    job: _Job, prompts: Sequence[Any], seeds: Sequence[int], count: int, method: str
 ) -> dict[str, Any]:
     sampler, table = job.sampler, job.table
 
@@ -229,26 +240,24 @@ def _end_to_end(
         table.unfinished = state
         job.save()
 
+    options: dict[str, Any] = {"progress": job.tell, "unfinished": table.unfinished, "keep": keep}
     if method == "groups" or (method == "auto" and not isinstance(sampler, Tracer)):
-        return measure_sensitivity(
-            sampler,
-            table,
-            pairs[:count],
-            progress=job.tell,
-            unfinished=table.unfinished,
-            keep=keep,
-        )
+        runs = list(itertools.islice(_endless(prompts, seeds), count))
+        return measure_sensitivity(sampler, table, runs, **options)
     assert isinstance(sampler, Tracer)
-    pictures = [picture for pair in pairs for picture in sampler.pictures(*pair)]
-    spread = np.linspace(0, len(pictures), min(count, len(pictures)), endpoint=False)
-    return measure_gradient(
-        sampler,
-        table,
-        [pictures[int(i)] for i in spread],
-        progress=job.tell,
-        unfinished=table.unfinished,
-        keep=keep,
-    )
+    pictures = [x for prompt in prompts for s in seeds for x in sampler.pictures(prompt, s)]
+    more = itertools.islice(_endless(prompts, seeds), len(prompts) * len(seeds), None)
+    while len(pictures) < count:
+        pictures += sampler.pictures(*next(more))
+    spread = np.linspace(0, len(pictures), count, endpoint=False)
+    return measure_gradient(sampler, table, [pictures[int(i)] for i in spread], **options)
+
+
+def _endless(prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[tuple[Any, int]]:
+    """Every prompt with the first seed, then with the next, and with others when they run out."""
+    for seed in itertools.chain(seeds, itertools.count(max(seeds) + 1)):
+        for prompt in prompts:
+            yield prompt, seed
 
 
 class _Job:

@@ -93,7 +93,7 @@ def measure_gradient(
         null where it was never called; ``factor [K]``, by how much the errors of one spec add up
         beyond independence when it is used everywhere; ``correlation [K][B][B][S]``, of what a
         layer does to the result in one branch and, that many steps later, in another (averaged over
-        layers and steps); ``peak``, largest minus smallest latent.
+        layers and steps); ``peak``, largest minus smallest latent; ``pictures`` rated.
 
     Raises:
         NoGradient: the host's sampling can't be differentiated.
@@ -138,6 +138,7 @@ def measure_gradient(
         "factor": [float(f"{x:.6g}") for x in factor],
         "correlation": np.round(tally.correlation(), 4).tolist(),
         "peak": tally.peak,
+        "pictures": len(tally.shapes),
     }
 
 

@@ -20,7 +20,7 @@ from sage_diffusion.adapt.coupling import (
     groups_of,
     lower_bound,
 )
-from sage_diffusion.adapt.sensitivity import cell_damage
+from sage_diffusion.adapt.sensitivity import cell_damage, stage_of
 from sage_diffusion.adapt.solve import Infeasible, solve
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -433,5 +433,6 @@ def _provenance(
         "cells": int(table.exists.sum()),
         "completion_bar_db": round(task.bar_db, 2),
         "steps": table.steps,
+        "stage": stage_of(table),
     }
     return found

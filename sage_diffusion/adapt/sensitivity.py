@@ -63,7 +63,8 @@ def measure_sensitivity(
         spec used everywhere: what kind of error a spec makes, and by how much chaotic samples raise
         the mean); ``peak`` (largest minus smallest reference latent); ``checks`` (predicted and
         measured error of the mixed runs); ``fit`` (how the fit and the local error alone did on
-        runs that they had not seen, dB; ``ridge`` null where the local error is kept).
+        runs that they had not seen, dB; ``ridge`` null where the local error is kept);
+        ``pictures`` that were averaged over.
 
     Raises:
         TableError: ``unfinished`` is broken.
@@ -199,6 +200,7 @@ class _Groups:
                 for p, m in zip(expected, measured[last:], strict=True)
             ],
             "fit": found.to_dict(),
+            "pictures": errors.shape[1],
         }
 
 
@@ -222,6 +224,20 @@ def cell_damage(table: ScoreTable, error: np.ndarray) -> np.ndarray:
     if table.sensitivity is not None and table.sensitivity.get("method") == "gradient":
         return cell_effects(table, error)
     return error * cell_weights(table)
+
+
+def stage_of(table: ScoreTable) -> str:
+    """What the weights of cells come from, in a few words."""
+    found = table.sensitivity
+    if found is None:
+        return "the local error of attention"
+    count = found.get("pictures")
+    pictures = "" if count is None else f", {count} picture{'s' if count != 1 else ''}"
+    if found.get("method") == "gradient":
+        return f"the end-to-end stage (gradients{pictures})"
+    if "fit" in found and found["fit"]["ridge"] is None:
+        return f"the local error of attention, which runs of groups did not improve on{pictures}"
+    return f"the end-to-end stage (groups{pictures})"
 
 
 def cell_weights(table: ScoreTable) -> np.ndarray:

@@ -31,12 +31,17 @@ _OTHER = (188, 189, 220)  # a spec that is no name of the ladder
 
 _ROW, _PAD = 14, 8  # pixels
 
+_LONGEST = 100  # letters of what a plan's file says of its calibration
+
 
 def describe(plan: PrecisionPlan) -> str:
     """A plan in a few lines."""
     lines = [plan.name or "unnamed plan"]
     if plan.model:
         lines.append(f"made for {plan.model}")
+    stage = (plan.calibration or {}).get("stage")
+    if isinstance(stage, str):
+        lines.append(f"calibrated on {stage[:_LONGEST]}")
     for i, rule in enumerate(plan.rules):
         where = [f"{i}: {rule.layers}"]
         if (rule.start, rule.end) != (0.0, 1.0):

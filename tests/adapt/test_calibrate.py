@@ -9,8 +9,8 @@ from adapt_host import TinySampler
 
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
 from sage_diffusion.adapt.complete import complete
-from sage_diffusion.adapt.planner import plan_index
-from sage_diffusion.adapt.sensitivity import _Groups, cell_weights
+from sage_diffusion.adapt.planner import make_plan, plan_index
+from sage_diffusion.adapt.sensitivity import _Groups, cell_weights, stage_of
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 
@@ -242,6 +242,31 @@ def test_sensitivity_predicts_mixed_runs():
         assert abs(10 * np.log10(check["predicted"] / check["measured"])) < 3
     copy = ScoreTable.from_dict(table.to_dict())
     assert np.array_equal(cell_weights(copy), cell_weights(table))
+
+
+def test_further_seeds_are_taken_and_another_count_is_run_again(tmp_path):
+    options = {"path": tmp_path / "scores.json", "share": 1, "specs": SPECS[1:]}
+    seen = []
+
+    class Listed(TinySampler):
+        def sample(self, prompt, seed):
+            if self.session.plan.default.quantized:  # the uniform run, one of each pair
+                seen.append((prompt, seed))
+            return super().sample(prompt, seed)
+
+    sampler = Listed(layers=1, steps=4)
+    assert stage_of(run(sampler, **options)) == "the local error of attention"
+    table = run(sampler, sensitivity=3, **options)
+    assert seen == [("a", 0), ("bb", 0), ("a", 1)]
+    assert stage_of(table).endswith(", 6 pictures)") or stage_of(table).endswith("6 pictures")
+    runs = sampler.runs
+    assert run(sampler, sensitivity=3, **options).sensitivity == table.sensitivity
+    assert sampler.runs == runs
+    assert run(sampler, sensitivity=1, **options).sensitivity["asked"] == 1
+    kept = ScoreTable.load(options["path"])
+    kept.sensitivity["fit"]["ridge"] = None
+    made = make_plan(kept, budget=0.9)
+    assert "which runs of groups did not improve on" in made.plan.calibration["stage"]
 
 
 def test_a_half_of_guidance_that_is_not_seen_weighs_less():

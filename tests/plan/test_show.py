@@ -15,6 +15,9 @@ def test_a_plan_in_words():
         "0: double.*, steps 25%-50%, cond only, from 128 tokens -> int8/fp16",
         "else -> fp16",
     ]
+    made = PrecisionPlan("fp16", calibration={"stage": "the local error of attention"})
+    assert "calibrated on the local error of attention" in describe(made).splitlines()
+    assert "calibrated" not in describe(PrecisionPlan("fp16", calibration={"stage": 3}))
 
 
 # ---------------------------------------------------------------------- pictures
