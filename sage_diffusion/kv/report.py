@@ -112,20 +112,21 @@ def bytes_at(layer: Layer, tokens: int) -> float:
     return constant + rate * over + exact_bytes(layer, tokens - over)
 
 
-def check_constants(layer: Layer, tokens: int) -> None:
-    """Whether constants such as a basis pay at this length.
+def check_constants(layers: Sequence[Layer], tokens: int) -> None:
+    """Whether constants such as bases pay at this length; some layers store for others, too.
 
     Raises:
         ValueError: they take at least as much as compression saves.
     """
-    constant, over = constant_bytes(layer), _leaving(layer, tokens)
-    if not constant or not layer.compressed:
-        return
-    saved = exact_bytes(layer, over) - body_bytes(layer) / layer.compressed * over
-    if constant >= saved:
+    layers = [layer for layer in layers if layer.compressed]
+    constant, saved = sum(map(constant_bytes, layers)), 0.0
+    for layer in layers:
+        over = _leaving(layer, tokens)
+        saved += exact_bytes(layer, over) - body_bytes(layer) / layer.compressed * over
+    if constant and constant >= saved:
         raise ValueError(
-            f"the basis of layer {layer.number} must save more than it takes at {tokens} tokens: "
-            f"it takes {constant} bytes, compression saves {max(round(saved), 0)}"
+            f"bases must save more than they take at {tokens} tokens: those of {len(layers)} "
+            f"layers take {constant} bytes, compression saves {max(round(saved), 0)}"
         )
 
 

@@ -184,9 +184,9 @@ def test_a_basis_that_takes_more_than_it_saves_is_refused_with_both_numbers(llam
 
     assert run(None).bits(100) > run(None).bits(4096) and run(4096)
     with pytest.raises(
-        ValueError, match=r"layer 0 must .* at 60 tokens: it takes 16000 bytes, .* saves 13824"
+        ValueError, match=r"at 60 tokens: .* of 3 layers take 48000 bytes, .* saves 41472"
     ):
-        run(60)
+        KVCache.for_model(llama, Based(4, 4), sink=8, window=16, context=60)
 
 
 def test_many_rows_share_one_scratch(llama):
@@ -224,14 +224,15 @@ def test_what_cannot_be_compressed_is_refused_before_anything_runs(llama):
     model = model_of(LlamaConfig(**SIZES))
     model.config.layer_types = ["sliding_attention"] * 3
     model.config.sliding_window = 16
-    with pytest.raises(ValueError, match="LlamaForCausalLM has sliding_attention"):
+    with pytest.raises(ValueError, match=r"all 3 .* are of sliding_attention, which keeps no"):
         KVCache.for_model(model)
     with pytest.raises(ValueError, match="preset must be one of"):
         compress(llama, "k9").__enter__()
     assert not llama._forward_pre_hooks
-    cache = KVCache.for_model(llama, Kivi(2, 2, group=24))
-    with pytest.raises(ValueError, match="groups of 24 channels must divide the head's 32"):
-        logits(llama, cache, ids(10), [10])
+    with pytest.raises(ValueError, match="layer 0 can't be compressed: groups of 24 channels"):
+        KVCache.for_model(llama, Kivi(2, 2, group=24))
+    with pytest.raises(ValueError, match=r"layer 0 can't be compressed: .* need a calibration"):
+        KVCache.for_model(llama, "calibrated-1.8")
 
 
 def test_layers_that_slide_are_left_alone():
@@ -246,6 +247,7 @@ def test_layers_that_slide_are_left_alone():
 def test_compress_gives_a_cache_to_whoever_brings_none(llama):
     plain, forward = llama.generate, llama.forward
     with compress(llama, "k2v2", sink=4, window=8) as handle:
+        assert handle.cache.compressed == (0, 1, 2) and not handle.cache.left
         llama.generate(ids(100), max_new_tokens=3, do_sample=False)
         made = handle.cache
         assert made.get_seq_length() == 102 and made.layers[0].past.compressed == 64

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 from sage_diffusion.integrations.transformers.lazy import LazyPast
 from sage_diffusion.integrations.transformers.rope import model_rope
 from sage_diffusion.kv import report as _report
+from sage_diffusion.kv import trial
 from sage_diffusion.kv.calibration import Calibration, fingerprint
 from sage_diffusion.kv.kept import QUERIES
 from sage_diffusion.kv.layer import Layer
@@ -133,6 +134,28 @@ def _last_rows(rows: int, tokens: int, device: torch.device) -> Tensor:
     return (torch.arange(tokens, device=device) <= row)[None, None]
 
 
+def _why(kind: str) -> str:
+    """Why layers of a type are left alone."""
+    if "sliding" in kind or "chunked" in kind:
+        return "keeps no more than its window"
+    return "has no K and V of its own that grow"
+
+
+def _shape(model: nn.Module, config: Any) -> trial.Shape | None:
+    """Of K and V, where all layers have the same and the configuration says which."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    other = ("kv_lora_rank", "global_head_dim", "num_global_key_value_heads", "v_head_dim")
+    if any(getattr(config, name, None) for name in other):
+        return None
+    if not isinstance(heads, int) or not isinstance(dim, int):
+        return None
+    weight = next(x for x in model.parameters() if x.is_floating_point())
+    if weight.device.type == "meta":
+        return None
+    return trial.Shape(heads, dim, dim, weight.dtype, weight.device)
+
+
 class KVCache(Cache):
     """A cache whose layers of full attention are compressed; the others are transformers' own.
 
@@ -143,7 +166,7 @@ class KVCache(Cache):
         preset: name of the method.
         pasts: of the compressed layers, by their number.
         compressed: these numbers.
-        left: number -> type of those that are left alone.
+        left: number -> type of those that are left alone, known before anything runs.
         peak_bytes: most that the compressed layers and their scratch had allocated at once.
     """
 
@@ -181,33 +204,41 @@ class KVCache(Cache):
             calibration: of this model, where the method needs one.
             sink, window: first and last tokens that stay exact.
             context: tokens that will be held; a basis that takes more than it saves there is
-                refused with the two numbers, when the first layer has compressed something.
+                refused with the two numbers.
 
         Raises:
-            ValueError: no layer can be compressed, the preset is not known, or the method wants K
-                before RoPE of a model whose RoPE is not known.
+            ValueError: no layer can be compressed, the preset is not known, it does not fit a
+                layer's heads and channels, its basis does not pay, or it wants K before RoPE of a
+                model whose RoPE is not known.
         """
         method = by_name(preset)
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         kinds, arguments = get_layer_types_and_kwargs(config)
         if _FULL not in kinds:
-            found = ", ".join(sorted(set(kinds)))
+            why = "; ".join(f"{kind}, which {_why(kind)}" for kind in sorted(set(kinds)))
             raise ValueError(
-                f"a layer must be of {_FULL} to be compressed, {type(model).__name__} has {found}"
+                f"a layer must be of {_FULL} to be compressed, all {len(kinds)} of "
+                f"{type(model).__name__} are of {why}"
             )
-        scratch, shared = Scratch(), dict[Any, Any]()
         rope = model_rope(model) if method.pre_rope else None
         if isinstance(calibration, Calibration):
             calibration.check(fingerprint(model))
-        layers: list[Any] = []
-        for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True)):
-            if kind == _FULL:
-                layer = Layer(
-                    method, sink, window, i, rope=rope, calibration=calibration, shared=shared
-                )
-                layers.append(CompressedLayer(layer, scratch))
-            else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**given))
+
+        def pasts() -> dict[int, Layer]:
+            given: dict[str, Any] = {"rope": rope, "calibration": calibration, "shared": {}}
+            full = (i for i, kind in enumerate(kinds) if kind == _FULL)
+            return {i: Layer(method, sink, window, i, **given) for i in full}
+
+        shape = _shape(model, config)
+        if shape is not None:
+            trial.check(list(pasts().values()), shape, context)
+        made, scratch = pasts(), Scratch()
+        layers: list[Any] = [
+            CompressedLayer(made[i], scratch)
+            if kind == _FULL
+            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
+            for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True))
+        ]
         name = preset if isinstance(preset, str) else repr(preset)
         return cls(layers, kinds, name, scratch, context)
 
@@ -227,8 +258,8 @@ class KVCache(Cache):
         if self._open != -1:
             past = self.pasts[self._open]
             past.settle()
-            if self._context is not None:
-                _report.check_constants(past, self._context)
+            if self._context is not None and self._open == self.compressed[-1]:
+                _report.check_constants(list(self.pasts.values()), self._context)
             self._count(self._open)
             self._open = -1
 
@@ -301,11 +332,12 @@ class Compressing:
     """A model that makes itself a compressed cache wherever it is given none.
 
     Attributes:
-        cache: the one that was made last.
+        cache: the one that was made last; before anything runs an empty one, which says what it
+            will compress.
     """
 
     def __init__(self, model: nn.Module, make: Callable[[], KVCache]):
-        self.cache: KVCache | None = None
+        self.cache = make()
         self._model, self._make = model, make
         self._name = argument(model)
         own = vars(model).get("generate")
@@ -360,7 +392,6 @@ def compress(
     Raises:
         ValueError: as there, before anything is changed.
     """
-    KVCache.for_model(model, preset, **settings)
     handle = Compressing(model, lambda: KVCache.for_model(model, preset, **settings))
     try:
         yield handle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,15 +38,20 @@ class Matryoshka(Method):
 
     def ranks(self, calibration: Calibration) -> Tensor:
         """``[L, 2, H]`` int64."""
-        energy = calibration.tensors["post.energy"].double()
-        layers, sides, heads, dim = energy.shape
-        if not self.adaptive:
-            return torch.full((layers, sides, heads), round(self.kept * dim))
-        energy = energy / energy.sum((2, 3), keepdim=True)  # a side of a layer counts 1
-        left = energy.flip(-1).cumsum(-1).flip(-1)  # what ranks 0 .. D - 1 lose
-        losses = torch.cat([left, torch.zeros_like(left[..., :1])], -1).flatten(0, 2)
-        costs = torch.arange(dim + 1.0)
-        return allocate(losses, costs, self.kept * dim * len(losses)).view(layers, sides, heads)
+        return _ranks(calibration, self.kept, self.adaptive)
+
+
+@lru_cache(maxsize=32)
+def _ranks(calibration: Calibration, kept: float, adaptive: bool) -> Tensor:
+    energy = calibration.tensors["post.energy"].double()
+    layers, sides, heads, dim = energy.shape
+    if not adaptive:
+        return torch.full((layers, sides, heads), round(kept * dim))
+    energy = energy / energy.sum((2, 3), keepdim=True)  # a side of a layer counts 1
+    left = energy.flip(-1).cumsum(-1).flip(-1)  # what ranks 0 .. D - 1 lose
+    losses = torch.cat([left, torch.zeros_like(left[..., :1])], -1).flatten(0, 2)
+    costs = torch.arange(dim + 1.0)
+    return allocate(losses, costs, kept * dim * len(losses)).view(layers, sides, heads)
 
 
 class MatryoshkaBody(Body):
