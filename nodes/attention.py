@@ -147,6 +147,15 @@ class SageAttention(io.ComfyNode):
             "step as a precision plan says, and reports on the node what it did. Put it between "
             "the loader (and LoRAs) and the sampler.",
             search_aliases=[
+                "attention",
+                "sage",
+                "int8",
+                "int4",
+                "fp8",
+                "fp4",
+                "faster",
+                "speed",
+                "quantize",
                 "sage diffusion",
                 "quantized attention",
                 "int8 attention",

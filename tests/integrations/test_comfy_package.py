@@ -1,9 +1,12 @@
 """What ComfyUI's registry and Manager read of the pack."""
 
 import ast
+import io
 import json
 import re
+import subprocess
 import xml.etree.ElementTree as ET
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,90 @@ def names(lines):
     return {re.split(r"[ <>=~!;\[]", line, maxsplit=1)[0] for line in lines}
 
 
-def test_the_managers_list_covers_what_the_package_needs():
+#: What ComfyUI's own requirements bring, since 0.24.
+COMFYS_OWN = {"torch", "numpy", "pillow", "pydantic", "safetensors"}
+#: What the command line and its reports want; the nodes do without.
+EXTRAS = {"jinja2", "rich", "typer"}
+
+
+def test_nothing_is_installed_with_the_nodes():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    listed = names(line for line in lines if line and not line.startswith("#"))
-    project = pyproject()["project"]
-    needed = names(project["dependencies"]) | names(project["optional-dependencies"]["plot"])
-    assert listed == needed - {"torch"}  # never touch a user's torch
+    assert all(line.startswith("#") for line in lines if line)
+    assert names(pyproject()["project"]["dependencies"]) == COMFYS_OWN - {"safetensors"} | EXTRAS
+
+
+def archive():
+    """Files that go to the registry: git's, less those of .comfyignore."""
+    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs git's list of files")
+    found = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    ignored = subprocess.run(
+        [*listing, "--ignored", "--exclude-from=.comfyignore"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    return sorted({*found.split("\0")} - {*ignored.split("\0"), ""})
+
+
+def modules_of(path):
+    """Modules of the pack that a file imports, in functions too, as paths without an ending."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in found:
+            for package in ("kernels", "nodes"):
+                name = name.replace(f"sage_diffusion.{package}", package, 1)
+            yield name.replace(".", "/")
+
+
+def test_the_archive_is_small_and_holds_what_the_nodes_import():
+    files = archive()
+    assert not any(f.startswith(("tests/", "benchmarks/", "docs/", "tools/")) for f in files)
+    assert {"__init__.py", "web/text.js", "web/plans.js", "locales/en/nodeDefs.json"} <= {*files}
+    stems = {f.removesuffix(".py").removesuffix("/__init__") for f in files if f.endswith(".py")}
+    left_out = {
+        path.relative_to(ROOT).as_posix().removesuffix(".py").removesuffix("/__init__")
+        for folder in ("sage_diffusion", "kernels", "nodes")
+        for path in (ROOT / folder).rglob("*.py")
+    } - stems
+    assert "sage_diffusion/speed/libraries" in left_out  # it fetches wheels through pip
+    for file in files:
+        if file.endswith(".py"):
+            missing = {*modules_of(ROOT / file)} & left_out
+            assert not missing, (file, missing)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archived:
+        for file in files:
+            archived.write(ROOT / file, file)
+    assert packed.tell() <= 12e6
+
+
+def test_only_pythons_own_children_are_started():
+    """The registry scans for downloads and installers; a verification runs in a Python beside."""
+    starts = set()
+    for file in archive():
+        if file.endswith(".py"):
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert not re.search(r"urllib\.request|import requests|hf_hub|pip download", text)
+            assert '"pip"' not in text, file
+            if re.search(r"\bsubprocess\.(run|Popen|check_output)", text):
+                starts.add(file)
+    assert starts == {
+        "sage_diffusion/verify/packed_past.py",
+        "sage_diffusion/verify/record.py",
+        "sage_diffusion/verify/worker.py",
+    }
+
+
+def test_people_find_the_node():
+    """By what they type; the page ranks a term that is an alias of its own highest."""
+    text = (ROOT / "nodes" / "attention.py").read_text()
+    for term in ("attention", "sage", "int8", "int4", "fp8", "faster", "speed", "quantize"):
+        assert f'"{term}"' in text
 
 
 def test_the_metadata_keep_the_registrys_rules():
