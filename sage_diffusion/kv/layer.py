@@ -216,10 +216,12 @@ class Layer:
         """Better copies of some tokens of the body."""
         return [x for x in (self._heavy, self._exact) if x is not None and len(x)]
 
-    def _rotated(self, k: Tensor, start: int, inverse: bool = False) -> Tensor:
-        """K of the body from its token ``start`` on, rotated by its positions."""
+    def _rotated(self, k: Tensor, start: int | Tensor, inverse: bool = False) -> Tensor:
+        """K of the body from its token ``start`` on, or of tokens ``[B, n]``, at its positions."""
         assert self._rope is not None
-        index = torch.arange(k.shape[2], device=k.device) + (self._sink["k"].length + start)
+        if isinstance(start, int):
+            start = torch.arange(start, start + k.shape[2], device=k.device)
+        index = start + self._sink["k"].length
         offset = torch.zeros(1, dtype=torch.int64) if self._offset is None else self._offset
         positions = (index + offset.to(k.device)[:, None]).clamp(min=0).expand(k.shape[0], -1)
         return self._rope.rotate(k, positions, inverse)
@@ -346,6 +348,8 @@ class Layer:
     def _crop_body(self, tokens: int) -> None:
         assert self.body is not None
         whole = tokens // self.body.unit * self.body.unit
+        if self.method.evicts:  # what it lacks can't be read, and it forgets any number of tokens
+            whole = tokens
         if tokens > whole:
             k, v = self._body_tile(whole, tokens)
             dtype = self.body.place.dtype

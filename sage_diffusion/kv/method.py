@@ -15,8 +15,9 @@ from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.store import Store, select, to
 
-#: K ``[B, H, n, D]`` as it was before RoPE -> after it; the first token's index in the body.
-Rotate = Callable[[Tensor, int], Tensor]
+#: K ``[B, H, n, D]`` as it was before RoPE -> after it; the first token's index in the body, or the
+#: index of each ``[B, n]``.
+Rotate = Callable[[Tensor, int | Tensor], Tensor]
 
 #: Tokens that are read at once where a body is attended to without a kernel.
 TILE = 1024
@@ -206,7 +207,8 @@ class Method(ABC):
     Attributes:
         pre_rope: whether its bodies want K as it was before RoPE.
         exact: whether :meth:`Body.read` gives back bit for bit what was appended.
-        evicts: whether its bodies lack tokens, so that they can be attended to and not read.
+        evicts: whether its bodies lack tokens, so that they can be attended to and not read, and
+            are cropped to any number of tokens.
         heavy: share of the older tokens that are kept at 8 bits, those that the newest queries
             attend to most; a subclass may have a field of this name.
     """

@@ -6,6 +6,7 @@ import torch
 from sage_diffusion.kv.calibration import Calibration, CalibrationError
 from sage_diffusion.kv.layer import Layer
 from sage_diffusion.kv.method import Place
+from sage_diffusion.kv.methods.kivi import Kivi
 from sage_diffusion.kv.methods.matryoshka import Matryoshka
 from sage_diffusion.kv.methods.prefixkv import PrefixKV
 from sage_diffusion.kv.methods.xkv import XKV
@@ -90,6 +91,70 @@ def test_matryoshka_gives_ranks_to_those_that_need_them():
     torch.testing.assert_close(body.read(5, 9)[0], body.read()[0][:, :, 5:9])
     with pytest.raises(CalibrationError):
         Matryoshka().body(place())
+
+
+def test_matryoshka_s_coordinates_may_have_few_bits():
+    made, k = calibration(), low_rank(96, 6, seed=9)[0]
+    errors, sizes = [], []
+    for width in (2, 4, 8):
+        body = Matryoshka(0.5, width=width).body(place(0, made))
+        body.append(k[:, :, :64], k[:, :, :64])
+        body.append(k[:, :, 64:], k[:, :, 64:])
+        assert body.unit == 32 and torch.equal(body.read(40, 70)[0], body.read()[0][:, :, 40:70])
+        errors.append((body.read()[0] - k).norm())
+        sizes.append(sum(x.used for name, x in body.stores.items() if ".codes" in name))
+        body.crop(64)
+        assert body.read()[1].shape == k[:, :, :64].shape
+    assert errors == sorted(errors, reverse=True)
+    assert sizes[2] == 2 * sizes[1] == 4 * sizes[0]
+    with pytest.raises(ValueError, match="width must be one of"):
+        Matryoshka(width=7).body(place(0, made))
+
+
+class Rope:
+    """Turns pairs of channels; position 0 leaves all as it is."""
+
+    def rotate(self, x, positions, inverse=False):
+        angle = positions[:, None, :, None] * (-0.1 if inverse else 0.1)
+        even, odd = x.float().chunk(2, 3)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((even * cos - odd * sin, even * sin + odd * cos), 3)
+
+
+@pytest.mark.parametrize(
+    "of", [Kivi(8, 8, group=16), Kivi(8, 8, group=16, pre_rope=True), Matryoshka(1.0, False, 8)]
+)
+def test_what_is_kept_may_be_compressed_by_another_method(of):
+    """Projection, quantization and eviction compose; K before RoPE has the positions of its own."""
+    layer = Layer(PrefixKV(0.5, of), sink=4, window=12, rope=Rope(), calibration=calibration())
+    k = low_rank(144, 6)[0]
+    v = low_rank(144, 6, seed=1)[0]
+    k, v = Rope().rotate(k, torch.arange(144)[None]), v[:, [1, 0]]
+    q = k[:, :, [20, 50]]
+    layer.append(k, v)
+    layer.observe(q, 0.25)
+    layer.settle()
+    body = layer.body
+    assert layer.compressed == 128 and body.of.tokens == body.stores["index"].length
+    assert 0 < body.of.tokens < 128 and body.of.tokens % body.unit == 0
+    got = layer.attend(q, 0.25)
+    kept = body.stores["index"].read().long()
+    seen = torch.zeros(2, 144, dtype=torch.bool)
+    seen[:, :4] = seen[:, 132:] = True
+    seen.scatter_(1, kept + 4, True)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, seen[:, None, None], scale=0.25
+    )
+    assert (got - want).norm() < 0.05 * want.norm()
+    layer.select(torch.tensor([1]))
+    layer.crop(70)
+    assert body.of.tokens % body.unit == 0 and layer.attend(q[1:], 0.25).isfinite().all()
+
+
+def test_what_is_kept_must_be_one_layer_s():
+    for of in (XKV(), PrefixKV()):
+        with pytest.raises(ValueError, match="evicts nothing and that looks at one layer"):
+            PrefixKV(0.5, of).body(place())
 
 
 def test_prefixkv_keeps_what_the_newest_queries_look_at():

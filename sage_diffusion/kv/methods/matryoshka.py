@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.kv.allocation import allocate
-from sage_diffusion.kv.calibration import Calibration, CalibrationError
+from sage_diffusion.kv.calibration import GROUP, Calibration, CalibrationError
+from sage_diffusion.kv.coefficients import BLOCK, WIDTHS, Coefficients
 from sage_diffusion.kv.method import Body, Method, Place
 from sage_diffusion.kv.store import Store
 
@@ -24,16 +25,21 @@ class Matryoshka(Method):
     Attributes:
         kept: mean share of the channels that are kept.
         adaptive: ranks by energy; False: the same rank everywhere.
+        width: bits of a coordinate, one of 2, 3, 4, 5, 6, 8, min-max over up to 128 tokens; None:
+            in the model's dtype.
     """
 
     kept: float = 0.5
     adaptive: bool = True
+    width: int | None = None
 
     def body(self, place: Place) -> MatryoshkaBody:
         if not isinstance(place.calibration, Calibration):
             raise CalibrationError("matryoshka needs a calibration of the model")
         if not 0 < self.kept <= 1:
             raise ValueError(f"kept must be above 0 and at most 1, got {self.kept}")
+        if self.width is not None and self.width not in WIDTHS[1:]:
+            raise ValueError(f"width must be one of {WIDTHS[1:]} or None, got {self.width}")
         return MatryoshkaBody(place, self)
 
     def ranks(self, calibration: Calibration) -> Tensor:
@@ -59,14 +65,21 @@ class MatryoshkaBody(Body):
 
     def __init__(self, place: Place, method: Matryoshka):
         super().__init__(place)
+        self.unit = 1 if method.width is None else BLOCK
         calibration: Calibration = place.calibration
         row = calibration.row(place.layer)
         self.ranks = method.ranks(calibration)[row]  # [2, H]
         mean, basis = (calibration.tensors[f"post.{name}"][row] for name in ("mean", "basis"))
+        self._codes: dict[str, Coefficients] = {}
         for side in range(2):
             for head in range(place.heads):
                 rank, name = int(self.ranks[side, head]), f"{'kv'[side]}{head}"
-                self.stores[f"{name}.coefficients"] = Store(1)
+                if method.width is None:
+                    self.stores[f"{name}.coefficients"] = Store(1)
+                else:
+                    codes = Coefficients(torch.full((rank,), method.width), GROUP)
+                    self._codes[name] = codes
+                    self.stores |= {f"{name}.{kind}": x for kind, x in codes.stores.items()}
                 self.constants[f"{name}.mean"] = mean[side, head].to(place.device, copy=True)
                 self.constants[f"{name}.basis"] = basis[side, head, :, :rank].to(
                     place.device, copy=True, memory_format=torch.contiguous_format
@@ -78,23 +91,40 @@ class MatryoshkaBody(Body):
                 name = f"{side}{head}"
                 centred = x[:, head].float() - self.constants[f"{name}.mean"].float()
                 found = centred @ self.constants[f"{name}.basis"].float()
-                self.stores[f"{name}.coefficients"].append(found.to(x.dtype))
+                if name in self._codes:
+                    self._codes[name].append(found)
+                else:
+                    self.stores[f"{name}.coefficients"].append(found.to(x.dtype))
         self.tokens += k.shape[2]
+
+    def _coefficients(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._codes:
+            return self.stores[f"{name}.coefficients"].read(start, stop).float()
+        return self._codes[name].read(start, stop)
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         stop = self.tokens if stop is None else stop
         sides = []
-        for side in "kv":
-            heads = []
+        for side in range(2):
+            heads: list[Tensor] = []
             for head in range(self.place.heads):
-                name = f"{side}{head}"
-                found = self.stores[f"{name}.coefficients"].read(start, stop).float()
+                name = f"{'kv'[side]}{head}"
+                mean = self.constants[f"{name}.mean"].float()
+                if not self.ranks[side, head]:  # the mean says all
+                    batch = self._batch()
+                    heads.append(mean.expand(batch, stop - start, -1))
+                    continue
                 basis = self.constants[f"{name}.basis"].float()
-                heads.append(found @ basis.T + self.constants[f"{name}.mean"].float())
+                heads.append(self._coefficients(name, start, stop) @ basis.T + mean)
             sides.append(torch.stack(heads, 1))
         return sides[0], sides[1]
 
+    def _batch(self) -> int:
+        return next(x.read().shape[0] for x in self.stores.values() if x.length)
+
     def crop(self, tokens: int) -> None:
-        for store in self.stores.values():
+        for store in self.stores.values() if not self._codes else ():
             store.cut(tokens)
+        for codes in self._codes.values():
+            codes.cut(tokens)
         self.tokens = tokens
