@@ -11,6 +11,7 @@ from sage_diffusion.attend import backends
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, marked_off, patch, status
 from sage_diffusion.integrations.comfy.carried import Chosen, choose, signature
+from sage_diffusion.integrations.comfy.families import plan_for
 from sage_diffusion.integrations.comfy.headline import OFF
 from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER
@@ -28,7 +29,7 @@ from sage_diffusion.plan.embed import content_hash
 from sage_diffusion.plan.show import describe
 
 #: Choices of the preset that are none.
-FILE, INPUT, CUSTOM = "plan file", "plan input", "custom"
+BY_MODEL, FILE, INPUT, CUSTOM = "by model", "plan file", "plan input", "custom"
 
 #: Steps between two drift checks of a layer.
 _CHECK_EVERY = 10
@@ -121,7 +122,7 @@ class SageAttention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        options = [io.DynamicCombo.Option(name, []) for name in PRESETS]
+        options = [io.DynamicCombo.Option(name, []) for name in (BY_MODEL, *PRESETS)]
         options += [
             io.DynamicCombo.Option(
                 FILE,
@@ -170,8 +171,9 @@ class SageAttention(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "preset",
                     options=options,
-                    tooltip="quality: INT8 with FP16 values. balanced: 8 bits. fast: 4 bits where "
-                    "the GPU has them. plan file / plan input: a measured plan. custom: your own.",
+                    tooltip="by model: rules of thumb for the model's family, not calibrated. "
+                    "quality: INT8 with FP16 values. balanced: 8 bits. fast: 4 bits where the GPU "
+                    "has them. plan file / plan input: a measured plan. custom: your own.",
                 ),
                 io.Boolean.Input(
                     "enabled",
@@ -221,7 +223,7 @@ class SageAttention(io.ComfyNode):
         embed_plan: bool = True,
         embedded_plan: str = "",
     ) -> io.NodeOutput:
-        chosen = plan_of(preset, str(model.load_device), embedded_plan if embed_plan else "")
+        chosen = plan_of(preset, model, embedded_plan if embed_plan else "")
         plan, title = chosen.plan, chosen.plan.name or preset["preset"]
         if chosen.origin:
             title = f"{title} ({chosen.origin})"
@@ -244,9 +246,11 @@ class SageAttention(io.ComfyNode):
         return io.NodeOutput(patched, plan)
 
 
-def plan_of(values: dict[str, Any], device: str, embedded: str = "") -> Chosen:
-    """The plan that the widget's values mean on a device."""
-    kind = values["preset"]
+def plan_of(values: dict[str, Any], model: Any, embedded: str = "") -> Chosen:
+    """The plan that the widget's values mean for a MODEL."""
+    kind, device = values["preset"], str(model.load_device)
+    if kind == BY_MODEL:
+        return plan_for(model, device)
     if kind == FILE:
         return choose(values["file"], embedded, path_if_there(values["file"]))
     if kind == INPUT:

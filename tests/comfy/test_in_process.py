@@ -443,3 +443,12 @@ def test_compiled_models_run_and_are_counted(families):
     assert attached(compiled).last.summary.quantized == 6
     assert [layer.name for layer in attached(compiled).last.summary.layers] == LAYERS["sd3"]
     assert error(out, eager) < 1e-5
+
+
+def test_rules_of_the_models_family_fit_it(family):
+    from sage_diffusion.integrations.comfy.families import plan_for
+
+    chosen = plan_for(family.model, "cpu")
+    assert "not calibrated" in chosen.plan.name
+    assert not chosen.origin
+    assert chosen.plan.check(LAYERS[family.name]) == []

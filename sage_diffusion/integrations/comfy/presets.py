@@ -59,15 +59,15 @@ def preset(name: str, device: str = "cpu") -> PrecisionPlan:
     if name not in PRESETS:
         raise PlanError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     chosen = PRESETS[name]
-    body = _first_native(chosen.body, device)
-    edges = _first_native(chosen.edges, device)
+    body = first_native(chosen.body, device)
+    edges = first_native(chosen.edges, device)
     rules = [Rule(edges, "*", 0.0, 0.1, min_tokens=MIN_TOKENS)] if edges.quantized else []
     start = 0.0 if edges.quantized else 0.1
     rules.append(Rule(body, "*", start, min_tokens=MIN_TOKENS))
     return PrecisionPlan(FP16, tuple(rules), name=name)
 
 
-def _first_native(names: Sequence[str], device: str) -> AttentionSpec:
+def first_native(names: Sequence[str], device: str) -> AttentionSpec:
     """The first spec that ``auto`` would run; the first of all where none is (and says why)."""
     specs = [AttentionSpec.parse(name) for name in names]
     for spec in specs:
