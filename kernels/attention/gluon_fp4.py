@@ -17,6 +17,7 @@ from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY
 from ..versions import distributed_type, inline_asm
 from .gluon_asm import MAGIC_BITS, regs, seen
 from .gluon_layouts import p_micro_layout
+from .gluon_program import multiply_up, subtract_up
 
 _FP4 = (
     "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
@@ -156,14 +157,14 @@ def weigh_fp4(
     low, high = inline_asm(_group_tops, ("=&f", "=&f", "f"), [s], (part, part), is_pure=True)
     if not SCALED:
         scale = gl.convert_layout(q_scale, gl.SliceLayout(1, part.layout), assert_trivial=True)
-        low, high = low * scale[:, None], high * scale[:, None]
+        low, high = multiply_up(low, scale[:, None]), multiply_up(high, scale[:, None])
     tile_top = gl.max(gl.maximum(low, high), 1)
     tile_top = gl.convert_layout(tile_top, top.type.layout, assert_trivial=True)
     before = reference
     top = gl.maximum(top, tile_top)
     reference = gl.maximum(tile_top, top - LAG)
     alpha = gl.exp2(before - reference)
-    shift = reference - RANGE_FP4
+    shift = subtract_up(reference, RANGE_FP4)
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 1)
     words_type: gl.constexpr = distributed_type(gl.int32, [s.shape[0], 8], operand)
     micro_type: gl.constexpr = distributed_type(

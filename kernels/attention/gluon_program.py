@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..formats import TILE_N
+from ..tiles import adding_up
 from ..versions import NATIVE_ASSEMBLY, inline_asm
 from .gluon_asm import add_bf16, add_fp16, add_fp32, program_after
 from .gluon_layouts import lane_layout
@@ -48,6 +49,20 @@ def to_output(x, p_out):
         x = gl.maximum(x, -_HALF_MAX, propagate_nan=_NAN)
         x = gl.minimum(x, _HALF_MAX, propagate_nan=_NAN)
     return x.to(p_out.dtype.element_ty)
+
+
+@gluon.jit
+def multiply_up(x, y):
+    """As :func:`..tiles.multiply_up`."""
+    asm: gl.constexpr = "mul.rp.f32 $0, $1, $2;"
+    return gl.inline_asm_elementwise(asm, "=f,f,f", [x, y], gl.float32, True, 1)
+
+
+@gluon.jit
+def subtract_up(x, y: gl.constexpr):
+    """As :func:`..tiles.subtract_up`."""
+    asm: gl.constexpr = adding_up(-y)
+    return gl.inline_asm_elementwise(asm, "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit

@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..formats import TILE_N
-from ..tiles import adding_up
 from ..versions import distributed_type, inline_asm
 from .gluon_asm import (
     add_row,
@@ -21,7 +20,7 @@ from .gluon_asm import (
     values_uint8,
 )
 from .gluon_fp4 import scores_fp4, values_fp4, weigh_fp4
-from .gluon_program import add_mask
+from .gluon_program import add_mask, multiply_up, subtract_up
 
 _TILE_N, _MINUS_MAGIC = gl.constexpr(TILE_N), gl.constexpr(12582912.0)
 
@@ -165,7 +164,7 @@ def attend_tile(
         )
     tile_top = gl.max(s, 1)
     if not SCALED:
-        tile_top = tile_top * q_scale if FP8 else _multiply_up(tile_top, q_scale)
+        tile_top = multiply_up(tile_top, q_scale)
     before = top if FP8 else reference
     top = gl.maximum(top, tile_top)
     now = top
@@ -174,8 +173,8 @@ def attend_tile(
         now = gl.maximum(tile_top, top - _LAG)
         reference = now
     alpha = gl.exp2(before - now)
-    # Rounded up, so that no code is beyond its byte, however large the scores are.
-    shift = now - RANGE if FP8 else _subtract_up(now, RANGE)
+    # Rounded up, so that no weight is above P's largest code, however large the scores are.
+    shift = subtract_up(now, RANGE)
     if SCALED:
         p = gl.exp2(s - shift[:, None])
     else:
@@ -218,20 +217,6 @@ def attend_tile(
 def _constraints(out, words, floats, bias, bits):
     """Of the score functions: what they always take, then Q's scale and the bias, then the bits."""
     return (out, *["r"] * words, *["f"] * (floats + 2 * bias), *["r"] * bits)
-
-
-@gluon.jit
-def _multiply_up(x, y):
-    """As :func:`..tiles.multiply_up`."""
-    asm: gl.constexpr = "mul.rp.f32 $0, $1, $2;"
-    return gl.inline_asm_elementwise(asm, "=f,f,f", [x, y], gl.float32, True, 1)
-
-
-@gluon.jit
-def _subtract_up(x, y: gl.constexpr):
-    """As :func:`..tiles.subtract_up`."""
-    asm: gl.constexpr = adding_up(-y)
-    return gl.inline_asm_elementwise(asm, "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit

@@ -263,6 +263,26 @@ def test_delta_s_in_column_order(head_dim):
     torch.testing.assert_close(got[..., inside], want[..., inside], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "cc,qk,pv", [(89, "int8", "fp8"), (80, "int8", "int8"), (120, "fp4", "fp4")]
+)
+def test_rows_whose_first_tile_is_hidden(cc, qk, pv):
+    """What hides a score is a large number there; its exponent's rounding must not outweigh all."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=g) for n in (33, 130, 130))
+    mask = (torch.arange(130) >= 66).repeat(33, 1)
+    mask[0] = True  # so that the tile is looked at
+    operands = (
+        quantize.quantize_rows(q, Precision(qk), multiplier=0.2),
+        quantize.quantize_rows(k, Precision(qk)),
+    )
+    values = quantize.quantize_value(v, Precision(pv), fast=pv == "fp8")
+    options = {"mask": mask, "fp16_accumulator": pv == "fp8"}
+    with card(cc):
+        out, _ = gluon.attend_quantized(*operands, permute_value(values), **options)
+    assert relative_l1(out, reference.attend_quantized(*operands, values, **options)[0]) < 1e-3
+
+
 @pytest.mark.parametrize("unsigned_p", [False, True])
 def test_the_largest_weight_stays_within_a_byte(unsigned_p):
     """Where float32's steps of a score are whole numbers, rounding up keeps the largest code."""
