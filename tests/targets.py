@@ -23,24 +23,28 @@ SHARED_MEMORY = {
 }
 
 #: Instruction (a regular expression) that a product of these formats must become: SASS on NVIDIA,
-#: assembly on AMD.  "fp8-fast" accumulates in FP16 where the card has it.
+#: assembly on AMD.  "fp8-fast" accumulates in FP16 where the card has it; "uint8" is an unsigned P,
+#: which only Gluon multiplies as such.
 PRODUCTS = {
     "sm_80": {
         "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
+        "uint8": r"IMMA\.16832\.U8\.S8",
         "fp16": r"HMMA\.16816\.F32",
     },
     "sm_86": {
         "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
+        "uint8": r"IMMA\.16832\.U8\.S8",
         "fp16": r"HMMA\.16816\.F32",
     },
     "sm_89": {
         "tf32": r"HMMA\.1688\.F32\.TF32",
         "int4": r"IMMA\.16864\.S4\.S4",
         "int8": r"IMMA\.16832\.S8\.S8",
+        "uint8": r"IMMA\.16832\.U8\.S8",
         "fp16": r"HMMA\.16816\.F32",
         "fp8": r"QMMA\.16832\.F32\.E4M3\.E4M3",
         "fp8-fast": r"QMMA\.16832\.F16\.E4M3\.E4M3",
@@ -63,6 +67,7 @@ PRODUCTS = {
     "sm_120": {
         "tf32": r"HMMA\.1688\.F32\.TF32",
         "int8": r"IMMA\.16832\.S8\.S8",
+        "uint8": r"IMMA\.16832\.U8\.S8",
         "fp4": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3",
         "fp16": r"HMMA\.16816\.F32",
         "fp8": r"QMMA\.16832\.F32\.E4M3\.E4M3",
@@ -257,6 +262,7 @@ def spills_of_search(dtype: str, dim: int, triton: tuple[int, ...]) -> tuple[str
 QUANTIZERS = {
     "statistics": EVERY,
     "mean": EVERY,
+    "sample": EVERY,
     "rows int8": EVERY,
     "rows int4": WITH_INT4,
     "smoothed rows int4": WITH_INT4,
@@ -270,6 +276,7 @@ QUANTIZERS = {
     "key scales": (*WITH_INT4, "sm_120"),
     "key bias": (*WITH_INT4, "sm_100", "sm_120"),
     "rope mean": EVERY,
+    "rope sample": EVERY,
     "rope rows int8": EVERY,
     "rope rows int4": ("sm_80", "sm_89"),
     "rope smoothed rows int4": ("sm_80", "sm_89"),

@@ -221,6 +221,7 @@ MANY_ARGUMENTS = {
     "kernels.attention.reference": "attention attend_quantized",
     "kernels.attention.triton": "attend_quantized attention",
     "kernels.attention.triton_fp4": "attend_quantized attention",
+    "kernels.quantize.reference": "quantize_rows",
     "kernels.quantize.triton": "quantize_rows",
     "nodes.accuracy": "execute",
     "nodes.attention": "execute",

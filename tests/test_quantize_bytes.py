@@ -35,14 +35,14 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
         "fp4/fp8-fast",
         "fp4/fp4",
     }
-    assert all(1 < row["ratio"] <= 1.6 for row in found)
+    assert all(1 < row["ratio"] <= 1.45 for row in found)
 
 
-def test_each_pass_for_statistics_is_a_sixth_of_the_traffic(quantize_bytes):
+def test_what_statistics_add_to_the_traffic(quantize_bytes):
     rows = {(row["spec"], row["head_dim"]): row for row in quantize_bytes.measure(4096)}
     row = rows["int4/fp8-fast", 128]
     shares = {n: x / (row["read"] + row["written"]) for n, x in row["statistics"].items()}
-    assert shares == pytest.approx({"k": 0.163, "v": 0.168}, abs=1e-3)
+    assert shares == pytest.approx({"k": 0.0227, "v": 0.1912}, abs=1e-3)
     assert rows["int8/fp16", 128]["statistics"]["v"] == 0
 
 
@@ -86,6 +86,7 @@ def traffic(monkeypatch):
     [
         (89, "int8/fp16", 64),
         (89, "int8/fp8", 128),
+        (80, "int8/int8", 64),
         (89, "int4/fp8-fast", 64),
         (120, "fp4/fp4", 64),
     ],
@@ -100,12 +101,12 @@ def test_the_compiled_kernels_move_what_is_counted(traffic, cc, name, head_dim):
     with card(cc):
         (gluon if spec.smooth_q else triton).attention(q, k, v, spec)
     kernels = {kernel for kernel, _ in traffic}
-    ours = {kernel for kernel in kernels if "quantize" in kernel or "stats" in kernel}
+    ours = {k for k in kernels if any(name in k for name in ("quantize", "stats", "sample"))}
     assert kernels - ours == (
         {"attention_kernel", "_bias_kernel", "_scales_kernel"}
         if spec.smooth_q
         else {"_attention_fwd_kernel"}
     )
-    want = launches(spec, length, head_dim)
+    want = launches(spec, length, head_dim, sums=spec.unsigned_p and not spec.smooth_q)
     assert sum(traffic[kernel, "read"] for kernel in ours) == want.read
     assert sum(traffic[kernel, "written"] for kernel in ours) == want.written

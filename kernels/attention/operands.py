@@ -25,13 +25,14 @@ class Operands(NamedTuple):
     """What an attention kernel reads.
 
     Attributes:
-        q: its scales carry ``multiplier`` and are positive.
+        q: balanced; its scales carry ``multiplier`` and are positive.
         k: without its mean, if the spec smooths it.
         v: as it came, where P V runs in the model's half type.
         q_mean: ``[B, H, ceil(Lq / 128), D]`` float32, what smooth_q took out of Q, or None.
         k_mean: ``[B, Hkv, D]`` float32, what smooth_k took out of K, or None.
         sm_scale: the softmax scale.
         multiplier: its magnitude times log2(e).
+        q_factor, k_factor: ``[B, Hkv, D]`` float32 that balance their channels, or None.
     """
 
     q: QuantizedTensor
@@ -41,6 +42,8 @@ class Operands(NamedTuple):
     k_mean: Tensor | None
     sm_scale: float
     multiplier: float
+    q_factor: Tensor | None = None
+    k_factor: Tensor | None = None
 
 
 def quantize_operands(
@@ -66,7 +69,21 @@ def quantize_operands(
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
+    q_factor = k_factor = stats = None
+    if spec.balance:
+        k_mean, v_mean, q_factor, k_factor = quantize.sample(
+            q,
+            k,
+            v if spec.smooth_v else None,
+            smooth_q=spec.smooth_q,
+            smooth_k=spec.smooth_k,
+            rope_q=rope_q,
+            rope_k=rope_k,
+        )
+    else:
+        k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
+        stats = quantize.channel_stats(v) if spec.smooth_v else None
+        v_mean = None if stats is None else stats.mean
     rows = q if sm_scale >= 0 else -q  # the scales stay positive
     by_block = spec.granularity == "block"
     q_mean: Tensor | None
@@ -74,6 +91,7 @@ def quantize_operands(
         q_codes, q_mean = quantize.quantize_smoothed_rows(
             rows,
             spec.qk,
+            factor=q_factor,
             rotation=spec.rotate,
             sign_seed=sign_seed,
             clip=spec.clip,
@@ -86,6 +104,7 @@ def quantize_operands(
             rows,
             spec.qk,
             mean=q_mean,
+            factor=q_factor,
             rotation=spec.rotate,
             sign_seed=sign_seed,
             clip=spec.clip,
@@ -97,6 +116,7 @@ def quantize_operands(
         k,
         spec.qk,
         mean=k_mean,
+        factor=k_factor,
         rotation=spec.rotate,
         sign_seed=sign_seed,
         clip=spec.clip,
@@ -105,11 +125,10 @@ def quantize_operands(
     )
     values: Tensor | QuantizedValue = v
     if spec.pv is not Precision.FP16:
-        stats = quantize.channel_stats(v) if spec.smooth_v else None
         values = quantize.quantize_value(
             v,
             spec.pv,
-            mean=None if stats is None else stats.mean,
+            mean=v_mean,
             fast=spec.pv_accumulator == "fp16",
             clip=spec.clip and spec.pv is Precision.FP4,
             # With V's tokens in its own order a kernel multiplies P's bytes as they are.
@@ -117,4 +136,6 @@ def quantize_operands(
             permuted=permuted,
             stats=stats,
         )
-    return Operands(q_codes, k_codes, values, q_mean, k_mean, sm_scale, multiplier)
+    return Operands(
+        q_codes, k_codes, values, q_mean, k_mean, sm_scale, multiplier, q_factor, k_factor
+    )

@@ -22,6 +22,7 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    Sample,
     decode_fp4,
     encode_fp4,
 )
@@ -70,7 +71,7 @@ def attention(
         out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
         return out.to(dtype), lse
     q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
-    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    k_mean, v_mean, q_factor, k_factor = means_and_factors(q, k, v, spec)
     by_block = spec.granularity == "block"
     options: dict[str, Any] = {
         "rotation": spec.rotate,
@@ -81,16 +82,21 @@ def attention(
         q,
         spec.qk,
         mean=q_mean,
+        factor=q_factor,
         block=Q_SCALE_BLOCK if by_block else 1,
         multiplier=sm_scale * LOG2E,
         **options,
     )
     k_codes = quantize.quantize_rows(
-        k, spec.qk, mean=k_mean, block=K_SCALE_BLOCK if by_block else 1, **options
+        k,
+        spec.qk,
+        mean=k_mean,
+        factor=k_factor,
+        block=K_SCALE_BLOCK if by_block else 1,
+        **options,
     )
     values: Tensor | QuantizedValue = v
     if spec.pv is not Precision.FP16:
-        v_mean = quantize.token_mean(v) if spec.smooth_v else None
         values = quantize.quantize_value(
             v, spec.pv, mean=v_mean, fast=spec.pv_accumulator == "fp16", clip=spec.clip
         )
@@ -107,6 +113,15 @@ def attention(
     if k_mean is not None:  # the softmax does not see what smooth_k takes away, its sum does
         lse = lse + smoothed_lse(q, k_mean, sm_scale)
     return to_output(out, dtype), lse
+
+
+def means_and_factors(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Sample:
+    """What a spec takes out of K and V, and balances: from a sample, or means of all tokens."""
+    values = v if spec.smooth_v else None
+    if spec.balance:
+        return quantize.sample(q, k, values, smooth_q=spec.smooth_q, smooth_k=spec.smooth_k)
+    k_mean = quantize.token_mean(k) if spec.smooth_k else None
+    return Sample(k_mean, None if values is None else quantize.token_mean(values))
 
 
 def to_output(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,24 @@ FP8_MAX, FP8_TINY, FP4_MAX = 448.0, 2.0**-9, 6.0
 #: (SageAttention2++, 2505.21136 section 3.2; their code's split of the range, not the paper's).
 FP8_FAST_VALUE_MAX = 2.25
 
+#: Tokens of which one is sampled to balance channels and to find means, and the least sample of a
+#: short sequence, which is made of one token of fewer.
+SAMPLE_BLOCK, SMALLEST_SAMPLE = 16, 64
+
+#: A channel whose mean square is at most this is left as it is.
+SMALLEST_POWER = 1e-30
+
+#: Q's and K's channels are balanced by powers of two from 2^-8 to 2^8.
+LARGEST_SHIFT = 8.0
+
+
+def sample_block(length: int) -> int:
+    """Tokens of which one is sampled: 16, or 8, 4 or 2."""
+    block = SAMPLE_BLOCK
+    while block > 2 and length < SMALLEST_SAMPLE * block:
+        block //= 2
+    return block
+
 
 def finite(x: Tensor) -> Tensor:
     """float32, clamped so that sums and products of it stay finite."""

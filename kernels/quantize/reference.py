@@ -21,6 +21,7 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    Sample,
     decode_fp4,
     encode_fp4,
     pack_nibbles,
@@ -37,7 +38,11 @@ from .limits import (
     FP8_FAST_VALUE_MAX,
     FP8_MAX,
     FP8_TINY,
+    LARGEST_SHIFT,
+    SAMPLE_BLOCK,
+    SMALLEST_POWER,
     finite,
+    sample_block,
 )
 from .permute import group_tokens, ungroup_tokens
 
@@ -56,6 +61,56 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     counts = torch.full((blocks,), float(block), device=x.device)
     counts[-1] = length - (blocks - 1) * block
     return sums / counts[:, None]
+
+
+def sampled_tokens(length: int, device: torch.device) -> Tensor:
+    """One token of every 16 (:func:`..limits.sample_block`), at offsets of the golden ratio.
+
+    A plain stride would meet the same column of every row of a picture.
+
+    Returns:
+        ``[ceil(length / 16)]`` int64.
+    """
+    block = sample_block(length)
+    i = torch.arange(-(-length // block), device=device)
+    offset = ((i * 0x9E3779B1 & 0xFFFFFFFF) >> 28) * block // SAMPLE_BLOCK
+    return (i * block + offset).clamp(max=length - 1)
+
+
+def sample(
+    q: Tensor, k: Tensor, v: Tensor | None, *, smooth_q: bool = False, smooth_k: bool = True
+) -> Sample:
+    """Means of K and V, and what balances Q's and K's channels, from some of their tokens.
+
+    A scale per row wastes bits where few channels are large.  Channel c of K is divided by s_c and
+    Q's multiplied, which leaves Q K^T as it is: s_c is the root of the ratio of their root mean
+    squares (as SmoothQuant, 2211.10438, migrates between activations and weights), relative to
+    the head's geometric mean and rounded to a power of two, so that nothing else is rounded.
+
+    Args:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype; ``v`` None: no mean of it.
+        smooth_q: Q's squares are about the mean of every 128 rows.
+        smooth_k: K's are about its mean, which is returned.
+    """
+    group = q.shape[1] // k.shape[1]
+    tokens = sampled_tokens(k.shape[2], k.device)
+    keys, k_mean = finite(k[:, :, tokens]), None
+    if smooth_k:
+        k_mean = keys.mean(2)
+        keys = keys - k_mean[:, :, None]
+    queries = finite(q[:, :, sampled_tokens(q.shape[2], q.device)])
+    if smooth_q:
+        some = Q_BLOCK // sample_block(q.shape[2])
+        spread = block_mean(queries, some).repeat_interleave(some, 2)
+        queries = queries - spread[:, :, : queries.shape[2]]
+    k_power = keys.square().mean(2)
+    q_power = queries.square().mean(2).unflatten(1, (-1, group)).mean(2)
+    known = (k_power > SMALLEST_POWER) & (q_power > SMALLEST_POWER)
+    share = 0.25 * (k_power.where(known, 1.0).log2() - q_power.where(known, 1.0).log2())
+    share = share - share.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+    shift = share.clamp(-LARGEST_SHIFT, LARGEST_SHIFT).round().where(known, 0.0)
+    v_mean = None if v is None else finite(v[:, :, tokens]).mean(2)
+    return Sample(k_mean, v_mean, torch.exp2(shift), torch.exp2(-shift))
 
 
 def hadamard_signs(dim: int, seed: Tensor | None, device: torch.device) -> Tensor:
@@ -104,14 +159,19 @@ def rotate(x: Tensor, seed: Tensor | None = None) -> Tensor:
 
 
 def prepare(
-    x: Tensor, mean: Tensor | None, rotation: bool, sign_seed: Tensor | None = None
+    x: Tensor,
+    mean: Tensor | None,
+    rotation: bool,
+    sign_seed: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Smoothed, padded and rotated rows in float32: what the quantizer then scales.
+    """Smoothed, balanced, padded and rotated rows in float32: what the quantizer then scales.
 
     Args:
         x: ``[B, H, L, D]`` of any float dtype.
         mean: ``[B, H, D]`` (one mean) or ``[B, H, n, D]`` (one per ``ceil(L / n)`` rows), float32.
         rotation: apply :func:`rotate`, with the signs of ``sign_seed``.
+        factor: of the channels, ``[B, Hkv, D]`` float32, shared by the heads of a group.
 
     Returns:
         ``[B, H, L, padded_dim(D)]`` float32.
@@ -119,6 +179,8 @@ def prepare(
     rows = finite(x)
     if mean is not None:
         rows = rows - expand_block_mean(mean, x.shape[2])
+    if factor is not None:
+        rows = rows * factor.repeat_interleave(x.shape[1] // factor.shape[1], 1)[:, :, None]
     rows = F.pad(rows, (0, padded_dim(x.shape[-1]) - x.shape[-1]))
     return rotate(rows, sign_seed) if rotation else rows
 
@@ -136,6 +198,7 @@ def quantize_rows(
     precision: Precision,
     *,
     mean: Tensor | None = None,
+    factor: Tensor | None = None,
     rotation: bool = False,
     sign_seed: Tensor | None = None,
     clip: bool = False,
@@ -149,13 +212,15 @@ def quantize_rows(
         precision: INT8, INT4, FP8 or FP4.
         mean: subtracted first; ``[B, H, D]``, or ``[B, H, ceil(L / 128), D]`` for a mean per
             128 rows.
+        factor: multiplies the channels then; ``[B, Hkv, D]`` of :class:`..formats.Sample`, Hkv
+            divides H.
         rotation: signed Hadamard rotation along the padded head dim.
         sign_seed: of its signs, see :func:`hadamard_signs`.
         clip: 4 bit only, search the scale (:data:`CLIP_CANDIDATES`).
         block: tokens per scale.
         multiplier: folded into the scale after rounding, e.g. ``sm_scale * log2(e)`` for Q.
     """
-    rows = prepare(x, mean, rotation, sign_seed)
+    rows = prepare(x, mean, rotation, sign_seed, factor)
     if precision is Precision.FP4:
         return _quantize_fp4(rows, clip, multiplier)
     length = rows.shape[2]

@@ -116,11 +116,14 @@ def load_rotated_rows(
     return x, inside
 
 
+#: Arguments that hold the tables of :func:`rope_arguments`, as of :class:`Tables`.
+TABLES = ("p_cos", "p_sin", "rope_b", "rope_l", "rope_d")
+
+
 def rope_arguments(rope: Rope | None, x: Tensor) -> dict[str, Any]:
     """What a kernel is handed beside ``x`` ``[B, H, L, D]``; without tables no argument at all."""
     if rope is None:
-        names = ("p_cos", "p_sin", "rope_b", "rope_l", "rope_d")
-        return {**dict.fromkeys(names), "ROPE": 0, "INTERLEAVED": False}
+        return {**dict.fromkeys(TABLES), "ROPE": 0, "INTERLEAVED": False}
     cos, sin = rope.cos, rope.sin
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()

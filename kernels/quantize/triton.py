@@ -28,6 +28,7 @@ from .limits import (
     CLIP_RESOLUTION,
 )
 from .rope import Tables, load_rotated_rows, rope_arguments
+from .sample import sample
 from .stats import ChannelStats, block_mean, channel_stats, token_mean
 from .triton_fp4 import fp4_groups, pack_codes
 from .triton_value import STORAGE, code_top, quantize_value, scale_of, shares
@@ -39,6 +40,7 @@ __all__ = [
     "quantize_rows",
     "quantize_smoothed_rows",
     "quantize_value",
+    "sample",
     "token_mean",
 ]
 
@@ -151,12 +153,14 @@ def _quantize_tile(
 def _quantize_rows_kernel(
     p_x,
     p_mean,  # [B, H, means, D] contiguous, or None
+    p_factor,  # [B, H / group, D], or None
     p_seed,  # one int32, seed of the rotation's signs, or None
     p_codes,  # [B, H, L, bytes of DP]
     p_scale,  # [B, H, groups]
     p_micro,  # [B, H, L, DP / 16], FP4 only
     length,
     heads,
+    group,
     means,
     stride_b,
     stride_h,
@@ -207,6 +211,8 @@ def _quantize_rows_kernel(
             i_mean += i_l * BLOCK // MEAN_BLOCK
         mean = tl.load(p_mean + i_mean * D + o_d, mask=o_d < D, other=0.0)
         x = tl.where(inside, x - mean[None, :], 0.0)
+    if p_factor is not None:
+        x *= tl.load(p_factor + i_bh // group * D + o_d, mask=o_d < D, other=1.0)[None, :]
     _quantize_tile(
         x,
         p_seed,
@@ -233,12 +239,14 @@ def _quantize_rows_kernel(
 def _quantize_smoothed_rows_kernel(
     p_x,
     p_mean,  # [B, H, ceil(L / MEAN_BLOCK), D], written
+    p_factor,  # as of _quantize_rows_kernel
     p_seed,  # as of _quantize_rows_kernel
     p_codes,
     p_scale,
     p_micro,
     length,
     heads,
+    group,
     stride_b,
     stride_h,
     stride_l,
@@ -310,6 +318,8 @@ def _quantize_smoothed_rows_kernel(
             INTERLEAVED,
         )
         x = tl.where(inside, x - mean[None, :], 0.0)
+        if p_factor is not None:
+            x *= tl.load(p_factor + i_bh // group * D + o_d, mask=o_d < D, other=1.0)[None, :]
         _quantize_tile(
             x,
             p_seed,
@@ -337,6 +347,7 @@ def quantize_rows(
     precision: Precision,
     *,
     mean: Tensor | None = None,
+    factor: Tensor | None = None,
     rotation: bool = False,
     sign_seed: Tensor | None = None,
     clip: bool = False,
@@ -371,12 +382,14 @@ def quantize_rows(
             (blocks * batch * heads,),
             x,
             None if mean is None else mean.contiguous(),
+            factor,
             sign_seed if rotation else None,
             codes,
             scale,
             micro,
             length,
             heads,
+            1 if factor is None else heads // factor.shape[1],
             mean.shape[2] if mean is not None and mean.ndim == 4 else 1,
             *x.stride(),
             multiplier,
@@ -401,6 +414,7 @@ def quantize_smoothed_rows(
     x: Tensor,
     precision: Precision,
     *,
+    factor: Tensor | None = None,
     rotation: bool = False,
     sign_seed: Tensor | None = None,
     clip: bool = False,
@@ -430,12 +444,14 @@ def quantize_smoothed_rows(
             (groups * batch * heads,),
             x,
             mean,
+            factor,
             sign_seed if rotation else None,
             codes,
             scale,
             micro,
             length,
             heads,
+            1 if factor is None else heads // factor.shape[1],
             *x.stride(),
             multiplier,
             **rope_arguments(rope, x),

@@ -15,7 +15,8 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.plan_json import error_message, error_path, plan_fields
 
-VERSION = 1
+#: 1 had names of specs of edition 1 (``kernels.spec.EDITION``); they are read as what they meant.
+VERSION = 2
 
 #: Columns of a row, in this order: a large model has many thousand rows.
 COLUMNS = (
@@ -139,14 +140,14 @@ def parse(text: str) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         path = error_path(tuple(part for part in first["loc"] if part not in _MEMBERS))
         raise ReportError(f"{path}: {error_message(first)}") from None
-    if parsed.version != VERSION:
-        raise ReportError(f"version: must be {VERSION}, got {shown(parsed.version)}")
+    if parsed.version not in (1, VERSION):
+        raise ReportError(f"version: must be 1 or {VERSION}, got {shown(parsed.version)}")
     if tuple(parsed.columns) != COLUMNS:
         raise ReportError(f"columns: must be {', '.join(COLUMNS)}, got {shown(parsed.columns)}")
     end = parsed.end_to_end
     return {
         "name": parsed.name,
-        "rows": tuple(_row(row, i) for i, row in enumerate(parsed.rows)),
+        "rows": tuple(_row(row, i, parsed.version) for i, row in enumerate(parsed.rows)),
         "end_to_end": None
         if end is None
         else EndToEnd(
@@ -165,7 +166,7 @@ def parse(text: str) -> dict[str, Any]:
                 number_from_json(x.ssim),
                 number_from_json(x.latent_cosine),
                 number_from_json(x.rel_l1),
-                x.specs,
+                {_today(name, parsed.version): count for name, count in x.specs.items()},
                 x.predicted_time,
             )
             for x in parsed.variants
@@ -178,10 +179,20 @@ def _row_to_list(row: Row) -> list[Any]:
     return where + [json_number(x) for x in (row.cosine, row.rel_l1, row.rmse, row.max_abs)]
 
 
-def _row(data: RowTuple, index: int) -> Row:
+def _today(name: str, edition: int) -> str:
+    """Today's name of a spec; what is none stays as it is."""
+    if edition == VERSION:
+        return name
+    try:
+        return str(AttentionSpec.parse(name, edition))
+    except ValueError:
+        return name
+
+
+def _row(data: RowTuple, index: int, edition: int) -> Row:
     layer, step, progress, branch, spec, *numbers = data
     try:
-        parsed = AttentionSpec.parse(spec)
+        parsed = AttentionSpec.parse(spec, edition)
     except ValueError as error:
         raise ReportError(f"rows[{index}][4]: {error}") from None
     return Row(layer, step, progress, branch, parsed, *(float(x) for x in numbers))

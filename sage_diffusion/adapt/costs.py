@@ -140,10 +140,8 @@ def relative_cost(
         CostTableError: the card can't run the spec.
     """
     parsed = AttentionSpec.parse(spec)
-    fast = "-fast" if parsed.pv_accumulator == "fp16" else ""
-    ladder = f"{parsed.qk.value}/{parsed.pv.value}{fast}" if parsed.quantized else "fp16"
     exact = _cycles(("fp16",), costs, head_dim)
-    found = _cycles((str(parsed), ladder), costs, head_dim)
+    found = _cycles((str(parsed), parsed.formats), costs, head_dim)
     if exact is not None and found is not None:
         return found / exact
     raise CostTableError(

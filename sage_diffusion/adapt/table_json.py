@@ -12,10 +12,11 @@ import numpy as np
 
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.json_files import json_path, shown
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import EDITION, AttentionSpec
 from sage_diffusion.plan.rules import UNITS
 
-VERSION = 1
+#: 1 had names of specs of edition 1 (``kernels.spec.EDITION``); they are read as what they meant.
+VERSION = 2
 
 _LARGE = 10**9  # of steps and head dims
 
@@ -45,9 +46,9 @@ def parse_table(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise TableError("is not a score table: version is missing")
     if "default" in data:  # plans have versions, too
         raise TableError("is not a score table, it is a plan")
-    if data["version"] != VERSION:
+    if data["version"] not in (1, VERSION):
         raise TableError(
-            f"score table of version {shown(data['version'])}, this program reads {VERSION}"
+            f"score table of version {shown(data['version'])}, this program reads up to {VERSION}"
         )
     try:
         return _parse(data)
@@ -60,9 +61,11 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
     specs = _names(data["specs"], "specs")
     for i, name in enumerate(specs):
         try:
-            AttentionSpec.parse(name)
+            spec = AttentionSpec.parse(name, edition=data["version"])
         except ValueError as error:
             raise TableError(f"specs[{i}]: {error}") from None
+        if data["version"] != EDITION:
+            specs[i] = str(spec)
     layers, branches = _names(data["layers"], "layers"), _names(data["branches"], "branches")
     steps = data["steps"]
     _need(_whole(steps) and 0 <= steps <= _LARGE, "steps", "a whole number", steps)

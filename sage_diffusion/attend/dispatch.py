@@ -10,17 +10,15 @@ from sage_diffusion.attend.calls import Call
 from sage_diffusion.attend.execution import compute
 from sage_diffusion.attend.validation import check_call, check_rotations, not_forward
 from sage_diffusion.kernels.rope import Rope
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import DEFAULT, AttentionSpec
 from sage_diffusion.plan.signs import SEEDS
-
-DEFAULT_SPEC = AttentionSpec()
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spec: AttentionSpec | str = DEFAULT_SPEC,
+    spec: AttentionSpec | str = DEFAULT,
     *,
     mask: Tensor | None = None,
     is_causal: bool = False,

@@ -51,10 +51,15 @@ def next_up(spec: AttentionSpec) -> AttentionSpec:
         return spec
     if spec.qk in (Precision.INT4, Precision.FP4):
         pv = Precision.FP8 if spec.pv is Precision.FP4 else spec.pv
-        return replace(spec, qk=Precision.INT8, pv=pv, smooth_q=False, rotate=False, clip=False)
+        return replace(spec, qk=Precision.INT8, pv=pv, smooth_q=False, clip=False)
     if spec.pv is not Precision.FP16:
         return replace(
-            spec, qk=Precision.INT8, pv=Precision.FP16, pv_accumulator="fp32", smooth_v=False
+            spec,
+            qk=Precision.INT8,
+            pv=Precision.FP16,
+            pv_accumulator="fp32",
+            smooth_v=False,
+            unsigned_p=False,
         )
     return FP16
 

@@ -63,12 +63,6 @@ def write(path: Path, entries: list[Entry]) -> None:
     write_text(path, format_table(list(merged.values())))
 
 
-def formats(spec: AttentionSpec) -> str:
-    """The kernel's variant: "int8/fp8-fast".  Smoothing and rotation are not in the kernel."""
-    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
-    return f"{spec.qk.value}/{spec.pv.value}{fast}"
-
-
 def as_launch(kernels: Kernels, arch: str, head_dim: int, knobs: dict[str, int]) -> Any:
     """A launch with these knobs; the rest is the architecture's own.
 
@@ -111,7 +105,7 @@ def lookup(entries: list[Entry], kernels: Kernels) -> Callable[..., Any] | None:
         kind = re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
         predicted = None
         for entry in known:
-            if (entry.arch, entry.formats, entry.head_dim) != (arch, formats(spec), head_dim):
+            if (entry.arch, entry.formats, entry.head_dim) != (arch, spec.formats, head_dim):
                 continue
             if entry.source == "measured" and entry.gpu == name:
                 return as_launch(kernels, arch, head_dim, entry.launch)

@@ -1,8 +1,8 @@
 """Other packages' kernels as backends, where their numerics equal the spec.
 
 Which spec a kernel computes is decided by its formats: Q and K, P and V, the accumulator, and
-whether it smooths K.  Scales "per thread" (32 scales per 128 query rows) are as accurate as one per
-token (SageAttention2, 2411.10958 table 6) and count as such.
+whether it smooths and rotates.  Scales "per thread" (32 scales per 128 query rows) are as accurate
+as one per token (SageAttention2, 2411.10958 table 6) and count as such.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.machine import installed
 
 #: SageAttention 2's CUDA functions by spec and by the capabilities they are compiled for.
+_FP8 = "sageattn_qk_int8_pv_fp8_cuda"
 _SAGE2 = {
-    "int8/fp16": ("sageattn_qk_int8_pv_fp16_cuda", {"pv_accum_dtype": "fp32"}),
-    "int8/fp8": ("sageattn_qk_int8_pv_fp8_cuda", {"pv_accum_dtype": "fp32+fp32"}),
-    "int8/fp8-fast": ("sageattn_qk_int8_pv_fp8_cuda", {"pv_accum_dtype": "fp32+fp16"}),
+    "int8/fp16-rotate-balance": ("sageattn_qk_int8_pv_fp16_cuda", {"pv_accum_dtype": "fp32"}),
+    "int8/fp8-rotate-balance": (_FP8, {"pv_accum_dtype": "fp32+fp32"}),
+    "int8/fp8-fast-rotate-balance": (_FP8, {"pv_accum_dtype": "fp32+fp16"}),
 }
 
 #: SageAttention 1 (Triton): per-block INT8, FP16 P V, K smoothed.
-_SAGE1_SPEC = "int8/fp16+block"
+_SAGE1_SPEC = "int8/fp16-rotate-balance+block"
+
+
+_KITCHEN_SPEC = "int8/int8-smooth_v-balance"
 
 
 def _refuse_common(call: AttentionCall, package: str) -> str | None:
@@ -102,13 +106,13 @@ def load_sageattention() -> Run:
 def refuse_comfy_kitchen(call: AttentionCall) -> str | None:
     """None if comfy-kitchen's INT8 attention serves the call.
 
-    It computes INT8 Q K^T (rotated, K stabilized by one key instead of the mean) and an unsigned
-    8-bit P: the same formats as ``int8/int8+rotate``.
+    It computes INT8 Q K^T (rotated, K stabilized by one key instead of the mean), an unsigned 8-bit
+    P and a V that is not smoothed.
     """
     if reason := _refuse_common(call, "comfy_kitchen"):
         return reason
-    if str(call.spec) not in ("int8/int8", "int8/int8+rotate"):
-        return f"comfy-kitchen computes int8/int8, not {call.spec}"
+    if str(call.spec) != _KITCHEN_SPEC:
+        return f"comfy-kitchen computes {_KITCHEN_SPEC}, not {call.spec}"
     if call.is_causal:
         return "comfy-kitchen's attention is not causal"
     if call.return_lse:

@@ -24,6 +24,7 @@ from sage_diffusion.kernels.formats import (
     Q_SCALE_BLOCK,
     Precision,
     QuantizedTensor,
+    Sample,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
@@ -127,33 +128,44 @@ class RowCall:
         if not spec.quantized:
             return self.exact()
         q_mean = self._q_mean() if spec.smooth_q else None
-        k_mean = self._k_mean() if spec.smooth_k else None
+        k_mean, v_mean, q_factor, k_factor = self._means_and_factors(spec)
         mask = self.mask
         if q_mean is not None:
             mask = self._with_delta(spec, q_mean, k_mean)
         values: Any = self.v
         if spec.pv is not Precision.FP16:
-            values = self._value(spec)
+            values = self._value(spec, v_mean)
         return reference.attend_quantized(
-            self._q_codes(spec, q_mean),
-            self._k_codes(spec, k_mean),
+            self._q_codes(spec, q_mean, q_factor),
+            self._k_codes(spec, k_mean, k_factor),
             values,
             mask=mask,
             fp16_accumulator=spec.pv_accumulator == "fp16",
             unsigned_p=spec.unsigned_p,
         )[0]
 
-    def _q_codes(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
-        key = ("q", spec.qk, spec.smooth_q, spec.rotate, spec.clip, spec.granularity)
+    def _means_and_factors(self, spec: AttentionSpec) -> Sample:
+        key = ("means", spec.balance, spec.smooth_q and spec.balance, spec.smooth_k, spec.smooth_v)
         if key not in self._made:
-            self._made[key] = self._quantize_q(spec, mean)
+            self._made[key] = reference.means_and_factors(self.q, self.k, self.v, spec)
         return self._made[key]
 
-    def _quantize_q(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
+    def _q_codes(
+        self, spec: AttentionSpec, mean: Tensor | None, factor: Tensor | None
+    ) -> QuantizedTensor:
+        key = ("q", *_of_rows(spec), spec.smooth_k and spec.balance)
+        if key not in self._made:
+            self._made[key] = self._quantize_q(spec, mean, factor)
+        return self._made[key]
+
+    def _quantize_q(
+        self, spec: AttentionSpec, mean: Tensor | None, factor: Tensor | None
+    ) -> QuantizedTensor:
         options: dict[str, Any] = {
             "rotation": spec.rotate,
             "sign_seed": self.sign_seed,
             "clip": spec.clip,
+            "factor": factor,
             "multiplier": self.scale * LOG2E,
         }
         if spec.granularity == "token":
@@ -169,13 +181,16 @@ class RowCall:
             block=1,
         )
 
-    def _k_codes(self, spec: AttentionSpec, mean: Tensor | None) -> QuantizedTensor:
-        key = ("k", spec.qk, spec.smooth_k, spec.rotate, spec.clip, spec.granularity)
+    def _k_codes(
+        self, spec: AttentionSpec, mean: Tensor | None, factor: Tensor | None
+    ) -> QuantizedTensor:
+        key = ("k", *_of_rows(spec), spec.smooth_k)
         if key not in self._made:
             self._made[key] = quantize.quantize_rows(
                 self.k,
                 spec.qk,
                 mean=mean,
+                factor=factor,
                 rotation=spec.rotate,
                 sign_seed=self.sign_seed,
                 clip=spec.clip,
@@ -183,12 +198,11 @@ class RowCall:
             )
         return self._made[key]
 
-    def _value(self, spec: AttentionSpec) -> Any:
+    def _value(self, spec: AttentionSpec, mean: Tensor | None) -> Any:
         fast = spec.pv_accumulator == "fp16"
         clip = spec.clip and spec.pv is Precision.FP4  # nothing to search in the others
-        key = ("v", spec.pv, spec.smooth_v, fast, clip)
+        key = ("v", spec.pv, spec.smooth_v and (1, spec.balance), fast, clip)
         if key not in self._made:
-            mean = quantize.token_mean(self.v) if spec.smooth_v else None
             self._made[key] = quantize.quantize_value(
                 self.v, spec.pv, mean=mean, fast=fast, clip=clip
             )
@@ -199,14 +213,9 @@ class RowCall:
             self._made["q_mean",] = quantize.block_mean(self.q, Q_BLOCK)
         return self._made["q_mean",]
 
-    def _k_mean(self) -> Tensor:
-        if ("k_mean",) not in self._made:
-            self._made["k_mean",] = quantize.token_mean(self.k)
-        return self._made["k_mean",]
-
     def _with_delta(self, spec: AttentionSpec, q_mean: Tensor, k_mean: Tensor | None) -> Tensor:
         """What smooth_q took out of S, added back row by row as an additive mask."""
-        key = ("delta", spec.smooth_k)
+        key = ("delta", spec.smooth_k, spec.balance)
         if key not in self._made:
             blocks = reference.delta_s(q_mean, self.k, k_mean, self.scale)
             delta = blocks[:, :, self.index // Q_BLOCK]
@@ -216,6 +225,11 @@ class RowCall:
                 delta = delta + self.mask.float()
             self._made[key] = delta
         return self._made[key]
+
+
+def _of_rows(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What codes of Q or K depend on beside their mean."""
+    return spec.qk, spec.smooth_q, spec.rotate, spec.balance, spec.clip, spec.granularity
 
 
 def row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) -> Tensor | None:

@@ -166,12 +166,6 @@ def user_entries() -> tuple[Entry, ...]:
         return ()
 
 
-def formats(spec: AttentionSpec) -> str:
-    """A kernel's variant: "int8/fp8-fast"."""
-    fast = "-fast" if spec.pv_accumulator == "fp16" else ""
-    return f"{spec.qk.value}/{spec.pv.value}{fast}"
-
-
 def latest(card: str) -> Entry | None:
     """The verdicts that hold for a card as it stands now, None without any."""
     entries = [entry for entry in user_entries() if entry.stand.card == card]
@@ -208,7 +202,7 @@ def switched_off(card: str | None, backend: str, spec: AttentionSpec, head_dim: 
         return None
     entry = latest(card)
     for known in entry.off if entry else ():
-        same = (known.backend, known.formats) == (backend, formats(spec))
+        same = (known.backend, known.formats) == (backend, spec.formats)
         if same and padded_dim(head_dim) in known.head_dims:
             return f"sage-diffusion verify found it {known.status} here: {known.reason}"
     return None

@@ -92,7 +92,7 @@ def tune(
                     bar.update(task, description=f"{name} {kernel} {dim}")
                     reason = tuner.refusal(name, kernel, dim, arch)
                     if reason is not None:
-                        refused[f"{name} {launches.formats(kernel)} {dim}"] = reason
+                        refused[f"{name} {kernel.formats} {dim}"] = reason
                     elif card is None:
                         choices.append(tuner.predict(name, kernel, dim, card_name))
                     else:
@@ -120,8 +120,6 @@ def _table(choices: list[Choice], title: str, predicted: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    from sage_diffusion.attend import launches
-
     table = Table(
         title=title,
         caption="*: best; =: built in",
@@ -140,7 +138,7 @@ def _table(choices: list[Choice], title: str, predicted: bool) -> Table:
             value = "-" if trial.value is None else f"{trial.value:.{1 if predicted else 3}f}"
             second = "-" if trial.second is None else f"{trial.second:.2f}"
             table.add_row(
-                f"{choice.backend} {launches.formats(choice.spec)}",
+                f"{choice.backend} {choice.spec.formats}",
                 str(choice.head_dim),
                 ", ".join(f"{name} {knob}" for name, knob in trial.launch.items()),
                 *((value, second) if predicted else (value,)),

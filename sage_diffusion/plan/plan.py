@@ -2,7 +2,7 @@
 
 A plan is a list of rules, the first match wins::
 
-    {"version": 2, "default": "int4/fp8-fast",
+    {"version": 3, "default": "int4/fp8-fast",
      "rules": [{"layers": "*", "start": 0.9, "spec": "int8/fp8"},
                {"layers": "transformer_blocks.0.*", "spec": {"qk": "int8", "smooth_v": true}}]}
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from sage_diffusion.files import write_text
 from sage_diffusion.json_files import JSONError, parse_json, read_json, shown
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import DEFAULT, AttentionSpec
 from sage_diffusion.plan.catalog import FOLDER, shipped
 from sage_diffusion.plan.fingerprint import mismatch
 from sage_diffusion.plan.lookup import Lookup
@@ -62,7 +62,7 @@ class PrecisionPlan:
             calibrated plan knows how the errors of its own sequence add up.
     """
 
-    default: AttentionSpec = field(default_factory=AttentionSpec)
+    default: AttentionSpec = DEFAULT
     rules: tuple[Rule, ...] = ()
     model: str | None = None
     name: str | None = None

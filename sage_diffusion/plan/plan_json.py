@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.json_files import json_path, shown
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan.rules import VERSION, PlanError, Rule
+from sage_diffusion.plan.rules import EDITIONS, VERSION, PlanError, Rule
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -64,14 +64,16 @@ def plan_fields(data: Any) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise PlanError(f"{error_path(first['loc'])}: {error_message(first)}") from None
-    if parsed.version not in (1, VERSION):
-        raise PlanError(f"version: must be 1 or {VERSION}, got {shown(parsed.version)}")
+    if parsed.version not in EDITIONS:
+        raise PlanError(f"version: must be 1 to {VERSION}, got {shown(parsed.version)}")
+    edition = EDITIONS[parsed.version]
     if parsed.version == 1 and "sign_seed" in data:
         raise PlanError("sign_seed: plans of version 1 have none")
-    default = _spec(parsed.default, AttentionSpec(), "default")
+    plain = AttentionSpec.parse("int8/fp16", edition)  # of fields that "default" doesn't name
+    default = _spec(parsed.default, plain, "default", edition)
     rules = []
     for i, rule in enumerate(parsed.rules):
-        spec = _spec(rule.spec, default, f"rules[{i}].spec")
+        spec = _spec(rule.spec, default, f"rules[{i}].spec", edition)
         try:
             rules.append(
                 Rule(spec, rule.layers, rule.start, rule.end, rule.branch, rule.min_tokens)
@@ -91,10 +93,10 @@ def plan_fields(data: Any) -> dict[str, Any]:
     }
 
 
-def _spec(value: SpecText, default: AttentionSpec, path: str) -> AttentionSpec:
+def _spec(value: SpecText, default: AttentionSpec, path: str, edition: int) -> AttentionSpec:
     try:
         if isinstance(value, str):
-            return AttentionSpec.parse(value)
+            return AttentionSpec.parse(value, edition)
         return AttentionSpec.from_dict(value, default)
     except (ValueError, TypeError) as error:
         # Errors of a single field begin with its name: `qk must be one of ..`.

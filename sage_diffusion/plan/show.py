@@ -27,7 +27,7 @@ _COLOURS = {
     "fp4/fp4": (166, 54, 3),
 }
 
-_OTHER = (188, 189, 220)  # a spec that is no name of the ladder
+_OTHER = (188, 189, 220)  # formats that are not on the ladder
 
 _ROW, _PAD = 14, 8  # pixels
 
@@ -124,7 +124,7 @@ def draw(
         canvas.text((_PAD, y), name, "black", font)
         for step, spec in enumerate(row):
             x = left + step * column
-            colour = _COLOURS.get(str(spec), _OTHER)
+            colour = _COLOURS.get(spec.formats, _OTHER)
             canvas.rectangle((x, y, x + column - 2, y + _ROW - 2), colour)
     every = max(1, -(-24 // column))
     for step in range(0, steps, every):
@@ -132,6 +132,7 @@ def draw(
     parts = spec_shares(cells) if cells else {}
     for i, name in enumerate(named):
         y = bottom + 2 * _ROW + i * _ROW
-        canvas.rectangle((_PAD, y, _PAD + 18, y + _ROW - 3), _COLOURS.get(name, _OTHER))
+        colour = _COLOURS.get(AttentionSpec.parse(name).formats, _OTHER)
+        canvas.rectangle((_PAD, y, _PAD + 18, y + _ROW - 3), colour)
         canvas.text((_PAD + 26, y), f"{name}  {parts[name]:.0%}", "black", font)
     return image

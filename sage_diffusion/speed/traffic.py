@@ -18,10 +18,11 @@ from sage_diffusion.kernels.formats import (
     padded_dim,
     padded_length,
 )
+from sage_diffusion.kernels.quantize.limits import sample_block
 from sage_diffusion.kernels.spec import AttentionSpec
 
-#: Bytes of a value of Q, K and V, of a statistic and of a scale.
-HALF, FLOAT = 2, 4
+#: Bytes of a value of Q, K and V, of a statistic and of a scale, and of a sum of V's codes.
+HALF, FLOAT, SUM = 2, 4, 2
 
 #: Tokens of a program, as in ``kernels/quantize``.
 ROWS, CLIPPED_ROWS, STATS_CHUNK = 32, 16, 128
@@ -72,8 +73,23 @@ def joined(length: int, head_dim: int, kinds: int) -> Traffic:
     return total
 
 
+def sample(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+    """One launch that finds means and what balances channels, of a token in sixteen."""
+    tokens = _blocks(length, sample_block(length))
+    return Traffic(
+        (2 + spec.smooth_v) * tokens * head_dim * HALF,
+        (2 + spec.smooth_k + spec.smooth_v) * head_dim * FLOAT,
+    )
+
+
 def rows(
-    length: int, head_dim: int, precision: Precision, mean: str, clip: bool, block: int = 1
+    length: int,
+    head_dim: int,
+    precision: Precision,
+    mean: str,
+    clip: bool,
+    block: int = 1,
+    factor: bool = False,
 ) -> Traffic:
     """``quantize_rows``; ``mean`` is "none", "given" or "own" (``quantize_smoothed_rows``)."""
     size = Q_BLOCK if mean == "own" else block if block > 1 else CLIPPED_ROWS if clip else ROWS
@@ -82,53 +98,73 @@ def rows(
     codes = code_bytes(length * padded_dim(head_dim), precision)
     scales = (length if block == 1 else programs) * FLOAT
     return Traffic(
-        length * head_dim * HALF + means * (mean == "given"),
+        length * head_dim * HALF + means * ((mean == "given") + factor),
         codes + scales + means * (mean == "own"),
     )
 
 
-def value(length: int, head_dim: int, precision: Precision, smoothed: bool) -> Traffic:
+def value(
+    length: int, head_dim: int, precision: Precision, smoothed: bool, sums: bool = False
+) -> Traffic:
     """``quantize_value``, its statistics apart."""
     padded = padded_length(length)
     vectors = 3 if smoothed else 2  # the extremes, and the mean
     return Traffic(
         length * head_dim * HALF + padded // TILE_N * vectors * head_dim * FLOAT,
-        code_bytes(padded * head_dim, precision) + head_dim * FLOAT,
+        code_bytes(padded * head_dim, precision)
+        + head_dim * FLOAT
+        + padded // TILE_N * head_dim * SUM * sums,
     )
 
 
-def launches(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
-    """Bytes of one head that the launches of a call's quantizers move."""
-    total = rows(length, head_dim, spec.qk, "own" if spec.smooth_q else "none", spec.clip)
-    if spec.smooth_k:
+def launches(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
+    """Bytes of one head that the launches of a call's quantizers move.
+
+    ``sums``: of V's codes, which the plain kernel needs for an unsigned P.
+    """
+    total = Traffic()
+    for mean in ("own" if spec.smooth_q else "none", "given" if spec.smooth_k else "none"):
+        total += rows(length, head_dim, spec.qk, mean, spec.clip, factor=spec.balance)
+    if spec.balance:
+        total += sample(spec, length, head_dim)
+    elif spec.smooth_k:
         total += stats(length, head_dim, 1)
-    total += rows(length, head_dim, spec.qk, "given" if spec.smooth_k else "none", spec.clip)
     if spec.pv is not Precision.FP16:
-        total += stats(length, head_dim, 2 + spec.smooth_v) + value(
-            length, head_dim, spec.pv, spec.smooth_v
-        )
+        total += stats(length, head_dim, _value_kinds(spec))
+        total += value(length, head_dim, spec.pv, spec.smooth_v, sums)
     return total
 
 
-def moved(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
+def moved(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
     """The same and what Torch does between the launches."""
-    total = launches(spec, length, head_dim)
-    if spec.smooth_k:
+    total = launches(spec, length, head_dim, sums)
+    if spec.smooth_k and not spec.balance:
         total += joined(length, head_dim, 1)
     if spec.pv is not Precision.FP16:
-        total += joined(length, head_dim, 2 + spec.smooth_v)
+        total += joined(length, head_dim, _value_kinds(spec))
     return total
+
+
+def _value_kinds(spec: AttentionSpec) -> int:
+    """Statistics of all of V: its extremes, and its mean where no sample gives it."""
+    return 2 + (spec.smooth_v and not spec.balance)
 
 
 def statistics(spec: AttentionSpec, length: int, head_dim: int) -> dict[str, int]:
-    """Bytes of the passes for K's mean and for V's extremes, which :func:`moved` includes."""
-    kinds = {"k": int(spec.smooth_k), "v": 0}
+    """Bytes of the pass for K's mean, or of the sample, and of that for V's extremes.
+
+    :func:`moved` includes them.
+    """
+    kinds = {"k": int(spec.smooth_k and not spec.balance), "v": 0}
     if spec.pv is not Precision.FP16:
-        kinds["v"] = 2 + spec.smooth_v
-    return {
+        kinds["v"] = _value_kinds(spec)
+    found = {
         name: (stats(length, head_dim, n) + joined(length, head_dim, n)).bytes if n else 0
         for name, n in kinds.items()
     }
+    if spec.balance:
+        found["k"] = sample(spec, length, head_dim).bytes
+    return found
 
 
 def least(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
@@ -165,15 +201,22 @@ def starts(spec: AttentionSpec, length: int) -> int:
     """Launches of the quantizers, Triton's and Torch's (``tests/kernels/test_launches.py``)."""
     joins = int(length > STATS_CHUNK)
     count = 2  # the rows of Q, the rows of K
-    if spec.smooth_k:
+    if spec.balance:
+        count += 1
+    elif spec.smooth_k:
         count += 1 + joins
     if spec.pv is not Precision.FP16:
-        count += 2 + joins * (1 + spec.smooth_v)
+        count += 2 + joins * (_value_kinds(spec) - 1)
     return count
 
 
 def quantize_milliseconds(
-    gbs: float, spec: AttentionSpec, length: int, head_dim: int, heads: int
+    gbs: float,
+    spec: AttentionSpec,
+    length: int,
+    head_dim: int,
+    heads: int,
+    sums: bool = False,
 ) -> float:
     """Predicted time of a call's quantizers.
 
@@ -182,8 +225,10 @@ def quantize_milliseconds(
         spec: what is quantized.
         length, head_dim: of Q, K and V.
         heads: of all entries of the batch.
+        sums: as of :func:`launches`.
     """
-    return _milliseconds(gbs, moved(spec, length, head_dim).bytes * heads, starts(spec, length))
+    bytes_of_head = moved(spec, length, head_dim, sums).bytes
+    return _milliseconds(gbs, bytes_of_head * heads, starts(spec, length))
 
 
 def call_milliseconds(
@@ -210,7 +255,8 @@ def call_milliseconds(
     if in_columns:
         other += 2 * length * FLOAT
     launches = 1 + in_columns + spec.smooth_q  # the attention kernel, K's scales, delta-S
-    quantizers = quantize_milliseconds(gbs, spec, length, head_dim, heads)
+    sums = spec.unsigned_p and not in_columns
+    quantizers = quantize_milliseconds(gbs, spec, length, head_dim, heads, sums)
     return loop + quantizers + _milliseconds(gbs, other * heads, launches)
 
 

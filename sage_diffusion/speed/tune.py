@@ -82,7 +82,7 @@ class Choice:
         """Plain data for JSON."""
         return {
             "backend": self.backend,
-            "spec": launches.formats(self.spec),
+            "spec": self.spec.formats,
             "head_dim": self.head_dim,
             "best": None if self.best is None else self.best.launch,
             "trials": [trial.as_dict() for trial in self.trials],
@@ -249,7 +249,7 @@ def entries(choices: Sequence[Choice], gpu: str, arch: str, source: str) -> list
                 triton=triton,
                 arch=arch,
                 backend=choice.backend,
-                formats=launches.formats(choice.spec),
+                formats=choice.spec.formats,
                 head_dim=choice.head_dim,
                 launch=best.launch,
                 source=source,

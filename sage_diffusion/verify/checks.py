@@ -42,6 +42,9 @@ ROW = {"fp16": 0.01, "int8": 0.03, "fp8": 0.13, "fp4": 0.4}
 #: Largest error of a mean, relative to the largest value, and of a log-sum-exp.
 MEAN, LSE = 1e-5, 2e-3
 
+#: Largest share of channels whose factor differs from the twin's.
+FACTORS = 0.01
+
 
 class Finding(NamedTuple):
     """What is wrong.
@@ -124,12 +127,16 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         "clip": spec.clip,
     }
     found = []
-    for letter, name, rows, mean, codes, multiplier in (
-        ("q", names[0], q, operands.q_mean, operands.q, operands.multiplier),
-        ("k", names[1], k, operands.k_mean, operands.k, 1.0),
+    if spec.balance and (wrong := _wrong_balance(q, k, spec, operands)):
+        found.append(Finding(names[1], case.name, wrong))
+    for letter, name, rows, mean, factor, codes, multiplier in (
+        ("q", names[0], q, operands.q_mean, operands.q_factor, operands.q, operands.multiplier),
+        ("k", names[1], k, operands.k_mean, operands.k_factor, operands.k, 1.0),
     ):
         mean = None if mean is None else mean.cpu()
-        if mean is not None and (wrong := _wrong_mean(rows, mean)):
+        options["factor"] = None if factor is None else factor.cpu()
+        sampled = spec.balance and letter == "k"
+        if mean is not None and (wrong := _wrong_mean(rows, mean, sampled)):
             found.append(Finding(name, case.name, f"{letter}'s mean {wrong}"))
             continue
         want = twin.quantize_rows(rows, spec.qk, mean=mean, multiplier=multiplier, **options)
@@ -149,9 +156,23 @@ def _to_cpu(x: Any) -> Any:
     return x.cpu() if isinstance(x, Tensor) else type(x)(x.cos.cpu(), x.sin.cpu(), x.interleaved)
 
 
-def _wrong_mean(rows: Tensor, mean: Tensor) -> str:
-    """What is wrong with a mean over the tokens, or over every 128 of them."""
+def _wrong_balance(q: Tensor, k: Tensor, spec: AttentionSpec, operands: Operands) -> str:
+    """What is wrong with the factors of channels; sums in another order may cross a rounding."""
+    want = twin.sample(q, k, None, smooth_q=spec.smooth_q, smooth_k=spec.smooth_k)
+    assert operands.q_factor is not None and operands.k_factor is not None
+    got_q, got_k = operands.q_factor.cpu(), operands.k_factor.cpu()
+    if not torch.equal(got_q * got_k, torch.ones_like(got_q)):
+        return "factors of Q's and K's channels are not inverses of each other"
+    assert want.q_factor is not None
+    share = torch.ne(got_q, want.q_factor).double().mean().item()
+    return "" if share <= FACTORS else f"factors of channels differ from the twin's in {share:.2%}"
+
+
+def _wrong_mean(rows: Tensor, mean: Tensor, sampled: bool) -> str:
+    """What is wrong with a mean over the tokens, or some of them, or over every 128 of them."""
     exact = rows.double()
+    if sampled:
+        exact = exact[:, :, twin.sampled_tokens(rows.shape[2], rows.device)]
     if mean.ndim == 3:
         want = exact.mean(2)
     else:

@@ -44,7 +44,7 @@ def remember(
         kept.append(
             verdicts.Known(
                 kernel.backend,
-                verdicts.formats(kernel.spec),
+                kernel.spec.formats,
                 verdict.status,
                 verdict.reason,
                 verdict.head_dims,

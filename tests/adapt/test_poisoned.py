@@ -15,7 +15,9 @@ from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
 
 LAYER = "transformer_blocks.3.attn1"
-SPECS = ("int8/fp8-fast", "int4/fp8-fast")
+#: Balance would heal the layer.
+LOW = "int4/fp8-fast-balance"
+SPECS = ("int8/fp8-fast-balance", LOW)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,13 @@ def test_calibration_finds_the_layer_and_the_plan_spares_it(poisoned):
     assert table.outliers[..., 1].max((1, 2)).argmax() == at
     planned = make_plan(table, budget=0.22)
     chosen = planned.index[at]
-    assert (np.array(planned.specs)[chosen] != "int4/fp8-fast").all()
-    low = np.delete(planned.index, at, 0) == planned.specs.index("int4/fp8-fast")
+    assert (np.array(planned.specs)[chosen] != LOW).all()
+    low = np.delete(planned.index, at, 0) == planned.specs.index(LOW)
     assert low.mean() > 0.5
 
 
 def test_uncalibrated_the_guard_catches_it_within_two_steps(poisoned):
-    enable(poisoned).set_attn_processor("int4/fp8-fast", guard=Guard(every=10))
+    enable(poisoned).set_attn_processor(LOW, guard=Guard(every=10))
     try:
         poisoned([3], num_inference_steps=5, generator=torch.Generator().manual_seed(0))
         summary = poisoned.sage.summary()
@@ -57,9 +59,9 @@ def test_uncalibrated_the_guard_catches_it_within_two_steps(poisoned):
     assert caught.drift > 0.2
     assert "relative L1" in caught.stepped_up[0]
     assert caught.stepped_up[0].endswith("at step 0")
-    assert caught.ran == {("int4/fp8-fast", "reference"): 1, ("int8/fp8-fast", "reference"): 4}
+    assert caught.ran == {(LOW, "reference"): 1, ("int8/fp8-fast-balance", "reference"): 4}
     assert not any(layer.stepped_up for layer in layers.values())
-    assert f"{LAYER}  int4/fp8-fast" in str(summary)
+    assert f"{LAYER}  {LOW}" in str(summary)
     assert "stepped up: relative L1" in str(summary)
 
 
@@ -70,14 +72,14 @@ def test_a_session_brings_its_own_guard(poisoned):
 
 def test_compare_says_so(poisoned, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipelines, "load_pipeline", lambda name: poisoned)
-    command = ["compare", "bundled", "--spec", "int4/fp8-fast", "--prompt", "heart", "--steps", "3"]
+    command = ["compare", "bundled", "--spec", LOW, "--prompt", "heart", "--steps", "3"]
     command += ["--rows", "8", "--out", str(tmp_path), "--json"]
     assert main([*command, "--guard", "10"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert list(data["stepped_up"]["int4/fp8-fast"]) == [LAYER]
-    assert f"int4/fp8-fast: {LAYER} stepped up: relative L1" in data["notes"][0]
+    assert list(data["stepped_up"][LOW]) == [LAYER]
+    assert f"{LOW}: {LAYER} stepped up: relative L1" in data["notes"][0]
     guarded = data["variants"][0]["psnr"]
     assert main(command) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["stepped_up"] == {"int4/fp8-fast": {}}
+    assert data["stepped_up"] == {LOW: {}}
     assert guarded > data["variants"][0]["psnr"]

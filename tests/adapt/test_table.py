@@ -10,6 +10,7 @@ from adapt_host import TinySampler
 from sage_diffusion.adapt.calibrate import calibrate
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
+from sage_diffusion.kernels.spec import AttentionSpec
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 
@@ -30,12 +31,20 @@ def test_a_table_reads_back_to_itself(stored, tmp_path):
     assert ScoreTable.from_dict(older).to_dict() == stored
 
 
+def test_specs_of_an_older_table_are_those_that_were_measured(stored):
+    """In version 1 8 bit did not rotate."""
+    older = ScoreTable.from_dict({**stored, "version": 1})
+    want = [str(AttentionSpec.parse(name, edition=1)) for name in stored["specs"]]
+    assert list(older.specs) == want != stored["specs"]
+    assert older.to_dict() == {**stored, "specs": want}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not JSON"),
         ("[]", "version is missing"),
-        ('{"version": 9}', "version 9, this program reads 1"),
+        ('{"version": 9}', "version 9, this program reads up to 2"),
         ('{"version": true}', "version is missing"),
         ('{"version": 1}', "metrics is missing"),
         ("\xff", "is not UTF-8"),

@@ -1,5 +1,6 @@
 """CUDA graphs: what may be captured, and what an operator that decides in Python does instead."""
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -130,6 +131,7 @@ def test_a_call_whose_precision_changes_is_not_captured_with_one(qkv):
     ],
 )
 def test_a_steady_plan_is_captured_and_not_looked_at(plan, qkv, request):
+    plan = dataclasses.replace(plan, sign_seed=None)  # as of the call below
     found = AttentionSession(plan, guard=Guard(every=1, limit=1e-6))
     found.attend("x", *qkv)  # warms up
     found.reset_counts()

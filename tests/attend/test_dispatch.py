@@ -182,19 +182,23 @@ def test_auto_on_a_gpu_takes_our_kernels_and_never_the_twin(packages):
 
 def test_turing_is_served_by_a_provider_where_one_is_installed(packages):
     packages["comfy_kitchen"] = "0.2.40"
-    assert select(gpu_call("int8/int8", capability=(7, 5))).name == "comfy_kitchen"
-    assert "not causal" in backends.refusals(gpu_call("int8/int8", is_causal=True))["comfy_kitchen"]
+    spec = "int8/int8-smooth_v-balance"
+    assert select(gpu_call(spec, capability=(7, 5))).name == "comfy_kitchen"
+    assert "not causal" in backends.refusals(gpu_call(spec, is_causal=True))["comfy_kitchen"]
+    assert f"{spec}, not int8/int8" in backends.refusals(gpu_call("int8/int8"))["comfy_kitchen"]
 
 
 def test_sageattention_serves_only_what_equals_the_spec(packages):
     packages["sageattention"] = "1.0.6"
-    assert select(gpu_call("int8/fp16+block"), "sageattention").name == "sageattention"
+    first = "int8/fp16-rotate-balance+block"
+    assert select(gpu_call(first), "sageattention").name == "sageattention"
     refuse = lambda call: backends.refusals(call)["sageattention"]  # noqa: E731
-    assert "computes int8/fp16+block" in refuse(gpu_call("int8/fp8"))
-    assert "drops masks" in refuse(gpu_call("int8/fp16+block", mask="bool"))
+    assert f"computes {first}" in refuse(gpu_call("int8/fp16+block"))
+    assert "drops masks" in refuse(gpu_call(first, mask="bool"))
     packages["sageattention"] = "2.2.0"
-    assert refuse(gpu_call("int8/fp8-fast")) is None
-    assert "sm_89 and sm_120" in refuse(gpu_call("int8/fp8-fast", capability=(9, 0)))
+    assert refuse(gpu_call("int8/fp8-fast-rotate-balance")) is None
+    assert "not int8/fp8-fast" in refuse(gpu_call("int8/fp8-fast"))
+    assert "sm_89 and sm_120" in refuse(gpu_call("int8/fp8-fast-rotate-balance", capability=(9, 0)))
     assert "not int4/int8" in refuse(gpu_call("int4/int8"))
 
 

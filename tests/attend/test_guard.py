@@ -15,6 +15,9 @@ from sage_diffusion.attend.health import NonFiniteOutput
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 
+#: Balance heals what ails the poisoned layer: a few large channels of its keys.
+FRAIL = "int4/fp8-fast-balance"
+
 
 def sample_with(sampler, plan, **options):
     sampler.session = AttentionSession(plan, **options)
@@ -29,18 +32,18 @@ def test_every_spec_climbs_to_fp16_in_three_rungs():
         assert str(spec) == "fp16"
     assert str(next_up(AttentionSpec.parse("int4/fp8-fast"))) == "int8/fp8-fast"
     assert str(next_up(AttentionSpec.parse("fp4/fp4"))) == "int8/fp8"
-    assert str(next_up(AttentionSpec.parse("int8/int8+smooth_v"))) == "int8/fp16"
+    assert str(next_up(AttentionSpec.parse("int8/int8"))) == "int8/fp16"
 
 
 def test_a_poisoned_layer_is_caught_within_two_steps():
     sampler = TinySampler(poison=2)
     exact, _ = sample_with(sampler, "fp16")
-    plain, _ = sample_with(sampler, "int4/fp8-fast")
-    guarded, session = sample_with(sampler, "int4/fp8-fast", guard=Guard(every=2, limit=0.2))
+    plain, _ = sample_with(sampler, FRAIL)
+    guarded, session = sample_with(sampler, FRAIL, guard=Guard(every=2, limit=0.2))
     summary = {layer.name: layer for layer in session.summary().layers}
     poisoned = summary.pop("blocks.2.attn")
     assert "at step 0" in poisoned.stepped_up[0]
-    assert poisoned.ran["int4/fp8-fast", "reference"] <= 2
+    assert poisoned.ran[FRAIL, "reference"] <= 2
     assert poisoned.drift > 0.2
     assert all(not layer.stepped_up for layer in summary.values())
     assert (guarded - exact).square().mean() < 0.5 * (plain - exact).square().mean()
@@ -66,13 +69,14 @@ def test_checks_are_staggered():
 
 
 def test_a_layer_that_was_stepped_up_is_checked_again_at_once():
-    _, session = sample_with(TinySampler(poison=2), "int4/int8", guard=Guard(100, 0.045))
+    sampler = TinySampler(poison=2)
+    _, session = sample_with(sampler, "int4/int8-balance", guard=Guard(100, 0.025))
     layer = session.summary().layers[2]
     assert [reason[-6:] for reason in layer.stepped_up] == ["step 0", "step 1"]
     assert layer.ran == {
-        ("int4/int8", "reference"): 1,
-        ("int8/int8", "reference"): 1,
-        ("int8/fp16", "reference"): 6,
+        ("int4/int8-balance", "reference"): 1,
+        ("int8/int8-balance", "reference"): 1,
+        ("int8/fp16-balance", "reference"): 6,
     }
 
 
@@ -234,7 +238,7 @@ def test_strict_raises():
 
 
 def test_another_plan_starts_afresh():
-    _, session = sample_with(TinySampler(poison=2), "int4/int8", guard=Guard(every=1, limit=0.2))
+    _, session = sample_with(TinySampler(poison=2), FRAIL, guard=Guard(every=1, limit=0.2))
     assert session.guard.rungs
     session.plan = "int4/int8"
     assert not session.guard.rungs

@@ -90,8 +90,8 @@ def test_our_kernels_are_handed_the_tables(backend):
 @pytest.mark.parametrize(
     ("package", "version", "function", "spec"),
     [
-        ("sageattention", "2.2.0", "sageattn_qk_int8_pv_fp8_cuda", "int8/fp8"),
-        ("comfy_kitchen", "0.2.40", "int8_attention", "int8/int8"),
+        ("sageattention", "2.2.0", "sageattn_qk_int8_pv_fp8_cuda", "int8/fp8-rotate-balance"),
+        ("comfy_kitchen", "0.2.40", "int8_attention", "int8/int8-smooth_v-balance"),
     ],
 )
 def test_providers_get_what_pytorch_rotated(monkeypatch, package, version, function, spec):

@@ -166,8 +166,8 @@ def test_compiled_code_neither_breaks_nor_recompiles_while_precision_changes(qkv
         graphs.append(graph)
         return graph.forward
 
-    plan = PrecisionPlan("int8/fp8", (Rule("fp16", end=0.3), Rule("int4/int8", start=0.3, end=0.6)))
-    session = AttentionSession(plan)
+    rules = Rule("fp16", end=0.3), Rule("int4/int8", start=0.3, end=0.6)
+    session = AttentionSession(PrecisionPlan("int8/fp8", rules, sign_seed=None))
     layers = [session.layer(f"blocks.{i}") for i in range(3)]
 
     class Block(torch.nn.Module):

@@ -72,7 +72,7 @@ def test_other_names_are_refused_with_the_list(text):
 def test_shipped_plans_are_found_by_name():
     assert "wan" in shipped()
     for name in shipped():
-        assert PrecisionPlan.of(name).to_dict()["version"] in (1, 2)
+        assert PrecisionPlan.of(name).to_dict()["version"] == 3
     pipe = enable(build("wan").pipe, "wan")
     assert pipe.sage.session.plan.name.startswith("Wan 2.1")
 

@@ -68,7 +68,10 @@ def errors():
         # table 10: smoothing V where it is biased
         ("int8/fp8+smooth_v", "int8/fp8"),
         ("int8/fp8-fast+smooth_v", "int8/fp8-fast"),
-        ("int8/int8+smooth_v", "int8/int8"),
+        ("int8/int8", "int8/int8-smooth_v"),
+        ("int8/int8", "int8/int8-unsigned_p"),
+        # of 8 bit, too
+        ("int8/fp16", "int8/fp16-rotate"),
         ("int8/fp16", "int4/fp16"),
     ],
 )

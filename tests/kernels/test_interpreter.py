@@ -18,7 +18,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 
 q, k, v = fused_view(1, 4, 70, 40, 0), fused_view(1, 2, 130, 40, 1), fused_view(1, 2, 130, 40, 2)
 mask = torch.rand(4, 1, 130, generator=torch.Generator().manual_seed(3)) > 0.3
-for name in ("int8/fp16", "int8/int8+smooth_v+rotate"):
+for name in ("int8/fp16", "int8/int8"):
     for options in ({"mask": mask}, {"is_causal": True}):
         spec = AttentionSpec.parse(name)
         out, lse = triton.attention(q, k, v, spec, return_lse=True, **options)

@@ -19,7 +19,7 @@ from sage_diffusion.machine import triton_version
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
-#: Kernels that every quantized call starts: the mean of K, the rows of Q and of K, the attention.
+#: Kernels that every quantized call starts: the sample, the rows of Q and of K, the attention.
 ALWAYS = 4
 
 #: And V's extremes and codes, K's scales in column order, delta-S of a smoothed Q.
@@ -67,7 +67,7 @@ def launches(
 @pytest.mark.parametrize(("backend", "arch", "spec"), CALLS)
 def test_launches_of_a_call(backend, arch, spec):
     found = launches(backend, arch, spec)
-    joined = ["sum"] if spec == "int8/fp16" else ["sum", "aminmax"]
+    joined = [] if spec == "int8/fp16" else ["aminmax"]
     assert (len(found.triton), found.torch) == (CALLS[backend, arch, spec], joined)
     row = f"| {backend} | `{spec}` | {len(found.triton)} | {len(joined)} |"
     assert row in DOCS.read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_what_an_option_adds():
 def test_delta_s_of_a_long_call_comes_in_parts():
     found = launches("gluon", "sm_89", "int4/fp8-fast", tokens=32768)
     assert found.triton.count("_bias_kernel") == found.triton.count("attention_kernel") == 13
-    assert found.torch == ["sum", "aminmax"]
+    assert found.torch == ["aminmax"]
 
 
 KINDS = [

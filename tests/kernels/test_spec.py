@@ -32,11 +32,27 @@ def test_what_the_names_switch_on():
     for name in LADDER[1:]:
         spec = AttentionSpec.parse(name)
         four_bit = name.startswith(("int4", "fp4"))
-        assert spec.smooth_k
-        assert spec.smooth_q == spec.rotate == spec.clip == four_bit
+        assert spec.smooth_k and spec.rotate and spec.balance
+        assert spec.smooth_q == spec.clip == four_bit
+        assert spec.smooth_v == spec.unsigned_p == name.endswith("/int8")
         assert spec.pv_accumulator == ("fp16" if name.endswith("-fast") else "fp32")
     assert AttentionSpec.parse("fp16") == AttentionSpec("fp16", "fp16")
     assert not AttentionSpec.parse("fp16").quantized
+
+
+def test_names_of_the_first_edition_mean_what_they_meant():
+    """Whatever they are called today: files of that time are read, and written again."""
+    for name in LADDER[1:]:
+        old = AttentionSpec.parse(name, edition=1)
+        four_bit = name.startswith(("int4", "fp4"))
+        assert old.smooth_k and not (old.smooth_v or old.unsigned_p or old.balance)
+        assert old.smooth_q == old.rotate == old.clip == four_bit
+        assert AttentionSpec.parse(str(old)) == old
+        assert old.formats == name
+    today = AttentionSpec.parse("int8/int8")
+    assert AttentionSpec.parse("int8/int8+rotate+balance+smooth_v+unsigned_p", edition=1) == today
+    assert str(AttentionSpec.parse("int8/fp8", edition=1)) == "int8/fp8-rotate-balance"
+    assert AttentionSpec.parse(today, edition=1) is today
 
 
 def test_strings_are_accepted_and_resolved_at_the_edge():

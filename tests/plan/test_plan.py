@@ -10,7 +10,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_p
 
 
 def plan_json(**fields):
-    return json.dumps({"version": 2, "default": "int8/fp8", **fields})
+    return json.dumps({"version": 3, "default": "int8/fp8", **fields})
 
 
 def test_first_match_wins_and_ranges_are_half_open():
@@ -52,6 +52,21 @@ def test_json_round_trip_keeps_everything():
     assert PrecisionPlan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_specs_of_older_plans_mean_what_they_meant(version):
+    rules = [{"spec": "int8/fp8", "end": 0.5}, {"spec": {"pv": "int8"}, "end": 0.7}]
+    text = json.dumps({"version": version, "default": "int8/int8", "rules": rules})
+    old = PrecisionPlan.from_json(text)
+    assert old.default == AttentionSpec("int8", "int8")
+    assert [rule.spec for rule in old.rules] == [AttentionSpec("int8", "fp8"), old.default]
+    assert PrecisionPlan.from_json(old.to_json()) == old  # in today's names
+    fields = PrecisionPlan.from_json(json.dumps({"version": version, "default": {"pv": "fp8"}}))
+    assert fields.default == AttentionSpec("int8", "fp8")
+    new = PrecisionPlan.from_json(plan_json(default={"pv": "fp8"}, rules=rules))
+    assert new.default == AttentionSpec.parse("int8/fp8") != fields.default
+    assert new.rules[0].spec.rotate
+
+
 def test_plans_of_version_1_rotate_alike_at_all_steps():
     old = PrecisionPlan.from_json('{"version": 1, "default": "int4/fp8-fast"}')
     assert old.sign_seed is None
@@ -66,7 +81,9 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         default="int8/fp8+smooth_v", rules=[{"spec": {"qk": "int4", "smooth_q": True}}]
     )
     spec = PrecisionPlan.from_json(text).rules[0].spec
-    assert spec == AttentionSpec("int4", "fp8", smooth_q=True, smooth_v=True)
+    assert spec == AttentionSpec(
+        "int4", "fp8", smooth_q=True, smooth_v=True, rotate=True, balance=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,8 +93,8 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ("[]", "a plan must be a JSON object, got list"),
         ('{"version": 1}', "default: is missing"),
         ('{"default": "fp16"}', "version: is missing"),
-        ('{"version": 0, "default": "fp16"}', "version: must be 1 or 2, got 0"),
-        ('{"version": 3, "new": 1}', "reads up to 2: update sage-diffusion"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 3, got 0"),
+        ('{"version": 4, "new": 1}', "reads up to 3: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
         ('{"version": 1, "default": "fp16", "sign_seed": 1}', "sign_seed: .* version 1 have none"),
         (plan_json(sign_seed=-1), "^sign_seed must be a whole number from 0 to 2147483647 or null"),
@@ -182,7 +199,7 @@ def test_files(tmp_path):
 
 def test_of_takes_what_users_write():
     assert PrecisionPlan.of("int8/fp8") == PrecisionPlan(AttentionSpec.parse("int8/fp8"))
-    assert PrecisionPlan.of(AttentionSpec()) == PrecisionPlan()
+    assert PrecisionPlan.of("int8/fp16") == PrecisionPlan()
     with pytest.raises(TypeError, match="need a spec, a plan or a path, got int"):
         PrecisionPlan.of(8)
     with pytest.raises(ValueError, match="the ladder is"):

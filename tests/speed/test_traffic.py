@@ -23,7 +23,7 @@ def test_the_quantizers_of_an_h200_took_as_long_as_predicted():
     rows = measured()
     assert len(rows) >= 18 and len({row["length"] for row in rows}) >= 3
     for row in rows:
-        spec = AttentionSpec.parse(row["kernel"].split()[1])
+        spec = AttentionSpec.parse(row["kernel"].split()[1], edition=1)
         shape = row["length"], row["head_dim"], row["heads"]
         predicted = quantize_milliseconds(H200, spec, *shape)
         assert predicted == pytest.approx(row["quantize_ms"], rel=0.03), row["kernel"]
@@ -50,8 +50,9 @@ def test_a_calls_time_beyond_its_main_loop(name):
 def test_launches_are_those_of_the_docs():
     """Of docs/kernels.md's table, without the attention kernel, K's columns and delta-S."""
     parse = AttentionSpec.parse
-    assert starts(parse("int8/fp16"), 4096) == 3 + 1
-    assert starts(parse("int8/fp8"), 4096) == 5 + 2
-    assert starts(parse("int4/fp8-fast"), 4096) == 5 + 2
-    assert starts(parse("int8/int8+smooth_v"), 4096) == 5 + 3
+    assert starts(parse("int8/fp16"), 4096) == 3
+    assert starts(parse("int8/fp8"), 4096) == 5 + 1
+    assert starts(parse("int4/fp8-fast"), 4096) == 5 + 1
+    assert starts(parse("int8/int8"), 4096) == 5 + 1
     assert starts(parse("int8/fp8"), 128) == 5
+    assert starts(parse("int8/int8-balance"), 4096) == 5 + 3

@@ -30,6 +30,9 @@ class Preset:
     edges: tuple[str, ...]
 
 
+#: Where a card has no FP8; comfy-kitchen, which serves RTX 20, does not smooth V.
+_INT8 = ("int8/int8", "int8/int8-smooth_v-balance", "int8/fp16")
+
 PRESETS: Mapping[str, Preset] = {
     "quality": Preset(
         "INT8 scores with FP16 values; the first tenth of the steps stays as it is",
@@ -38,13 +41,13 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "balanced": Preset(
         "INT8 scores with FP8 or INT8 values; the first tenth of the steps has FP16 values",
-        ("int8/fp8", "int8/int8", "int8/fp16"),
+        ("int8/fp8", *_INT8),
         ("int8/fp16",),
     ),
     "fast": Preset(
         "4-bit scores where the GPU has them, else INT8; the first tenth of the steps is balanced",
-        ("int4/fp8-fast", "int8/fp8-fast", "int8/int8", "int8/fp16"),
-        ("int8/fp8", "int8/int8", "int8/fp16"),
+        ("int4/fp8-fast", "int8/fp8-fast", *_INT8),
+        ("int8/fp8", *_INT8),
     ),
 }
 

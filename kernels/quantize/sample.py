@@ -1,0 +1,230 @@
+"""What one token in sixteen says of Q, K and V, in Triton; twin: :func:`.reference.sample`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import Q_BLOCK, Sample, padded_dim
+from ..rope import Rope
+from ..start import start_kernel
+from ..tiles import round_to_int
+from .limits import LARGEST_SHIFT, SAMPLE_BLOCK, SMALLEST_POWER, sample_block
+from .rope import TABLES, Tables, load_rotated_rows, load_rows, rope_arguments
+
+_BLOCK, _Q_BLOCK = tl.constexpr(SAMPLE_BLOCK), tl.constexpr(Q_BLOCK)
+_POWER, _SHIFT = tl.constexpr(SMALLEST_POWER), tl.constexpr(LARGEST_SHIFT)
+
+
+@triton.jit
+def _tokens(i, length, EVERY: tl.constexpr):
+    """As :func:`.reference.sampled_tokens`; beyond the last sample ``length``, which is outside."""
+    offset = ((i.to(tl.uint32) * 0x9E3779B1) >> 28).to(tl.int32) * EVERY // _BLOCK
+    token = tl.minimum(i * EVERY + offset, length - 1)
+    return tl.where(i * EVERY < length, token, length)
+
+
+@triton.jit
+def _centred(x, inside, SOME: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Minus the mean of every ``SOME`` samples, which 128 rows of Q have."""
+    groups = tl.reshape(x, [ROWS // SOME, SOME, DIM])
+    valid = tl.reshape(inside, [ROWS // SOME, SOME, DIM])
+    counts = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)
+    mean = tl.div_rn(tl.sum(groups, 1), counts)
+    return tl.reshape(tl.where(valid, groups - mean[:, None, :], 0.0), [ROWS, DIM])
+
+
+@triton.jit
+def _sample_kernel(
+    p_q,
+    p_k,
+    p_v,  # or None
+    p_k_mean,  # [B, Hkv, D], or None
+    p_v_mean,
+    p_factors,  # [2, B, Hkv, D]: Q's, K's
+    kv_heads,
+    group,
+    q_len,
+    k_len,
+    q_b,  # strides
+    q_h,
+    q_l,
+    q_d,
+    k_b,
+    k_h,
+    k_l,
+    k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    p_q_cos,  # tables of RoPE, or None
+    p_q_sin,
+    q_rope_b,
+    q_rope_l,
+    q_rope_d,
+    p_k_cos,
+    p_k_sin,
+    k_rope_b,
+    k_rope_l,
+    k_rope_d,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SMOOTH_Q: tl.constexpr,
+    Q_EVERY: tl.constexpr,  # tokens of which one is sampled
+    K_EVERY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    Q_ROPE: tl.constexpr,  # columns of the tables, 0 without
+    Q_INTERLEAVED: tl.constexpr,
+    K_ROPE: tl.constexpr,
+    K_INTERLEAVED: tl.constexpr,
+):
+    """One KV head and the query heads that share it."""
+    i_bkv = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bkv // kv_heads, i_bkv % kv_heads
+    o_i, o_d = tl.arange(0, BLOCK), tl.arange(0, DP)
+    in_d, at = o_d < D, i_bkv * D + o_d
+    q_rope = Tables(p_q_cos, p_q_sin, q_rope_b, q_rope_l, q_rope_d)
+    k_rope = Tables(p_k_cos, p_k_sin, k_rope_b, k_rope_l, k_rope_d)
+    p_k += i_b * k_b + i_h * k_h
+    k_count, q_count = tl.cdiv(k_len, K_EVERY), tl.cdiv(q_len, Q_EVERY)
+
+    k_mean = tl.zeros([DP], tl.float32)
+    if p_k_mean is not None:
+        total = tl.zeros([BLOCK, DP], tl.float32)
+        for first in range(0, k_count, BLOCK):
+            x, _ = load_rotated_rows(
+                p_k,
+                _tokens(first + o_i, k_len, K_EVERY),
+                k_len,
+                k_l,
+                k_d,
+                i_b,
+                k_rope,
+                D,
+                0,
+                DP,
+                K_ROPE,
+                K_INTERLEAVED,
+            )
+            total += x
+        k_mean = tl.div_rn(tl.sum(total, 0), k_count.to(tl.float32))
+        tl.store(p_k_mean + at, k_mean, mask=in_d)
+    if p_v is not None:
+        p_v += i_b * v_b + i_h * v_h
+        total = tl.zeros([BLOCK, DP], tl.float32)
+        for first in range(0, k_count, BLOCK):
+            x, _ = load_rows(p_v, _tokens(first + o_i, k_len, K_EVERY), o_d, k_len, v_l, v_d, D)
+            total += x
+        v_mean = tl.div_rn(tl.sum(total, 0), k_count.to(tl.float32))
+        tl.store(p_v_mean + at, v_mean, mask=in_d)
+
+    squares = tl.zeros([BLOCK, DP], tl.float32)
+    for first in range(0, k_count, BLOCK):
+        x, inside = load_rotated_rows(
+            p_k,
+            _tokens(first + o_i, k_len, K_EVERY),
+            k_len,
+            k_l,
+            k_d,
+            i_b,
+            k_rope,
+            D,
+            0,
+            DP,
+            K_ROPE,
+            K_INTERLEAVED,
+        )
+        x = tl.where(inside, x - k_mean[None, :], 0.0)
+        squares += x * x
+    k_power = tl.sum(squares, 0) / k_count.to(tl.float32)
+
+    squares = tl.zeros([BLOCK, DP], tl.float32)
+    p_q += i_b * q_b + i_h * group * q_h
+    for _ in range(group):
+        for first in range(0, q_count, BLOCK):
+            x, inside = load_rotated_rows(
+                p_q,
+                _tokens(first + o_i, q_len, Q_EVERY),
+                q_len,
+                q_l,
+                q_d,
+                i_b,
+                q_rope,
+                D,
+                0,
+                DP,
+                Q_ROPE,
+                Q_INTERLEAVED,
+            )
+            if SMOOTH_Q:
+                x = _centred(x, inside, _Q_BLOCK // Q_EVERY, BLOCK, DP)
+            squares += x * x
+        p_q += q_h
+    q_power = tl.sum(squares, 0) / (group * q_count).to(tl.float32)
+
+    known = (k_power > _POWER) & (q_power > _POWER)
+    ratio = tl.log2(tl.where(known, k_power, 1.0)) - tl.log2(tl.where(known, q_power, 1.0))
+    share = 0.25 * ratio
+    share -= tl.sum(share, 0) / tl.maximum(tl.sum(known.to(tl.float32), 0), 1.0)
+    share = tl.minimum(tl.maximum(share, -_SHIFT), _SHIFT)
+    exponent = tl.where(known, round_to_int(share), 0)
+    p_factors += at
+    tl.store(p_factors, ((127 + exponent) << 23).to(tl.float32, bitcast=True), mask=in_d)
+    p_factors += tl.num_programs(0) * D
+    tl.store(p_factors, ((127 - exponent) << 23).to(tl.float32, bitcast=True), mask=in_d)
+
+
+def sample(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    smooth_q: bool = False,
+    smooth_k: bool = True,
+    rope_q: Rope | None = None,
+    rope_k: Rope | None = None,
+) -> Sample:
+    """As :func:`.reference.sample`; ``rope_q`` and ``rope_k`` rotate what is sampled of q and k."""
+    batch, kv_heads, k_len, head_dim = k.shape
+    dim, device = padded_dim(head_dim), k.device
+    shape = (batch, kv_heads, head_dim)
+    k_mean = torch.empty(shape, dtype=torch.float32, device=device) if smooth_k else None
+    v_mean = None if v is None else torch.empty(shape, dtype=torch.float32, device=device)
+    factors = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    turn_q, turn_k = rope_arguments(rope_q, q), rope_arguments(rope_k, k)
+    with torch.cuda.device_of(k):
+        start_kernel(
+            _sample_kernel,
+            (batch * kv_heads,),
+            q,
+            k,
+            v,
+            k_mean,
+            v_mean,
+            factors,
+            kv_heads,
+            q.shape[1] // kv_heads,
+            q.shape[2],
+            k_len,
+            *q.stride(),
+            *k.stride(),
+            *(k if v is None else v).stride(),
+            *(turn[name] for turn in (turn_q, turn_k) for name in TABLES),
+            D=head_dim,
+            DP=dim,
+            SMOOTH_Q=smooth_q,
+            Q_EVERY=sample_block(q.shape[2]),
+            K_EVERY=sample_block(k_len),
+            BLOCK=64,
+            Q_ROPE=turn_q["ROPE"],
+            Q_INTERLEAVED=turn_q["INTERLEAVED"],
+            K_ROPE=turn_k["ROPE"],
+            K_INTERLEAVED=turn_k["INTERLEAVED"],
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+    q_factor, k_factor = factors.unbind()
+    return Sample(k_mean, v_mean, q_factor, k_factor)
