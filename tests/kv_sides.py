@@ -1,5 +1,6 @@
 """Packed keys and values for tests, and attention on what they stand for in float64."""
 
+import numpy as np
 import torch
 
 from sage_diffusion.kernels.kv import layout
@@ -24,6 +25,15 @@ def data(batch, heads, group, queries, dim, tokens):
     k, v = (torch.randn(batch, heads, tokens, dim, generator=g) for _ in range(2))
     k = k * (1 + 4 * torch.rand(dim, generator=g)) + 2 * torch.randn(dim, generator=g)
     return q, k, v + 1
+
+
+def far(side):
+    """The same side with heads 2^31 words apart, as a million tokens of many heads have them."""
+    words, apart = side.words, 2**31
+    pages = np.zeros(apart + words[0, 0].numel(), np.int32)  # most of them nobody touches
+    strides = (words.shape[1] * apart, apart, words.shape[3], 1)
+    there = torch.from_numpy(pages).as_strided(words.shape, strides).copy_(words)
+    return side._replace(words=there)
 
 
 def exact(q, k, v, scale, mask=None):

@@ -6,7 +6,7 @@ The simulated card stops at every access out of bounds and every race.
 import pytest
 import torch
 from helpers import card
-from kv_sides import assert_close, data, exact, side
+from kv_sides import assert_close, data, exact, far, side
 from test_kv_decode import SCALE, masks
 
 gluon = pytest.importorskip("sage_diffusion.kernels.kv.gluon")
@@ -69,6 +69,15 @@ def test_a_store_with_room_to_grow_is_read_where_it_is():
     with card(89):
         want, got = (gluon.decode(q, *sides, SCALE, split=1) for sides in ((ks, vs), wide))
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_heads_may_lie_beyond_32_bits():
+    q, k, v = data(1, 2, 1, 1, 64, 32)
+    ks, vs = side(k, 2, "channel", 32), side(v, 2, "token", 64)
+    with card(89):
+        want = gluon.decode(q, ks, vs, SCALE, split=1)
+        got = gluon.decode(q, far(ks), vs, SCALE, split=1), gluon.decode(q, ks, far(vs), SCALE)
+    assert all(torch.equal(a, b) for one in got for a, b in zip(want, one, strict=True))
 
 
 def test_half_precision_queries():

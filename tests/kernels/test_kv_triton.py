@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import card
-from kv_sides import assert_close, data, exact, side
+from kv_sides import assert_close, data, exact, far, side
 from test_kv_decode import SCALE, masks
 
 from sage_diffusion.kernels.kv import layout, reference
@@ -50,6 +50,15 @@ def test_compiled_decode(name):
     with card(cc):
         got = triton.merge(*triton.decode(q, ks, vs, SCALE, mask, split=split))
     assert_close(got, exact(q, ks.read(0, tokens), vs.read(0, tokens), SCALE, mask), 1e-3)
+
+
+def test_heads_may_lie_beyond_32_bits():
+    q, k, v = data(1, 2, 1, 1, 64, 32)
+    ks, vs = side(k, 2, "channel", 32), side(v, 2, "token", 64)
+    with card(89):
+        want = triton.decode(q, ks, vs, SCALE, split=1)
+        got = triton.decode(q, far(ks), vs, SCALE), triton.decode(q, ks, far(vs), SCALE)
+    assert all(torch.equal(a, b) for one in got for a, b in zip(want, one, strict=True))
 
 
 def test_merging_splits_of_which_some_saw_nothing():
