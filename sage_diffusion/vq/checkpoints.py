@@ -235,8 +235,10 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise TokenizerError(f"{path} can't be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
-        said = " ".join(str(error).split())[:200]
-        raise TokenizerError(f"{path} wants to run code, or is no checkpoint: {said}") from None
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise TokenizerError(f"{path} is no checkpoint that PyTorch reads") from None
+        raise TokenizerError(f"{path} wants to run code, {wanted[1]}: it is not read") from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise TokenizerError(f"{path} is no checkpoint: {error}") from None
     for key in ("state_dict", "model"):
