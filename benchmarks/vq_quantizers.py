@@ -97,6 +97,7 @@ ARMS: dict[str, Callable[[int], Quantizer]] = {
     "ema, neither k-means nor revival": lambda k: plain(k),
     "ema, cosine": lambda k: VectorQuantizer(DIM, k, metric="cosine"),
     "simvq": lambda k: SimVQ(DIM, k),
+    "simvq, commitment 1": lambda k: SimVQ(DIM, k, commitment_weight=1.0),
     "simvq, rotation trick": lambda k: SimVQ(DIM, k, rotation_trick=True),
     "simvq, equiangular basis": lambda k: turned(SimVQ(DIM, k)),
     "ibq": lambda k: IBQ(DIM, k),
