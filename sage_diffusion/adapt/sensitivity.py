@@ -148,7 +148,8 @@ class _Groups:
         spec = AttentionSpec.parse(table.specs[self.low])
         rules = []
         for i, j, k in np.argwhere(mask):
-            start, end = step_range(*self.steps[j], table.steps)
+            first, stop = self.steps[j]
+            start, end = step_range(first, stop, table.steps)
             branch = self.branches[k][0] if len(self.branches) > 1 else None
             globs = cover(self.layers[i], table.layers)
             rules += [Rule(spec, glob, start, end, branch) for glob in globs]
