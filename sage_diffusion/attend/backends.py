@@ -34,9 +34,10 @@ class BackendUnavailable(RuntimeError):
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         super().__init__(f"no backend can run {spec}: {listed}")
         # Triton's serves the most cards: what it lacks is what is to be done.
-        name = tuning.KERNELS.name if tuning.KERNELS.name in reasons else next(iter(reasons))
+        first = tuning.KERNELS.name
+        name = first if first in reasons or not reasons else next(iter(reasons))
         others = f" and {len(reasons) - 1} others" if len(reasons) > 1 else ""
-        self.brief = f"{reasons[name]} ({spec} on {name}{others})"
+        self.brief = f"{reasons.get(name, 'no backend')} ({spec} on {name}{others})"
 
 
 # ---------------------------------------------------------------------- PyTorch

@@ -128,7 +128,8 @@ def test_comfyui_is_told_of_a_node_in_the_list(tmp_path):
 import asyncio, sys
 from unittest.mock import MagicMock
 comfy = [f"comfy.{name}" for name in ("model_management", "samplers", "utils")]
-for name in ("comfy", *comfy, "folder_paths", "server"):
+core = ("comfy_execution", "comfy_execution.utils")
+for name in ("comfy", *comfy, *core, "folder_paths", "latent_preview", "server"):
     sys.modules[name] = MagicMock()
 api = sys.modules["comfy_api"] = sys.modules["comfy_api.latest"] = MagicMock()
 api.ComfyExtension, api.io.ComfyNode = type("ComfyExtension", (), {}), type("ComfyNode", (), {})

@@ -194,6 +194,7 @@ def test_call(call: grid.Call):
         mask=options.get("mask"),
         is_causal=call.is_causal,
         fp16_accumulator=options.get("fp16_accumulator", False),
+        unsigned_p=options.get("unsigned_p", False),
         tile=TILE_KEYS if call.kernel.backend == "hopper" else TILE_N,
     )
     assert out is got and out.dtype == q.dtype
@@ -210,5 +211,6 @@ def test_call(call: grid.Call):
         return
     torch.testing.assert_close(got_lse, want_lse, rtol=1e-5, atol=1e-4)
     if spec.smooth_k:
-        got_lse = got_lse + terms.smoothed_lse(q, twin.token_mean(k), call.head_dim**-0.5)
+        k_mean = reference.means_and_factors(q, k, v, spec).k_mean
+        got_lse = got_lse + terms.smoothed_lse(q, k_mean, call.head_dim**-0.5)
     torch.testing.assert_close(lse, got_lse, rtol=1e-5, atol=1e-4)

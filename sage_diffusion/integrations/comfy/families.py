@@ -24,7 +24,6 @@ MIN_TOKENS = 1024
 
 BODY = ("int8/fp8", "int8/int8", "int8/fp16")
 CAREFUL = ("int8/fp16",)
-ROTATED = ("int8/fp8+rotate", "int8/int8+rotate", "int8/fp16+rotate")
 OWN = ("fp16",)
 
 
@@ -85,7 +84,7 @@ FAMILIES: tuple[Family, ...] = (
         ("MiniMaxH3",),
         (
             _CROSS,
-            Advice("rest", ROTATED, "keys of its last blocks concentrate in few channels: rotate"),
+            Advice("rest", BODY, "keys of its last blocks concentrate in few channels: rotate"),
         ),
     ),
 )
