@@ -27,7 +27,8 @@ class TinySampler:
         self.weights = [torch.randn(4, 64, 64, generator=generator) / 8 for _ in range(layers)]
         if poison is not None:
             # A few channels of K are huge, vary from token to token and meet small ones of Q, so
-            # the scores stay as they were: no smoothing and no rotation saves four bits from that.
+            # the scores stay as they were: no smoothing and no rotation saves four bits from that,
+            # balance does.
             self.weights[poison][0, :, ::16] /= 30
             self.weights[poison][1, :, ::16] *= 30
         self.runs = 0
