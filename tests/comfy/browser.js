@@ -1,44 +1,23 @@
 // The real page, as a new user meets it: open a template, drag a node, run, read the report, help, search.
 //   node browser.js URL FOLDER     writes screenshots and result.json into FOLDER
-const { chromium } = require('playwright-core');
-const fs = require('fs');
+const { open, finish } = require('./page.js');
 
 const [url, folder] = process.argv.slice(2);
 const result = { blocked: [], errors: [], console: [] };
 
 async function main() {
-  const browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
-    headless: true,
-    args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  const { browser, page } = await open(url, { width: 1600, height: 950 }, result.errors, async (page) => {
+    await page.route('**/*', (route) => {
+      const host = new URL(route.request().url()).hostname;
+      if (host === '127.0.0.1' || host === '') return route.continue();
+      result.blocked.push(host);
+      return route.abort();
+    });
+    page.on('console', (message) => {
+      if (message.type() === 'error') result.console.push(`${message.text()} ${message.location().url}`);
+    });
   });
-  const page = await (await browser.newContext({ viewport: { width: 1600, height: 950 } })).newPage();
-  await page.route('**/*', (route) => {
-    const host = new URL(route.request().url()).hostname;
-    if (host === '127.0.0.1' || host === '') return route.continue();
-    result.blocked.push(host);
-    return route.abort();
-  });
-  page.on('pageerror', (error) => result.errors.push(error.message));
-  page.on('console', (message) => {
-    if (message.type() === 'error') result.console.push(`${message.text()} ${message.location().url}`);
-  });
-  page.setDefaultTimeout(180000); // a busy machine is slow to load the page
   const shot = (name) => page.screenshot({ path: `${folder}/${name}.png` });
-
-  await page.goto(url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(() => {
-    try {
-      return window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 50;
-    } catch { return false; }
-  }, null, { timeout: 180000 });
-  await page.evaluate(async () => {
-    const setting = window.app.extensionManager.setting;
-    await setting.set('Comfy.TutorialCompleted', true);
-    await setting.set('Comfy.Minimap.Visible', false);
-  });
-  await page.waitForTimeout(1500);
-  await page.keyboard.press('Escape');
 
   // The template, from the dialog that people use.
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'));
@@ -137,9 +116,4 @@ async function main() {
   await browser.close();
 }
 
-main()
-  .catch((error) => { result.failure = String(error.stack || error); })
-  .finally(() => {
-    fs.writeFileSync(`${folder}/result.json`, JSON.stringify(result, null, 2));
-    process.exit(result.failure ? 1 : 0);
-  });
+finish(main, result, `${folder}/result.json`);

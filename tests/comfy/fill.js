@@ -1,33 +1,13 @@
 // A hole in a photograph: upload, paint it in the mask editor, have it filled, look at the variants.
 //   node fill.js URL FOLDER PHOTOGRAPH     writes screenshots and fill.json into FOLDER
-const { chromium } = require('playwright-core');
-const fs = require('fs');
+const { open, finish } = require('./page.js');
 
 const [url, folder, photograph] = process.argv.slice(2);
 const result = { errors: [] };
 
 async function main() {
-  const browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
-    headless: true,
-    args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
-  });
-  const page = await (await browser.newContext({ viewport: { width: 1600, height: 950 } })).newPage();
-  page.on('pageerror', (error) => result.errors.push(error.message));
+  const { browser, page } = await open(url, { width: 1600, height: 950 }, result.errors);
   const shot = (name) => page.screenshot({ path: `${folder}/${name}.png` });
-  await page.goto(url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(() => {
-    try {
-      return window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 50;
-    } catch { return false; }
-  }, null, { timeout: 180000 });
-  await page.evaluate(async () => {
-    const setting = window.app.extensionManager.setting;
-    await setting.set('Comfy.TutorialCompleted', true);
-    await setting.set('Comfy.Minimap.Visible', false);
-  });
-  await page.waitForTimeout(1500);
-  await page.keyboard.press('Escape');
 
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'));
   await page.getByText('sage_diffusion', { exact: false }).first().click();
@@ -116,9 +96,4 @@ async function main() {
   await browser.close();
 }
 
-main()
-  .catch((error) => { result.failure = String(error.stack || error); })
-  .finally(() => {
-    fs.writeFileSync(`${folder}/fill.json`, JSON.stringify(result, null, 2));
-    process.exit(result.failure ? 1 : 0);
-  });
+finish(main, result, `${folder}/fill.json`);

@@ -1,6 +1,6 @@
 // What Sage Attention says on the page in every state, one page for all of them.
 //   node states.js URL FOLDER     reads prompts.json, writes screenshots and states.json into FOLDER
-const { chromium } = require('playwright-core');
+const { open, finish } = require('./page.js');
 const fs = require('fs');
 
 const [url, folder] = process.argv.slice(2);
@@ -8,27 +8,7 @@ const { sampling, check, planned } = JSON.parse(fs.readFileSync(`${folder}/promp
 const result = { errors: [], states: {} };
 
 async function main() {
-  const browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
-    headless: true,
-    args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
-  });
-  const page = await (await browser.newContext({ viewport: { width: 1280, height: 800 } })).newPage();
-  page.on('pageerror', (error) => result.errors.push(error.message));
-  page.setDefaultTimeout(180000); // a busy machine is slow to load the page
-  await page.goto(url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(() => {
-    try {
-      return window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 50;
-    } catch { return false; }
-  }, null, { timeout: 180000 });
-  await page.evaluate(async () => {
-    const setting = window.app.extensionManager.setting;
-    await setting.set('Comfy.TutorialCompleted', true);
-    await setting.set('Comfy.Minimap.Visible', false);
-  });
-  await page.waitForTimeout(1500);
-  await page.keyboard.press('Escape');
+  const { browser, page } = await open(url, { width: 1280, height: 800 }, result.errors);
 
   const load = (prompt, id) => page.evaluate(async ([prompt, id]) => {
     await window.app.loadApiJson(prompt, id);
@@ -137,9 +117,4 @@ async function main() {
   await browser.close();
 }
 
-main()
-  .catch((error) => { result.failure = String(error.stack || error); })
-  .finally(() => {
-    fs.writeFileSync(`${folder}/states.json`, JSON.stringify(result, null, 2));
-    process.exit(result.failure ? 1 : 0);
-  });
+finish(main, result, `${folder}/states.json`);
