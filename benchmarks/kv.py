@@ -35,8 +35,7 @@ from sage_diffusion.integrations.transformers.kv_evaluate import (
     passage,
     recall,
 )
-from sage_diffusion.integrations.transformers.rope import fingerprint
-from sage_diffusion.kv.calibration import Calibration
+from sage_diffusion.kv.calibration import Calibration, fingerprint
 from sage_diffusion.kv.method import Method
 from sage_diffusion.kv.methods.calibrated import Calibrated
 from sage_diffusion.kv.methods.gear import Gear

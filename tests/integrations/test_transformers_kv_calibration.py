@@ -6,8 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sage_diffusion.integrations.transformers.cache import KVCache
 from sage_diffusion.integrations.transformers.kv_calibration import Recipe, calibrate
-from sage_diffusion.integrations.transformers.rope import fingerprint, model_rope
-from sage_diffusion.kv.calibration import Calibration, CalibrationError
+from sage_diffusion.integrations.transformers.rope import model_rope
+from sage_diffusion.kv.calibration import Calibration, CalibrationError, fingerprint
 from sage_diffusion.kv.methods.calibrated import Calibrated
 
 RECIPE = Recipe(chunk=320, scored=48, gap=32, sink=8)

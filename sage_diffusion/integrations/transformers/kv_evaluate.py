@@ -14,9 +14,8 @@ from transformers import DynamicCache
 
 from sage_diffusion.files import write_bytes
 from sage_diffusion.integrations.transformers.cache import KVCache, argument
-from sage_diffusion.integrations.transformers.rope import fingerprint
 from sage_diffusion.integrations.transformers.tap import Tap
-from sage_diffusion.kv.calibration import Calibration
+from sage_diffusion.kv.calibration import Calibration, fingerprint
 from sage_diffusion.kv.evaluate import Agreement, Bits, agreement, bits, needle_prompt
 from sage_diffusion.kv.method import Method
 

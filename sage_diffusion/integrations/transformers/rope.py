@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage_diffusion.kv.calibration import fingerprint as fingerprint
-
 
 class ModelRope:
     """Rotates K by the model's own functions.
