@@ -10,20 +10,32 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
+from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.integrations.comfy.accuracy import KSampling
-from sage_diffusion.integrations.comfy.sampler import CARDS, ComfySampler, Prompt
+from sage_diffusion.integrations.comfy.sampler import (
+    CARDS,
+    ComfySampler,
+    Prompt,
+    candidates,
+    fast_time,
+    free_path,
+    this_card,
+)
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
 from sage_diffusion.nodes.progress import SamplingProgress
 from sage_diffusion.plan.show import describe
 
-_FLOOR, _BUDGET = "least quality", "most time"
+_AS_FAST, _FLOOR, _BUDGET = "as fast as fast, better", "least quality", "most time"
+_THIS = "this card"
+_CONTINUE, _REPLACE, _NEW = "continue it", "replace it", "take a new name"
 
 
 def _goal() -> io.DynamicCombo.Input:
     return io.DynamicCombo.Input(
         "goal",
         options=[
+            io.DynamicCombo.Option(_AS_FAST, []),
             io.DynamicCombo.Option(
                 _BUDGET,
                 [
@@ -51,7 +63,8 @@ def _goal() -> io.DynamicCombo.Input:
                 ],
             ),
         ],
-        tooltip="What the plan must keep; the rest becomes as good as it can.",
+        tooltip="as fast as fast, better: the predicted time of the preset fast, in better "
+        "quality. Or what the plan must keep; the rest becomes as good as it can.",
     )
 
 
@@ -70,11 +83,14 @@ class SageCalibrate(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to measure, as it will be sampled."),
                 io.Conditioning.Input("positive", tooltip="A prompt of the kind you will use."),
-                io.Conditioning.Input(
-                    "positive_2", tooltip="A different prompt: one alone proves nothing."
-                ),
                 io.Conditioning.Input("negative", tooltip="What they shall not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Conditioning.Input(
+                    "positive_2",
+                    optional=True,
+                    tooltip="A different prompt. Without it the first is sampled with two seeds, "
+                    "and the plan is for prompts like it.",
+                ),
                 *sampling_inputs(),
                 io.Int.Input(
                     "runs",
@@ -94,15 +110,13 @@ class SageCalibrate(io.ComfyNode):
                 _goal(),
                 io.Combo.Input(
                     "card",
-                    options=list(CARDS),
-                    default="rtx4090" if "rtx4090" in CARDS else CARDS[0],
+                    options=[_THIS, *CARDS],
                     tooltip="GPU that the time is predicted for: a bound, not a timing.",
                 ),
                 io.String.Input(
                     "name",
                     default="calibrated",
-                    tooltip="Title of the plan; a calibration of that name goes on where it "
-                    "stopped.",
+                    tooltip="Title of the plan and of the file of measured values.",
                 ),
                 io.Int.Input(
                     "end_to_end",
@@ -112,6 +126,13 @@ class SageCalibrate(io.ComfyNode):
                     max=64,
                     tooltip="Measure what errors do to the result, on so many runs, eight or more; "
                     "0 is off. Each costs 19 to 21 sampling runs.",
+                ),
+                io.Combo.Input(
+                    "if_name_exists",
+                    options=[_CONTINUE, _REPLACE, _NEW],
+                    optional=True,
+                    tooltip="A calibration of that name: go on where it stopped (same model and "
+                    "settings), measure anew, or keep it and write another file.",
                 ),
             ],
             outputs=[
@@ -126,7 +147,6 @@ class SageCalibrate(io.ComfyNode):
         cls,
         model: Any,
         positive: Any,
-        positive_2: Any,
         negative: Any,
         latent_image: dict[str, Any],
         seed: int,
@@ -141,6 +161,8 @@ class SageCalibrate(io.ComfyNode):
         card: str,
         name: str,
         end_to_end: int = 0,
+        if_name_exists: str = _CONTINUE,
+        positive_2: Any = None,
     ) -> io.NodeOutput:
         from sage_diffusion.adapt.calibrate import calibrate
         from sage_diffusion.adapt.planner import make_plan
@@ -151,7 +173,9 @@ class SageCalibrate(io.ComfyNode):
             positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise
         )
         interrupted = comfy.model_management.throw_exception_if_processing_interrupted
-        bar = SamplingProgress(node, model, ["measure"] * (2 * runs))
+        prompts = [Prompt(x) for x in (positive, positive_2) if x is not None]
+        seeds = range(seed, seed + (runs if len(prompts) > 1 else max(runs, 2)))
+        bar = SamplingProgress(node, model, ["measure"] * (len(prompts) * len(seeds)))
         sampling.on_step = bar
         sampler = ComfySampler(model, sampling, interrupted)
 
@@ -159,26 +183,55 @@ class SageCalibrate(io.ComfyNode):
             bar.stands([at.stage] * at.total, at.done)
             show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)", "sampling")
 
-        table = calibrate(
-            sampler,
-            [Prompt(positive), Prompt(positive_2)],
-            range(seed, seed + runs),
-            share=share,
-            sensitivity=end_to_end,
-            path=_table_path(name),
-            progress=tell,
-        )
-        wanted = {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
-        planned = make_plan(table, costs=card, name=name, **wanted)
+        path = _table_path(name, if_name_exists)
+        card, note = (card, "") if card != _THIS else _card_here(model)
+        try:
+            table = calibrate(
+                sampler,
+                prompts,
+                seeds,
+                specs=candidates(card),
+                share=share,
+                sensitivity=end_to_end,
+                path=path,
+                progress=tell,
+                min_prompts=1,
+            )
+        except TableError as error:
+            raise TableError(
+                f"{path} can't be continued ({error}): choose '{_REPLACE}' or '{_NEW}' in "
+                "if_name_exists, or another name"
+            ) from None
+        planned = make_plan(table, costs=card, name=name, **_wanted(goal, card, table))
         text = (
             f"{describe(planned.plan)}\n"
             f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
-            f"{planned.quality:.1f} dB\nmeasured values: {_table_path(name)}"
+            f"{planned.quality:.1f} dB{note}\nmeasured values: {path}"
         )
+        if len(prompts) == 1:
+            text += "\nmeasured on one prompt: try it on others with Attention Accuracy Check"
         show(node, text)
         return io.NodeOutput(planned.plan, text)
 
 
-def _table_path(name: str) -> Path:
+def _wanted(goal: dict[str, Any], card: str, table: ScoreTable) -> dict[str, float]:
+    """The planner's goal."""
+    if goal["goal"] == _AS_FAST:
+        return {"budget": fast_time(card, table)}
+    return {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
+
+
+def _card_here(model: Any) -> tuple[str, str]:
+    """The card that a MODEL runs on, and a note where another stands in."""
+    found = this_card(model.load_device)
+    if found is not None:
+        return found, ""
+    return "rtx4090", f" (nothing is known of {model.load_device}: planned for rtx4090)"
+
+
+def _table_path(name: str, if_it_exists: str) -> Path:
     plain = re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "calibrated"
-    return Path(folder_paths.get_output_directory()) / "sage_calibrations" / f"{plain}.json"
+    path = Path(folder_paths.get_output_directory()) / "sage_calibrations" / f"{plain}.json"
+    if if_it_exists == _REPLACE:
+        path.unlink(missing_ok=True)
+    return free_path(path) if if_it_exists == _NEW else path

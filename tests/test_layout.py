@@ -36,8 +36,7 @@ ALSO_TESTS = {
         "sage_diffusion.commands.plan"
     ),
     "comfy/test_in_process.py": (
-        "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers "
-        "sage_diffusion.integrations.comfy.sampler"
+        "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers"
     ),
     "comfy/test_in_process_nodes.py": "nodes.progress",
     "comfy/test_server_training.py": "nodes.vq_train",

@@ -152,6 +152,7 @@ def calibrate(
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     sign_seed: int | None = None,
+    min_prompts: int = MIN_PROMPTS,
 ) -> ScoreTable:
     """Measure what each spec does to each layer and step of a model, on live sampling.
 
@@ -161,8 +162,7 @@ def calibrate(
 
     Args:
         sampler: see :class:`Sampler`.
-        prompts: what ``sampler.sample`` takes, at least two different ones; they are known by their
-            ``str()``.
+        prompts: what ``sampler.sample`` takes; they are known by their ``str()``.
         seeds: every prompt is sampled once with each.
         specs: candidates.
         share: of the cells that are measured; the others are completed from them.
@@ -181,6 +181,7 @@ def calibrate(
         progress: called after each run.
         sign_seed: sequence of the rotations' signs, of the table and of its plans.  None has one
             rotation for all steps: plans that know how errors add up break them up by themselves.
+        min_prompts: different ones that there must be; a plan of a single one is for that one.
 
     Returns:
         The table, as saved.
@@ -193,9 +194,9 @@ def calibrate(
     numbers = [int(s) for s in seeds]
     pairs = [(prompt, s) for prompt in prompts for s in numbers]
     different = len({str(prompt) for prompt in prompts})
-    if different < MIN_PROMPTS:
+    if different < min_prompts:
         raise CalibrationError(
-            f"calibration needs at least {MIN_PROMPTS} different prompts, got {different}"
+            f"calibration needs at least {min_prompts} different prompts, got {different}"
         )
     if not pairs:
         raise CalibrationError("calibration needs at least one seed")

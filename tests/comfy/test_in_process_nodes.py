@@ -120,9 +120,8 @@ def test_limits_are_checked_before_anything_runs():
     assert SageAccuracyCheck.validate_inputs("with and without the plan", "psnr", 30.0) is True
 
 
-def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monkeypatch):
+def calibrate(families, tmp_path, monkeypatch, **more):
     import folder_paths
-    from comfy.model_management import InterruptProcessingException
 
     from sage_diffusion.nodes.calibrate import SageCalibrate
 
@@ -133,7 +132,6 @@ def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monk
     given = {
         "model": sd3.model,
         "positive": sd3.positive,
-        "positive_2": sd3.negative,
         "negative": sd3.negative,
         "latent_image": {"samples": sd3.latent},
         "seed": 1,
@@ -144,17 +142,41 @@ def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monk
         "denoise": 1.0,
         "runs": 1,
         "share": 0.5,
-        "goal": {"goal": "most time", "time": 0.6},
-        "card": "rtx4090",
+        "goal": {"goal": "as fast as fast, better"},
+        "card": "this card",
         "name": "tiny",
     }
+    return SageCalibrate.execute(**(given | more)).args
+
+
+def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monkeypatch):
+    from comfy.model_management import InterruptProcessingException
+
     page.cancel_at = 5  # within the second run
     with pytest.raises(InterruptProcessingException):
-        SageCalibrate.execute(**given)
+        calibrate(families, tmp_path, monkeypatch)
     assert any(preview is not None for _, _, preview in page.bars)
-    kept = tmp_path / "sage_calibrations" / "tiny.json"
-    assert kept.exists()
+    assert (tmp_path / "sage_calibrations" / "tiny.json").exists()
     page.cancel_at = None
     page.bars.clear()
-    SageCalibrate.execute(**given)
+    plan, text = calibrate(families, tmp_path, monkeypatch)
     assert page.bars[0][0] > 3  # it goes on after the first run
+    assert plan.calibration["predicted"]["time"] <= 0.214  # of fast, at this head dim
+    assert "predicted bound on rtx4090" in text and "nothing is known of cpu" in text
+    assert "measured on one prompt" in text  # with two seeds
+
+
+def test_a_name_that_exists_is_never_silently_another_calibration(
+    families, page, tmp_path, monkeypatch
+):
+    folder = tmp_path / "sage_calibrations"
+    calibrate(families, tmp_path, monkeypatch)
+    first = (folder / "tiny.json").read_bytes()
+    with pytest.raises(ValueError, match="choose 'replace it' or 'take a new name'"):
+        calibrate(families, tmp_path, monkeypatch, steps=2)
+    assert (folder / "tiny.json").read_bytes() == first
+    calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="take a new name")
+    assert json.loads((folder / "tiny 2.json").read_text())["steps"] == 2
+    assert (folder / "tiny.json").read_bytes() == first
+    calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="replace it")
+    assert json.loads((folder / "tiny.json").read_text())["steps"] == 2

@@ -3,20 +3,75 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.costs import CYCLES
+from sage_diffusion.adapt.costs import CYCLES, SMALL, card_costs, relative_cost
+from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
+from sage_diffusion.integrations.comfy.presets import PRESETS
+from sage_diffusion.machine import device_arch
 
 #: Cards that a plan's time can be predicted for.
 CARDS = tuple(CYCLES)
+
+#: Compute capability -> the card of its architecture.
+_CARD_OF = {
+    (8, 0): "a100",
+    (8, 6): "rtx3090",
+    (8, 9): "rtx4090",
+    (9, 0): "h100",
+    (12, 0): "rtx5090",
+}
+
+
+def this_card(device: torch.device) -> str | None:
+    """The card that stands for a device's architecture, None where none does."""
+    capability, _ = device_arch(device)
+    return None if capability is None else _CARD_OF.get(capability)
+
+
+def candidates(card: str) -> tuple[str, ...]:
+    """Specs that a card computes, those that a plan for it may choose from."""
+    return tuple(name for name in CYCLES[card] if name != "fp16" and not name.endswith(SMALL))
+
+
+def fast_time(card: str, table: ScoreTable) -> float:
+    """Predicted time of the preset *fast* on a card, relative to FP16 attention; that of
+    *balanced* where it is faster, as on cards without 4-bit products.
+
+    Args:
+        card: one of :data:`CARDS`.
+        table: has the model's head dims, and the work of each layer.
+    """
+    costs = card_costs(card)
+    work = table.filled_work().sum((1, 2))
+    layers = list(zip(work / work.sum(), table.head_dims(), strict=True))
+
+    def first(specs: Sequence[str]) -> float:
+        spec = next(spec for spec in specs if spec in costs)
+        return float(sum(share * relative_cost(spec, costs, dim) for share, dim in layers))
+
+    return min(
+        0.9 * first(PRESETS[name].body) + 0.1 * first(PRESETS[name].edges)
+        for name in ("fast", "balanced")
+    )
+
+
+def free_path(path: Path) -> Path:
+    """The path itself, or the first of ``name 2``, ``name 3``, .. that no file has."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem} {number}")
+    return found
 
 
 @dataclass(frozen=True)
