@@ -31,7 +31,8 @@ _THIS = "this card"
 _CONTINUE, _REPLACE, _NEW = "continue it", "replace it", "take a new name"
 
 
-def _goal() -> io.DynamicCombo.Input:
+def goal_input() -> io.DynamicCombo.Input:
+    """What a plan must keep."""
     return io.DynamicCombo.Input(
         "goal",
         options=[
@@ -65,6 +66,15 @@ def _goal() -> io.DynamicCombo.Input:
         ],
         tooltip="as fast as fast, better: the predicted time of the preset fast, in better "
         "quality. Or what the plan must keep; the rest becomes as good as it can.",
+    )
+
+
+def card_input() -> io.Combo.Input:
+    """Whose time is predicted."""
+    return io.Combo.Input(
+        "card",
+        options=[_THIS, *CARDS],
+        tooltip="GPU that the time is predicted for: a bound, not a timing.",
     )
 
 
@@ -107,12 +117,8 @@ class SageCalibrate(io.ComfyNode):
                     step=0.01,
                     tooltip="Part of the layers x steps that is measured; the rest is completed.",
                 ),
-                _goal(),
-                io.Combo.Input(
-                    "card",
-                    options=[_THIS, *CARDS],
-                    tooltip="GPU that the time is predicted for: a bound, not a timing.",
-                ),
+                goal_input(),
+                card_input(),
                 io.String.Input(
                     "name",
                     default="calibrated",
@@ -164,45 +170,32 @@ class SageCalibrate(io.ComfyNode):
         if_name_exists: str = _CONTINUE,
         positive_2: Any = None,
     ) -> io.NodeOutput:
-        from sage_diffusion.adapt.calibrate import calibrate
         from sage_diffusion.adapt.planner import make_plan
-        from sage_diffusion.adapt.sampling import Progress
 
         node = cls.hidden.unique_id
         sampling = KSampling(
             positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise
         )
-        interrupted = comfy.model_management.throw_exception_if_processing_interrupted
         prompts = [Prompt(x) for x in (positive, positive_2) if x is not None]
-        seeds = range(seed, seed + (runs if len(prompts) > 1 else max(runs, 2)))
-        bar = SamplingProgress(node, model, ["measure"] * (len(prompts) * len(seeds)))
-        sampling.on_step = bar
-        sampler = ComfySampler(model, sampling, interrupted)
-
-        def tell(at: Progress) -> None:
-            bar.stands([at.stage] * at.total, at.done)
-            show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)", "sampling")
-
         path = _table_path(name, if_name_exists)
-        card, note = (card, "") if card != _THIS else _card_here(model)
+        card, note = the_card(card, model)
         try:
-            table = calibrate(
-                sampler,
+            table = measured(
+                node,
+                ComfySampler(model, sampling),
                 prompts,
-                seeds,
-                specs=candidates(card),
+                runs,
+                card,
+                path,
                 share=share,
                 sensitivity=end_to_end,
-                path=path,
-                progress=tell,
-                min_prompts=1,
             )
         except TableError as error:
             raise TableError(
                 f"{path} can't be continued ({error}): choose '{_REPLACE}' or '{_NEW}' in "
                 "if_name_exists, or another name"
             ) from None
-        planned = make_plan(table, costs=card, name=name, **_wanted(goal, card, table))
+        planned = make_plan(table, costs=card, name=name, **wanted(goal, card, table))
         text = (
             f"{describe(planned.plan)}\n"
             f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
@@ -214,15 +207,73 @@ class SageCalibrate(io.ComfyNode):
         return io.NodeOutput(planned.plan, text)
 
 
-def _wanted(goal: dict[str, Any], card: str, table: ScoreTable) -> dict[str, float]:
-    """The planner's goal."""
+def measured(
+    node: Any,
+    sampler: ComfySampler,
+    prompts: list[Prompt],
+    runs: int,
+    card: str,
+    path: Path,
+    **settings: Any,
+) -> ScoreTable:
+    """Calibrate with a bar on a node; cancelling keeps the runs that are finished.
+
+    Args:
+        node: its id.
+        sampler: of the model.
+        prompts: one or two; a single one is sampled twice at least.
+        runs: of each prompt, with seeds from the sampler's own on.
+        card: whose specs are measured.
+        path: of the table.
+        settings: of :func:`sage_diffusion.adapt.calibrate.calibrate`.
+
+    Raises:
+        TableError: the file is of another calibration.
+    """
+    from sage_diffusion.adapt.calibrate import calibrate
+    from sage_diffusion.adapt.sampling import Progress
+
+    first = sampler.sampling.seed
+    seeds = range(first, first + (runs if len(prompts) > 1 else max(runs, 2)))
+    bar = SamplingProgress(node, sampler.patched, ["measure"] * (len(prompts) * len(seeds)))
+    sampler.sampling.on_step = bar
+    sampler.heartbeat = comfy.model_management.throw_exception_if_processing_interrupted
+    at = Progress("measure", 0, len(bar.runs), 0.0)
+
+    def tell(now: Progress) -> None:
+        nonlocal at
+        at = now
+        bar.stands([at.stage] * at.total, at.done)
+        show(node, f"{at.stage}: {at.done} of {at.total} ({at.seconds:.0f} s)", "sampling")
+
+    try:
+        return calibrate(
+            sampler,
+            prompts,
+            seeds,
+            specs=candidates(card),
+            path=path,
+            progress=tell,
+            min_prompts=1,
+            **settings,
+        )
+    except comfy.model_management.InterruptProcessingException:
+        kept = f"cancelled: {at.stage} had {at.done} of {at.total} runs"
+        show(node, f"{kept}\nthey are kept: queue it again to go on", "cancelled")
+        raise
+
+
+def wanted(goal: dict[str, Any], card: str, table: ScoreTable) -> dict[str, float]:
+    """The planner's goal, of the values of :func:`goal_input`."""
     if goal["goal"] == _AS_FAST:
         return {"budget": fast_time(card, table)}
     return {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
 
 
-def _card_here(model: Any) -> tuple[str, str]:
-    """The card that a MODEL runs on, and a note where another stands in."""
+def the_card(card: str, model: Any) -> tuple[str, str]:
+    """The card of a choice of :func:`card_input`, and a note where another stands in."""
+    if card != _THIS:
+        return card, ""
     found = this_card(model.load_device)
     if found is not None:
         return found, ""

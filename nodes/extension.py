@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 from sage_diffusion.nodes.attention import SageAttention, SageReport
+from sage_diffusion.nodes.autotune import SageAutoTune
 from sage_diffusion.nodes.calibrate import SageCalibrate
 from sage_diffusion.nodes.doctor import SageDoctor
 from sage_diffusion.nodes.host import (
@@ -45,6 +46,7 @@ from sage_diffusion.nodes.vq_train import CodebookRepair, TrainVQTokenizer
 NODES: list[type[io.ComfyNode]] = [
     SageAttention,
     SageReport,
+    SageAutoTune,
     SageLoadPlan,
     SageSavePlan,
     SageMergePlans,

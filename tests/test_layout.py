@@ -38,7 +38,7 @@ ALSO_TESTS = {
     "comfy/test_in_process.py": (
         "sage_diffusion.integrations.comfy.accuracy sage_diffusion.integrations.comfy.layers"
     ),
-    "comfy/test_in_process_nodes.py": "nodes.progress",
+    "comfy/test_in_process_nodes.py": "nodes.autotune nodes.progress",
     "comfy/test_server_training.py": "nodes.vq_train",
     "comfy/test_in_process_kv_calibration.py": (
         "nodes.kv_calibration sage_diffusion.integrations.comfy.kv_calibration "
@@ -224,6 +224,7 @@ MANY_ARGUMENTS = {
     "kernels.quantize.triton": "quantize_rows",
     "nodes.accuracy": "execute",
     "nodes.attention": "execute",
+    "nodes.autotune": "execute",
     "nodes.calibrate": "execute",
     "sage_diffusion.adapt.calibrate": "calibrate",
     "sage_diffusion.adapt.compress": "compress",

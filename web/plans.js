@@ -29,6 +29,16 @@ async function fill(node) {
   if (fileOf(node) === file) embedded.value = answer.ok ? (await answer.json()).text : "";
 }
 
+/** Auto-tune makes its plan while it runs: the workflow carries it from then on. */
+function keepTuned(node) {
+  const executed = node.onExecuted;
+  node.onExecuted = function (output, ...rest) {
+    executed?.call(this, output, ...rest);
+    const embedded = widget(this, "embedded_plan");
+    if (embedded && output?.embedded_plan) embedded.value = output.embedded_plan[0];
+  };
+}
+
 function* nodesOf(graph) {
   for (const node of graph?.nodes ?? []) {
     if (NODES.has(node.comfyClass)) yield node;
@@ -42,6 +52,7 @@ app.registerExtension({
     for (const node of nodesOf(app.rootGraph ?? app.graph)) fill(node);
   },
   nodeCreated(node) {
+    if (node.comfyClass === "SageDiffusionAutoTune") keepTuned(node);
     if (!NODES.has(node.comfyClass)) return;
     const embedded = widget(node, "embedded_plan");
     if (!embedded) return;

@@ -80,6 +80,22 @@ def check(family: str, **preset: Any) -> dict[str, Any]:
     return prompt
 
 
+def autotune(family: str) -> dict[str, Any]:
+    """Auto-tune Attention in Sage Attention's place."""
+    prompt = sampling(family)
+    sampler = prompt["6"]["inputs"]
+    prompt["2"] = node(
+        "SageDiffusionAutoTune",
+        model=["1", 0],
+        **{k: sampler[k] for k in ("positive", "negative", "latent_image", "seed", "steps")},
+        **{k: sampler[k] for k in ("cfg", "sampler_name", "scheduler", "denoise")},
+        goal="as fast as fast, better",
+        card="this card",
+        measure_anew=False,
+    )
+    return prompt
+
+
 def custom(spec: str, **more: Any) -> dict[str, Any]:
     """Sage Attention's inputs for the preset "custom"."""
     inputs = {

@@ -4,7 +4,7 @@ const { open, finish } = require('./page.js');
 const fs = require('fs');
 
 const [url, folder] = process.argv.slice(2);
-const { sampling, check, planned } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
+const { sampling, check, planned, tuned } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
 const result = { errors: [], states: {} };
 
 async function main() {
@@ -17,7 +17,7 @@ async function main() {
     await window.app.loadGraphData(graphs, true, true, id);
     window.app.graph.arrange(60);
     canvas.ds.scale = 0.7;
-    const node = window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAttention');
+    const node = window.app.graph._nodes.find((n) => /SageDiffusion(Attention|AutoTune)/.test(n.type));
     canvas.ds.offset[0] = -node.pos[0] + 420;
     canvas.ds.offset[1] = -node.pos[1] + 220;
     canvas.setDirty(true, true);
@@ -114,6 +114,33 @@ async function main() {
 
   await load(check, 'workflow-c');
   await run('elsewhere');
+
+  // Auto-tune: a bar while it measures; workflow and picture carry the plan that it made.
+  const listen = () => page.evaluate(() => {
+    window.told = [];
+    window.app.api.addEventListener('sage_diffusion.text', ({ detail }) => window.told.push(detail.text));
+    window.app.api.addEventListener('progress_state', ({ detail }) => {
+      for (const at of Object.values(detail.nodes)) window.told.push(`bar ${at.node_id} ${at.value}/${at.max}`);
+    });
+  });
+  const embedded = () => page.evaluate(() => window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAutoTune')
+    ?.widgets.find((w) => w.name === 'embedded_plan').value);
+  await load(tuned, 'workflow-e');
+  await listen();
+  await queue();
+  const end = await ended();
+  await page.waitForTimeout(700);
+  result.tuned = { end, node: await read('SageDiffusionAutoTune'), told: await page.evaluate(() => window.told), plan: await embedded() };
+  await page.screenshot({ path: `${folder}/autotune.png` });
+  // The picture that it saved, dropped on an empty page.
+  const picture = await page.evaluate(() => window.app.graph._nodes.find((n) => n.type === 'SaveImage').imgs[0].src);
+  await page.evaluate(async (src) => {
+    window.app.graph.clear();
+    const blob = await (await fetch(src)).blob();
+    await window.app.handleFile(new File([blob], 'a.png', { type: 'image/png' }));
+  }, picture);
+  await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionAutoTune'));
+  result.tuned.received = await embedded();
   await browser.close();
 }
 

@@ -77,7 +77,8 @@ def states(server):
     sampling = prompts.sampling("sd3", **prompts.custom("int8/fp16"))
     check = prompts.check("sd3", **prompts.custom("int8/fp16"))
     planned = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "int8 everywhere"})
-    told = {"sampling": sampling, "check": check, "planned": planned}
+    tuned = prompts.autotune("sd3")
+    told = {"sampling": sampling, "check": check, "planned": planned, "tuned": tuned}
     (SHOTS / "prompts.json").write_text(json.dumps(told))
     return drive(server, "states.js", "states.json")
 
@@ -194,6 +195,20 @@ def test_the_plan_of_a_file_travels_in_workflow_and_prompt(states):
     assert states["prompt"][str(node["id"])]["inputs"]["embedded_plan"] == text
     assert states["hidden"]
     assert states["not_kept"] == ""
+
+
+def test_auto_tune_has_a_bar_and_its_picture_carries_the_plan(states):
+    from sage_diffusion.plan.embed import read_embedded
+
+    tuned = states["tuned"]
+    assert tuned["end"] == "execution_success"
+    node = tuned["node"]
+    assert node["state"] == "done" and "measured now" in node["text"]
+    told = "\n".join(tuned["told"])
+    assert re.search(r"^bar 2 [1-5]/6$", told, re.M)  # two runs of three steps in one bar
+    assert re.search(r"^measure: step \d of 3, run 2 of 2\n\d+ s left$", told, re.M)
+    assert read_embedded(tuned["plan"]).plan.calibration["predicted"]["time"] < 0.25
+    assert tuned["received"] == tuned["plan"]
 
 
 def test_no_state_broke_the_page(states):

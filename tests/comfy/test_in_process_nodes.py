@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,3 +181,118 @@ def test_a_name_that_exists_is_never_silently_another_calibration(
     assert (folder / "tiny.json").read_bytes() == first
     calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="replace it")
     assert json.loads((folder / "tiny.json").read_text())["steps"] == 2
+
+
+def autotune(families, tmp_path, monkeypatch, **more):
+    """An instance whose folders are ``tmp_path``; returns the node's output, and the workflow."""
+    import folder_paths
+
+    from sage_diffusion.nodes import autotune
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(autotune, "user_plan_folder", lambda: tmp_path / "plans")
+    prompt = {"7": {"inputs": {"embedded_plan": ""}}}
+    info = {"workflow": {"nodes": [{"id": 7, "widgets_values": [3, ""]}]}}
+    hidden = SimpleNamespace(unique_id="7", prompt=prompt, extra_pnginfo=info)
+    monkeypatch.setattr(autotune.SageAutoTune, "hidden", hidden, raising=False)
+    sd3 = families("sd3")
+    given = {
+        "model": sd3.model,
+        "positive": sd3.positive,
+        "negative": sd3.negative,
+        "latent_image": {"samples": sd3.latent},
+        "seed": 1,
+        "steps": 3,
+        "cfg": 4.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+        "goal": {"goal": "as fast as fast, better"},
+        "card": "rtx4090",
+        "measure_anew": False,
+        "share": 0.5,
+    }
+    return autotune.SageAutoTune.execute(**(given | more)), info["workflow"]["nodes"][0]
+
+
+def test_auto_tune_measures_once_and_a_second_instance_runs_the_same(
+    families, page, tmp_path, monkeypatch
+):
+    from comfy.model_management import InterruptProcessingException
+
+    from sage_diffusion.integrations.comfy import attached
+    from sage_diffusion.plan.embed import content_hash
+
+    def again(folder, **more):
+        page.bars.clear()
+        page.texts.clear()
+        return autotune(families, tmp_path / folder, monkeypatch, **more)
+
+    page.cancel_at = 5
+    with pytest.raises(InterruptProcessingException):
+        again("here")
+    assert page.states[-1] == "cancelled"
+    assert "measure had 1 of 2 runs\nthey are kept" in page.texts[-1]
+    page.cancel_at = None
+    first, node = again("here")
+    assert page.bars[0][0] > 3  # it goes on after the first run
+    assert all(preview is not None for _, _, preview in page.bars)
+    model, plan, text = first.args
+    assert "measured now" in text and "predicted bound on rtx4090: 0.2" in text
+    (carried,) = first.ui["embedded_plan"]
+    assert node["widgets_values"] == [3, carried]
+    mine = families("sd3").sample(model)
+    ran = attached(model).last.summary.shares
+    assert page.states[-1] == "done"
+
+    cached, _ = again("here", seed=5, positive=families("sd3").negative)
+    assert not page.bars and "measured before" in cached.args[2]
+    assert content_hash(cached.args[1]) == content_hash(plan)
+    again("here", steps=2)
+    assert page.bars  # other settings: measured
+
+    away, node = again("away", card="rtx3090", embedded_plan=carried)
+    assert not page.bars and "plan of this workflow" in away.args[2]
+    assert not (tmp_path / "away").exists()  # nothing is measured, nothing written
+    assert node["widgets_values"][-1] == carried
+    import torch
+
+    assert torch.equal(families("sd3").sample(away.args[0]), mine)
+    assert attached(away.args[0]).last.summary.shares == ran
+    again("here", measure_anew=True)
+    assert page.bars[0][0] == 1
+
+
+def test_every_language_names_every_node_and_input():
+    from sage_diffusion.nodes import host
+    from sage_diffusion.nodes.extension import NODES
+    from sage_diffusion.nodes.kv_calibration import register_calibration_folder
+
+    host.register_plan_folder()
+    host.register_tokenizer_folder()
+    register_calibration_folder()
+
+    def inputs_of(definition):
+        for group in ("required", "optional"):
+            for name, (kind, *rest) in definition.get(group, {}).items():
+                options = rest[0] if rest else {}
+                yield name, options
+                if kind == "COMFY_DYNAMICCOMBO_V3":
+                    for option in options["options"]:
+                        yield from inputs_of(option["inputs"])
+
+    root = Path(__file__).resolve().parent.parent.parent
+    for language in ("en", "zh", "ja", "de", "fr", "es"):
+        known = json.loads((root / "locales" / language / "nodeDefs.json").read_text())
+        for node in NODES:
+            info = node.GET_NODE_INFO_V1()
+            entry = known[info["name"]]
+            assert entry["display_name"] and entry["description"]
+            for name, options in inputs_of(info["input"]):
+                text = entry["inputs"][name]
+                assert text["name"] and text["tooltip"], (language, info["name"], name)
+                if language == "en" and name != "spec":  # two inputs may share a name
+                    assert text["tooltip"] == options["tooltip"]
+            if language == "en":
+                assert entry["description"] == info["description"]
+                assert entry["display_name"] == info["display_name"]

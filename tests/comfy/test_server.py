@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NODES = (
     "SageDiffusionAttention",
     "SageDiffusionReport",
+    "SageDiffusionAutoTune",
     "SageDiffusionLoadPlan",
     "SageDiffusionSavePlan",
     "SageDiffusionMergePlans",

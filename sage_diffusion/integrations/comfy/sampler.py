@@ -89,34 +89,41 @@ class Prompt:
         return digest.hexdigest()[:16]
 
 
+def settings_of(sampling: KSampling) -> dict[str, Any]:
+    """What decides how a model is sampled, prompt and seed aside."""
+    return {
+        "steps": sampling.steps,
+        "cfg": sampling.cfg,
+        "sampler": sampling.sampler_name,
+        "scheduler": sampling.scheduler,
+        "denoise": sampling.denoise,
+        "latent": list(sampling.latent["samples"].shape),
+    }
+
+
 class ComfySampler:
     """See :class:`sage_diffusion.adapt.sampling.Sampler`.
 
     Args:
         model: a ``ModelPatcher``; its own Sage Attention is left out.
         sampling: everything else; its positive conditioning and seed are replaced.
+        node: that samples, by its name.
+
+    Attributes:
         heartbeat: called after each run.
     """
 
-    def __init__(
-        self, model: Any, sampling: KSampling, heartbeat: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, model: Any, sampling: KSampling, node: str = "Calibrate Precision Plan"):
         before = attached(model)
         if before is not None:
-            before.sampled_by("Calibrate Precision Plan")
+            before.sampled_by(node)
         self.session = AttentionSession("fp16")
         attention = ModelAttention(self.session)
         self.patched = attach(without(model), attention)
         self.model: str | None = attention.model_name
-        self.sampling, self.heartbeat = sampling, heartbeat
-        self.settings = {
-            "steps": sampling.steps,
-            "cfg": sampling.cfg,
-            "sampler": sampling.sampler_name,
-            "scheduler": sampling.scheduler,
-            "denoise": sampling.denoise,
-            "latent": list(sampling.latent["samples"].shape),
-        }
+        self.sampling = sampling
+        self.heartbeat: Callable[[], None] = lambda: None
+        self.settings = settings_of(sampling)
 
     def sample(self, prompt: Prompt, seed: int) -> Tensor:
         """The whole sampling loop; returns the final latents."""
