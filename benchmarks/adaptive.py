@@ -1,15 +1,17 @@
 """Adaptive plans on three trained models, beside uniform specs and "first and last N steps" rules.
 
-    python -m benchmarks.adaptive [--model digits] [--out out/adaptive] [--json]
+    python -m benchmarks.adaptive [--model digits] [--grouped 8] [--out out/adaptive] [--json]
 
 For the bundled emoji model, and for two smaller ones in ``benchmarks/assets`` that
 ``tools/train_dit.py`` trained on handwritten digits and on crops of photographs: calibrate on some
 classes, plan at the predicted time of uniform ``int4/fp8-fast`` + 10 %, and sample other classes
-from other seeds.  Two more questions are answered on the same pictures:
+from other seeds.  More questions are answered on the same pictures:
 
 * how much runs below 8 bit at the quality of uniform ``int8/fp8`` less 1 dB: plans of rising
   budgets are sampled, and of those that reach it the one with most work below 8 bit counts;
-* what measuring a quarter of the cells loses: a second calibration measures all of them.
+* what measuring a quarter of the cells loses: a second calibration measures all of them;
+* how well a table is completed from some of its cells, and what plans are worth whose weights come
+  from the local error alone, from groups of cells or from gradients (:mod:`benchmarks.stages`).
 
 Times are predicted bounds relative to FP16 attention on one card, never timings; only the
 calibration is timed.  Writes a JSON document, the plan, the score table and a Pareto plot per
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stages import completions, stages
 from sage_diffusion.adapt.calibrate import SPECS, calibrate
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.costs import card_costs
@@ -51,6 +54,9 @@ ALL_CELLS = "all cells measured"
 
 #: Pictures of the end-to-end stage.
 PICTURES = 16
+
+#: Pictures of the stage by groups of cells that it is compared with.
+GROUPED = 8
 
 #: Quality that a plan may lose against uniform ``EIGHT_BIT``, dB.
 LOSS_DB = 1.0
@@ -90,6 +96,7 @@ class Run:
         quarter, whole: score tables of a quarter of the cells and of all.
         seconds: of the first calibration.
         plans: by name, the compared one first.
+        stages: names of plans at the first budget, by what their weights come from.
         found: these plans, uniform specs and rules on the held-out pictures.
     """
 
@@ -97,6 +104,7 @@ class Run:
     whole: ScoreTable
     seconds: float
     plans: dict[str, PrecisionPlan]
+    stages: dict[str, str]
     found: Evaluation
 
     def scored(self, name: str) -> Scored:
@@ -104,7 +112,14 @@ class Run:
         return next(s for s in self.found.scored if s.name == name)
 
 
-def run(model: Model, pipe: Any, *, steps: int = 20, sensitivity: int = PICTURES) -> Run:
+def run(
+    model: Model,
+    pipe: Any,
+    *,
+    steps: int = 20,
+    sensitivity: int = PICTURES,
+    grouped: int = GROUPED,
+) -> Run:
     """Calibrate twice, plan for every budget and sample the held-out classes.
 
     Args:
@@ -112,6 +127,7 @@ def run(model: Model, pipe: Any, *, steps: int = 20, sensitivity: int = PICTURES
         pipe: its pipeline.
         steps: of sampling.
         sensitivity: pictures of the end-to-end stage.
+        grouped: pictures of the stage by groups, 0 for none.
     """
     sampler = PipelineSampler(pipe, {"num_inference_steps": steps})
     costs = card_costs(CARD)
@@ -130,10 +146,16 @@ def run(model: Model, pipe: Any, *, steps: int = 20, sensitivity: int = PICTURES
         for budget in BUDGETS
     }
     plans[ALL_CELLS] = make_plan(whole, budget=BUDGETS[0] * fastest, costs=CARD).plan
+    names = {}
+    if grouped:
+        runs = [(batch, seed) for seed in model.seeds for batch in batches]
+        for name, table in stages(sampler, quarter, runs[: -(-grouped // model.batch)]).items():
+            names[name] = f"by {name}"
+            plans[f"by {name}"] = make_plan(table, budget=BUDGETS[0] * fastest, costs=CARD).plan
     others = class_batches(pipe, model.held_out, model.batch, model.batches)
     pairs = [(batch, seed) for batch in others for seed in model.held_out_seeds]
     found = evaluate(sampler.generate, pairs, plans, costs=CARD)
-    return Run(quarter, whole, seconds, plans, found)
+    return Run(quarter, whole, seconds, plans, names, found)
 
 
 def figures(done: Run) -> dict[str, Any]:
@@ -142,7 +164,8 @@ def figures(done: Run) -> dict[str, Any]:
     rules = done.found.of_kind("first_last")
     low, high = done.scored(LOW), done.scored(EIGHT_BIT)
     best_rule = max(rules, key=lambda s: s.psnr)
-    reached = [s for s in done.found.of_kind("adaptive") if s.psnr >= high.psnr - LOSS_DB]
+    rising = [s for s in done.found.of_kind("adaptive") if s.name not in done.stages.values()]
+    reached = [s for s in rising if s.psnr >= high.psnr - LOSS_DB]
     coarse = max(reached, key=lambda s: s.below_8_bit, default=None)
     return {
         "card": CARD,
@@ -159,6 +182,8 @@ def figures(done: Run) -> dict[str, Any]:
             "rank_correlation": rank_correlations(done.quarter, done.whole),
             "psnr_difference": round(adaptive.psnr - done.scored(ALL_CELLS).psnr, 2),
         },
+        "completions": completions(done.whole),
+        "stages": {name: _row(done.scored(plan)) for name, plan in done.stages.items()},
         "calibration_seconds": round(done.seconds, 1),
     }
 
@@ -219,6 +244,16 @@ def text_of(name: str, data: dict[str, Any]) -> str:
         f"{part['share']:.0%} of the cells measured: rank correlation {ranks['all specs']:.3f}, "
         f"within one spec at least {min(ranks.values()):.3f}; PSNR {part['psnr_difference']:+.2f} "
         "dB against the plan from all cells",
+        *(
+            f"completed from {row['share']:.0%} by {row['method']}: {row['rms_db']:.2f} dB RMS, "
+            f"rank correlation {row['rank_correlation']:.3f}, {row['coverage']:.0%} within the "
+            "95 % bars"
+            for row in data["completions"]
+        ),
+        *(
+            f"weights from {name}: {row['psnr']:.2f} dB pooled, {row['mean_psnr']:.2f} mean"
+            for name, row in data["stages"].items()
+        ),
         f"calibration: {data['calibration_seconds']:.0f} s",
     ]
     return "\n".join(lines)
@@ -228,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable [all]")
     parser.add_argument("--sensitivity", type=int, default=PICTURES, help="pictures rated [16]")
+    parser.add_argument("--grouped", type=int, default=GROUPED, help="pictures by groups [8]")
     parser.add_argument("--out", type=Path, default=Path("out/adaptive"))
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     args = parser.parse_args(arguments)
@@ -235,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.model or MODELS:
         print(f"{name} ..", file=sys.stderr)
         model = MODELS[name]
-        done = run(model, load_pipeline(model.source), sensitivity=args.sensitivity)
+        pipe = load_pipeline(model.source)
+        done = run(model, pipe, sensitivity=args.sensitivity, grouped=args.grouped)
         document[name] = figures(done)
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)

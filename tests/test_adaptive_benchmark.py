@@ -2,8 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
-from from_file import from_file
+from from_file import benchmark
 from tiny_emoji import tiny_emoji
 
 from sage_diffusion.adapt.table import ScoreTable
@@ -11,7 +12,8 @@ from sage_diffusion.integrations.diffusers.pipelines import load_pipeline
 from sage_diffusion.integrations.diffusers.sampler import class_batches
 from sage_diffusion.plan import PrecisionPlan
 
-adaptive = from_file("benchmarks/adaptive.py")
+adaptive = benchmark("adaptive")
+stages = benchmark("stages")
 TINY = adaptive.Model("tiny", 1, 2, (0,), 1, (7,))
 
 
@@ -35,7 +37,7 @@ def test_carried_models_are_small_and_no_part_of_the_package():
 
 @pytest.fixture(scope="module")
 def done():
-    return adaptive.run(TINY, tiny_emoji(), steps=6, sensitivity=0)
+    return adaptive.run(TINY, tiny_emoji(), steps=6, sensitivity=1, grouped=2)
 
 
 def test_figures_are_those_of_the_evaluation(done):
@@ -57,6 +59,37 @@ def test_figures_are_those_of_the_evaluation(done):
     assert (plan or {}).get("below_8_bit") == max((r["below_8_bit"] for r in reached), default=None)
     text = adaptive.text_of("tiny", data)
     assert "1 held-out pictures" in text and "adaptive, budget x 1.1" in text
+    assert list(data["stages"]) == [
+        "local error",
+        "groups, multiplicative fit",
+        "groups",
+        "gradients",
+    ]
+    assert data["stages"]["gradients"]["psnr"] == pytest.approx(first["psnr"])
+    assert "weights from groups: " in text
+
+
+def test_completions_are_judged_by_the_cells_that_they_were_not_shown(monkeypatch):
+    """What returns the truth is perfect, and nothing that was hidden reaches it."""
+    table = ScoreTable(("int8/int8", "int4/int8"), 10)
+    rng = np.random.default_rng(0)
+    for layer, step in np.ndindex(6, 10):
+        error = rng.lognormal(size=2)
+        table.saw(f"{layer}", step, None, 1.0, 1)
+        table.add(f"{layer}", step, None, np.stack([0 * error, error, error], -1))
+    truth = np.log(table.metric("error"))
+
+    def perfect(values, known):
+        assert known.mean() == pytest.approx(0.25) and not values[~known].any()
+        return truth, np.full(truth.shape, 1e-9)
+
+    def level(values, known):
+        return np.random.default_rng(1).normal(size=truth.shape), np.zeros(truth.shape)
+
+    monkeypatch.setattr(stages, "COMPLETIONS", {"perfect": perfect, "level": level})
+    best, blind = stages.completions(table)  # 12 % are too few cells
+    assert (best["rms_db"], best["rank_correlation"], best["coverage"]) == (0, 1, 1)
+    assert blind["rms_db"] > 4 and abs(blind["rank_correlation"]) < 0.5 and blind["coverage"] == 0
 
 
 def test_rank_correlation_of_a_table_with_itself_and_with_another(done):
@@ -70,7 +103,7 @@ def test_files_are_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(adaptive, "MODELS", {"tiny": TINY})
     monkeypatch.setattr(adaptive, "load_pipeline", lambda name: tiny_emoji())
     monkeypatch.setattr(adaptive, "BUDGETS", (1.1,))
-    adaptive.main(["--out", str(tmp_path), "--sensitivity", "0", "--json"])
+    adaptive.main(["--out", str(tmp_path), "--sensitivity", "0", "--grouped", "0", "--json"])
     data = json.loads(capsys.readouterr().out)
     folder = tmp_path / "tiny"
     assert json.loads((folder / "figures.json").read_text()) == data["tiny"]

@@ -32,7 +32,7 @@ _APART = 3.0
 #: Of the fit; the logarithms change by at most this in one.
 _ITERATIONS, _STRIDE = 30, 1.0
 
-_DECIBEL = 10 / np.log(10)
+_DECIBEL = 10 / math.log(10)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import BRANCHES, PrecisionPlan, Rule
 from sage_diffusion.plan.globs import cover, step_range
 
+#: How many groups the layers and the steps are split into.
+LAYER_GROUPS, STEP_GROUPS = 6, 5
+
 #: Mixed runs, each with a random half of the groups in the low spec.
 _CHECKS = 2
 
@@ -38,8 +41,8 @@ def measure_sensitivity(
     table: ScoreTable,
     pairs: Sequence[tuple[Any, int]],
     *,
-    layer_groups: int = 6,
-    step_groups: int = 5,
+    layer_groups: int = LAYER_GROUPS,
+    step_groups: int = STEP_GROUPS,
     progress: Callable[[str, int, int], None] | None = None,
     unfinished: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
@@ -70,7 +73,7 @@ def measure_sensitivity(
         TableError: ``unfinished`` is broken.
     """
     error = complete(table).error
-    groups = _Groups.of(table, error, layer_groups, step_groups)
+    groups = Groups.of(table, error, layer_groups, step_groups)
     plans = groups.plans(table)
     job: dict[str, Any] = {"method": "groups", "plans": [plan.to_dict() for plan in plans]}
     job["pairs"] = [[str(prompt), seed] for prompt, seed in pairs]
@@ -98,7 +101,7 @@ def measure_sensitivity(
 
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """Cells in groups of layers, steps and branches, and the runs that show what a group does.
 
     Attributes:
@@ -118,8 +121,12 @@ class _Groups:
 
     @classmethod
     def of(
-        cls, table: ScoreTable, error: np.ndarray, layer_groups: int, step_groups: int
-    ) -> _Groups:
+        cls,
+        table: ScoreTable,
+        error: np.ndarray,
+        layer_groups: int = LAYER_GROUPS,
+        step_groups: int = STEP_GROUPS,
+    ) -> Groups:
         """So many groups of a table's cells, whose local squared errors are ``[L, S, B, K]``."""
         count = min(layer_groups, table.shape[0]), min(step_groups, table.steps)
         layers = [list(part) for part in np.array_split(table.layers, count[0])]

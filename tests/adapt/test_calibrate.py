@@ -10,7 +10,7 @@ from adapt_host import TinySampler
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.planner import make_plan, plan_index
-from sage_diffusion.adapt.sensitivity import _Groups, cell_weights, stage_of
+from sage_diffusion.adapt.sensitivity import Groups, cell_weights, stage_of
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 
@@ -276,7 +276,7 @@ def test_a_half_of_guidance_that_is_not_seen_weighs_less():
     halves.branches = ["cond", "uncond"]
     for name in ("count", "mean", "m2", "work", "calls", "outliers"):
         setattr(halves, name, np.repeat(getattr(table, name), 2, 2))
-    groups = _Groups.of(halves, complete(halves).error, 2, 2)
+    groups = Groups.of(halves, complete(halves).error, 2, 2)
     assert groups.branches == [["cond"], ["uncond"]] and len(groups.masks) == 2 + 2 + 2 + 2
     plans = groups.plans(halves)
     for mask, plan in zip(groups.masks, plans, strict=False):
