@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sage_diffusion.adapt.process import Fitted, fit
+from sage_diffusion.adapt.process import directions_of, fit_together
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
 
@@ -94,27 +94,16 @@ def complete_log(
         The fitted values everywhere, and half of their 95 % intervals, ``[L, S, B, K]`` each.
     """
     some = values[measured]
-    directions = np.linalg.eigh(np.atleast_2d(np.cov(some.T)))[1]
-    along = np.where(measured[..., None], values, some.mean(0)) @ directions
-    fits = [fit(along[..., q], measured) for q in range(along.shape[-1])]
-    mean, deviation = _joined(fits, directions)
+    directions = directions_of(some)
+    whole = fit_together(values, measured, directions)
     places = np.argwhere(measured)
     fold = np.random.default_rng(seed).permutation(len(places)) % _FOLDS
     off = np.empty(some.shape)
     for i in range(_FOLDS):
         out, kept = tuple(places[fold == i].T), measured.copy()
         kept[out] = False
-        guess, bars = _joined(
-            [fit(along[..., q], kept, fits[q].theta) for q in range(along.shape[-1])], directions
-        )
-        off[fold == i] = np.abs(values[out] - guess[out]) / bars[out]
+        part = fit_together(values, kept, directions, whole.thetas)
+        off[fold == i] = np.abs(values[out] - part.mean[out]) / part.deviation[out]
     count = len(places)
     wide = np.quantile(off, min(1.0, _SHARE * (count + 1) / count))
-    return mean, deviation * max(wide, _WITHIN)
-
-
-def _joined(fits: list[Fitted], directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the specs, ``[L, S, B, K]``, from those of the directions."""
-    mean = np.stack([each.mean for each in fits], -1) @ directions.T
-    variance = np.stack([each.deviation**2 for each in fits], -1) @ (directions.T**2)
-    return mean, np.sqrt(variance)
+    return whole.mean, whole.deviation * max(wide, _WITHIN)

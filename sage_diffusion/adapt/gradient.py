@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage_diffusion.adapt.process import directions_of, fit_together
 from sage_diffusion.adapt.sampling import planned
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.adapt.table_json import TableError
@@ -30,8 +31,8 @@ from sage_diffusion.kernels.spec import AttentionSpec
 #: Backward passes per run.
 PROBES = 2
 
-#: Neighbouring steps do alike; ratings are averaged over them with this standard deviation.
-_STEP_WIDTH = 2.5
+#: Least effect that counts as one, relative to its spec's largest.
+_FLOOR = 1e-12
 
 
 class NoGradient(ValueError):
@@ -127,14 +128,12 @@ def measure_gradient(
             tally.add(latents, found)
         if keep is not None:
             keep(job | tally.to_dict())
-    effect = tally.votes / np.where(tally.seen, tally.seen, np.nan)
-    effect *= np.mean(tally.levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300)
     factor = tally.together / np.maximum(tally.apart, 1e-300)
     return {
         "method": "gradient",
         "layers": list(table.layers),
         "branches": list(table.branches),
-        "effect": _plain(smooth_steps(effect)),
+        "effect": _plain(smooth(tally.effect())),
         "factor": [float(f"{x:.6g}") for x in factor],
         "correlation": np.round(tally.correlation(), 4).tolist(),
         "peak": tally.peak,
@@ -186,6 +185,11 @@ class _Tally:
             self.agree[..., lag] += np.einsum("plsbk,plsck->kbc", a, b)
             self.compared[..., lag] += np.einsum("plsbk,plsck->kbc", np.abs(a), np.abs(b))
 
+    def effect(self) -> np.ndarray:
+        """What each cell adds to the final squared error, NaN where none was seen."""
+        effect = self.votes / np.where(self.seen, self.seen, np.nan)
+        return effect * (np.mean(self.levels) / max(np.nansum(effect, (0, 1, 2)).max(), 1e-300))
+
     def correlation(self) -> np.ndarray:
         """``[K, B, B, S]``; of two normal variables it is the sine of pi / 2 times what the signs
         agree more often than not (Sheppard, 1899)."""
@@ -213,6 +217,21 @@ class _Tally:
             ) from None
 
 
+def cell_means(kept: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Final squared error of every cell and spec ``[L, S, B, K]`` as it was measured, not smoothed.
+
+    Args:
+        kept: what ``keep`` of :func:`measure_gradient` was given last.
+        shape: layers, steps, branches, specs.
+
+    Raises:
+        TableError: ``kept`` is broken.
+    """
+    tally = _Tally(shape)
+    tally.load(kept)
+    return tally.effect()
+
+
 def cell_effects(table: ScoreTable, error: np.ndarray) -> np.ndarray:
     """Final squared error of every cell and spec ``[L, S, B, K]`` of a gradient stage.
 
@@ -237,14 +256,25 @@ def cell_effects(table: ScoreTable, error: np.ndarray) -> np.ndarray:
     return found * np.array(table.sensitivity["factor"])
 
 
-def smooth_steps(effect: np.ndarray) -> np.ndarray:
-    """Average ``[L, S, B, K]`` over neighbouring steps; NaN counts for nothing and stays."""
-    at = np.arange(effect.shape[1])
-    kernel = np.exp(-(((at[:, None] - at) / _STEP_WIDTH) ** 2) / 2)
-    known = np.isfinite(effect)
-    total = np.einsum("st,ltbk->lsbk", kernel, np.where(known, effect, 0))
-    weight = np.einsum("st,ltbk->lsbk", kernel, known.astype(float))
-    return np.where(known, total / np.maximum(weight, 1e-300), np.nan)
+def smooth(effect: np.ndarray) -> np.ndarray:
+    """Effects ``[L, S, B, K]`` without what few pictures and probes leave to chance.
+
+    As of local errors, the logarithms are a Gaussian process over layers, steps and branches
+    (:mod:`.process`), which tells noise from what layers, steps and branches have in common.  NaN
+    and 0 stay as they are, and so does the sum of every spec.
+    """
+    with np.errstate(invalid="ignore"):
+        known = (effect > 0).all(-1)
+    if not known.any():
+        return effect
+    some = effect[known]
+    logs = np.log(np.maximum(some, _FLOOR * some.max(0)))
+    values = np.zeros(effect.shape)
+    values[known] = logs
+    found = np.exp(fit_together(values, known, directions_of(logs)).mean[known])
+    out = effect.copy()
+    out[known] = found * (some.sum(0) / found.sum(0))
+    return out
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ factorization of each layer's known cells and one of steps x branches.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,49 @@ def fit(values: np.ndarray, known: np.ndarray, start: Tensor | None = None) -> F
         deviation.numpy().reshape(values.shape) * scale,
         theta,
     )
+
+
+@dataclass(frozen=True)
+class Together:
+    """What processes of specs that vary together say of every cell.
+
+    Attributes:
+        mean, deviation: of each value, ``[L, S, B, K]``; the noise of one measurement counts.
+        thetas: of each direction's process.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    thetas: tuple[Tensor, ...]
+
+
+def directions_of(values: np.ndarray) -> np.ndarray:
+    """Principal directions ``[K, K]``, in columns, of values ``[N, K]``."""
+    if len(values) < 2:
+        return np.eye(values.shape[-1])
+    return np.linalg.eigh(np.atleast_2d(np.cov(values.T)))[1]
+
+
+def fit_together(
+    values: np.ndarray,
+    known: np.ndarray,
+    directions: np.ndarray,
+    starts: Sequence[Tensor] | None = None,
+) -> Together:
+    """Fit a process of its own to each direction of the specs.
+
+    Args:
+        values: ``[L, S, B, K]``, finite where known.
+        known: ``[L, S, B]`` bool, at least one.
+        directions: ``[K, K]``, see :func:`directions_of`.
+        starts: where the searches begin, ``thetas`` of a fit to similar values.
+    """
+    along = np.where(known[..., None], values, 0.0) @ directions
+    begin = starts or [None] * along.shape[-1]
+    fits = [fit(along[..., q], known, start) for q, start in enumerate(begin)]
+    mean = np.stack([each.mean for each in fits], -1) @ directions.T
+    variance = np.stack([each.deviation**2 for each in fits], -1) @ (directions.T**2)
+    return Together(mean, np.sqrt(variance), tuple(each.theta for each in fits))
 
 
 class _Covariance:

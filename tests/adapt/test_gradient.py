@@ -13,7 +13,7 @@ from sage_diffusion.adapt.gradient import (
     _Errors,
     cell_effects,
     measure_gradient,
-    smooth_steps,
+    smooth,
 )
 from sage_diffusion.adapt.planner import make_plan
 from sage_diffusion.adapt.sampling import planned
@@ -128,13 +128,34 @@ def test_a_cell_that_was_never_seen_weighs_as_its_spec_does():
     assert np.array_equal(found[same], full[same])
 
 
-def test_smoothing_keeps_gaps_and_the_mean():
+def test_smoothing_keeps_gaps_zeros_and_every_specs_sum():
     effect = np.random.default_rng(0).random((2, 9, 1, 3))
-    effect[0, 4] = np.nan
-    found = smooth_steps(effect)
-    assert np.isnan(found[0, 4]).all() and np.isfinite(np.delete(found, 4, 1)).all()
-    assert np.allclose(smooth_steps(np.full((1, 5, 1, 1), 3.0)), 3.0)
+    effect[0, 4], effect[1, 8] = np.nan, 0
+    found = smooth(effect)
+    assert np.isnan(found[0, 4]).all() and not found[1, 8].any()
+    assert np.isfinite(np.delete(found, 4, 1)).all()
+    assert np.allclose(np.nansum(found, (0, 1, 2)), np.nansum(effect, (0, 1, 2)))
     assert found[1].std() < effect[1].std()
+    assert np.allclose(smooth(np.full((1, 5, 1, 1), 3.0)), 3.0)
+    assert np.isnan(smooth(np.full((1, 5, 1, 1), np.nan))).all()
+    one = np.full((1, 1, 1, 2), 2.0)
+    assert np.allclose(smooth(one), one)
+
+
+def test_smoothing_takes_noise_away_and_leaves_what_is_none():
+    """A layer that is seen only now and then is no noise where all layers agree on when."""
+    rng = np.random.default_rng(1)
+    steps = np.arange(20)
+    smooth_part = rng.normal(size=(6, 1)) + rng.normal(size=(6, 1)) * np.cos(steps / 6)
+    level = np.stack([smooth_part - 6, smooth_part], -1)[:, :, None]
+    noisy = level + rng.normal(0, 0.7, (6, 20, 1, 1)) + rng.normal(0, 0.1, level.shape)
+
+    def off(logs, truth):
+        return (logs - truth - (logs - truth).mean((0, 1, 2))).std()
+
+    assert off(np.log(smooth(np.exp(noisy))), level) < 0.6 * off(noisy, level)
+    rough = level + np.array([3.0, 0.0])[steps % 2][:, None, None]
+    assert off(np.log(smooth(np.exp(rough))), rough) < 0.2
 
 
 def test_a_host_without_a_graph_is_refused():
