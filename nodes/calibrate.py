@@ -10,6 +10,7 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
+from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import (
@@ -111,7 +112,7 @@ class SageCalibrate(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "share",
-                    default=0.25,
+                    default=DEFAULT_SHARE,
                     min=0.01,
                     max=1.0,
                     step=0.01,

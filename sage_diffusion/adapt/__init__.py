@@ -3,3 +3,6 @@
 ``calibrate`` -> :class:`~sage_diffusion.adapt.table.ScoreTable` -> ``make_plan`` ->
 :class:`~sage_diffusion.plan.PrecisionPlan`.
 """
+
+#: Part of the cells that calibration measures unless the caller says otherwise.
+DEFAULT_SHARE = 0.15

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
 from sage_diffusion.adapt.gradient import measure_gradient
 from sage_diffusion.adapt.sampling import Progress, Sampler, Tracer, planned
@@ -43,8 +44,9 @@ class Calibrator:
     """Observer that measures the chosen cells of a run.
 
     Cells are chosen as in a Latin square: every stretch of ``1 / share`` steps has one measured
-    step of each layer, a different one for neighbouring layers, so that every row and column of
-    the table has at least one.
+    step of each layer, a different one for neighbouring layers and for the other half of guidance.
+    What is known of a step that no layer measured is what is known of its neighbours.  Of tables
+    so small that this would be too little to complete them from, more is measured.
 
     Args:
         specs: candidates, fp16 excluded.
@@ -82,13 +84,14 @@ class Calibrator:
         """Is this cell measured?"""
         if self.only is not None:
             return (layer, step, branch or BOTH) in self.only
-        period = max(1, min(round(1 / self.share), self.session.where.steps))
-        picks = -(-period // max(len(self.session.layers), 1))  # few layers: more of each
+        steps = self.session.where.steps
+        cells = max(len(self.session.layers), 1) * steps
+        period = max(1, min(round(1 / self.share), steps, cells // LEAST_CELLS))
         stretch, inside = divmod(step, period)
-        block, position = divmod(self.place(layer) * picks, period)
+        block, position = divmod(self.place(layer), period)
         order = np.random.default_rng((self.seed, stretch, block)).permutation(period)
         shift = 1 if branch == "uncond" else 0  # the two branches complete each other
-        return inside in {int(order[(position + j + shift) % period]) for j in range(picks)}
+        return inside == int(order[(position + shift) % period])
 
     def place(self, layer: str) -> int:
         """Position of the layer in the order of first calls."""
@@ -143,7 +146,7 @@ def calibrate(
     seeds: Iterable[int] = (0,),
     *,
     specs: Sequence[str | AttentionSpec] = SPECS,
-    share: float = 0.25,
+    share: float = DEFAULT_SHARE,
     rows: int = 64,
     seed: int = 0,
     bar_db: float = 3.0,
@@ -246,12 +249,22 @@ def _end_to_end(
         runs = list(itertools.islice(_endless(prompts, seeds), count))
         return measure_sensitivity(sampler, table, runs, **options)
     assert isinstance(sampler, Tracer)
+    return measure_gradient(
+        sampler, table, rated_pictures(sampler, prompts, seeds, count), **options
+    )
+
+
+def rated_pictures(
+    sampler: Tracer, prompts: Sequence[Any], seeds: Sequence[int], count: int
+) -> list[tuple[Any, int]]:
+    """(prompt, seed) of so many pictures for the stage by gradients, spread over the runs, with
+    further seeds where these have fewer pictures."""
     pictures = [x for prompt in prompts for s in seeds for x in sampler.pictures(prompt, s)]
     more = itertools.islice(_endless(prompts, seeds), len(prompts) * len(seeds), None)
     while len(pictures) < count:
         pictures += sampler.pictures(*next(more))
     spread = np.linspace(0, len(pictures), count, endpoint=False)
-    return measure_gradient(sampler, table, [pictures[int(i)] for i in spread], **options)
+    return [pictures[int(i)] for i in spread]
 
 
 def _endless(prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[tuple[Any, int]]:

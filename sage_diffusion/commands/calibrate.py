@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.commands.options import (
     PICTURES_PER_GRAPH,
@@ -40,7 +41,7 @@ def calibrate(
     ] = None,
     share: Annotated[
         float, typer.Option(help="Share of the cells that is measured.", min=0.01, max=1)
-    ] = 0.25,
+    ] = DEFAULT_SHARE,
     rows: Annotated[int, typer.Option(help="Query rows per measured call.", min=1)] = 64,
     sensitivity: Annotated[
         Optional[int],

@@ -1,5 +1,6 @@
 """Calibration of a tiny random transformer: live, resumable, without loss."""
 
+import itertools
 import json
 import os
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 from adapt_host import TinySampler
 
-from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
+from sage_diffusion.adapt.calibrate import CalibrationError, Calibrator, calibrate
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.planner import make_plan, plan_index
 from sage_diffusion.adapt.sensitivity import Groups, cell_weights, stage_of
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
+from sage_diffusion.attend.session import AttentionSession
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 
@@ -268,6 +270,34 @@ def test_further_seeds_are_taken_and_another_count_is_run_again(tmp_path):
     kept.sensitivity["fit"]["ridge"] = None
     made = make_plan(kept, budget=0.9)
     assert "which runs of groups did not improve on" in made.plan.calibration["stage"]
+
+
+@pytest.mark.parametrize("layers,steps,share", [(6, 20, 0.15), (4, 20, 0.12), (40, 50, 0.25)])
+def test_no_more_is_measured_than_asked(layers, steps, share):
+    """Nor much less, and every layer in every stretch of steps."""
+    session = AttentionSession("fp16")
+    session.start(steps, [1 - i / steps for i in range(steps)])
+    for i in range(layers):
+        session.layer(str(i))
+    watcher = Calibrator([], session, share=share, rows=1, seed=0)
+    cells = itertools.product(range(layers), range(steps), ("cond", "uncond"))
+    chosen = np.array([watcher.chooses(str(i), step, b) for i, step, b in cells])
+    chosen = chosen.reshape(layers, steps, 2)
+    assert 0.8 * share <= chosen.mean() <= 1.1 * share
+    period = round(1 / share)
+    for first in range(0, steps - period + 1, period):
+        assert (chosen[:, first : first + period].sum(1) == 1).all()
+    if layers > period:
+        assert chosen.any((0, 2)).all()
+
+
+def test_a_small_model_is_measured_enough_to_complete():
+    sampler = TinySampler(layers=1, steps=24)
+    table = run(sampler, share=0.1)
+    assert 10 <= table.measured.sum() < 24 and sampler.runs == 2
+    assert np.isfinite(complete(table).error).all()
+    assert run(TinySampler(layers=1, steps=4), share=0.1).measured.all()
+    assert run(TinySampler(layers=4, steps=1), share=0.1).measured.all()
 
 
 def test_a_half_of_guidance_that_is_not_seen_weighs_less():
