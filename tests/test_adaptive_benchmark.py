@@ -1,6 +1,7 @@
 """``benchmarks.adaptive``: its models, and its figures on an untrained one."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,8 +37,13 @@ def test_carried_models_are_small_and_no_part_of_the_package():
 
 
 @pytest.fixture(scope="module")
-def done():
-    return adaptive.run(TINY, tiny_emoji(), steps=6, sensitivity=1, grouped=2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adaptive")
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    return adaptive.run(TINY, tiny_emoji(), folder, steps=6, rated=1, grouped=2)
 
 
 def test_figures_are_those_of_the_evaluation(done):
@@ -47,26 +53,59 @@ def test_figures_are_those_of_the_evaluation(done):
     assert kinds == {"adaptive", "uniform", "first_last"}
     first = data["rows"][0]
     assert first["kind"] == "adaptive" and first["predicted_time"] <= 1.1 * 200 / 1024 + 1e-4
-    assert data["above_uniform_db"] == pytest.approx(
+    against = data["against"]
+    assert against["above_uniform_db"] == pytest.approx(
         first["psnr"] - rows["int4/fp8-fast"]["psnr"], abs=0.02
     )
     rules = [row["psnr"] for row in data["rows"] if row["kind"] == "first_last"]
-    assert data["above_first_last_db"] == pytest.approx(first["psnr"] - max(rules), abs=0.02)
-    wanted = data["at_8_bit_quality"]["psnr_wanted"]
+    assert against["above_first_last_db"] == pytest.approx(first["psnr"] - max(rules), abs=0.02)
+    wanted = against["at_8_bit_quality"]["psnr_wanted"]
     assert wanted == pytest.approx(rows["int8/fp8"]["psnr"] - 1, abs=0.02)
-    reached = [r for r in data["rows"] if r["kind"] == "adaptive" and r["psnr"] >= wanted]
-    plan = data["at_8_bit_quality"]["plan"]
+    reached = [r for r in data["rows"] if r["name"].startswith("budget") and r["psnr"] >= wanted]
+    plan = against["at_8_bit_quality"]["plan"]
     assert (plan or {}).get("below_8_bit") == max((r["below_8_bit"] for r in reached), default=None)
     text = adaptive.text_of("tiny", data)
     assert "1 held-out pictures" in text and "adaptive, budget x 1.1" in text
+
+
+def test_stages_are_compared_at_the_first_budget(done):
+    data = adaptive.figures(done)
+    first = data["rows"][0]
     assert list(data["stages"]) == [
-        "local error",
+        *(f"local error, {share:.0%} of the cells" for share in stages.MEASURED),
         "groups, multiplicative fit",
         "groups",
+        "gradients, as measured",
+        "gradients, fixed width",
         "gradients",
     ]
-    assert data["stages"]["gradients"]["psnr"] == pytest.approx(first["psnr"])
-    assert "weights from groups: " in text
+    assert data["stages"]["gradients"] == first
+    for row in data["stages"].values():
+        assert row["predicted_time"] <= 1.1 * 200 / 1024 + 1e-4
+    text = adaptive.text_of("tiny", data | {"against": None})
+    assert "weights from groups: " in text and "groups' fit, ridge " in text
+
+
+def test_what_was_measured_is_not_measured_again(done, folder):
+    class Idle:
+        settings, batch = done.measured.usual.settings["sampling"], 1
+        model = done.measured.usual.fingerprint["model"]
+        session = SimpleNamespace(layers=dict.fromkeys(done.measured.usual.layers))
+
+        def pictures(self, prompt, seed):
+            return [(prompt[0], seed)]
+
+    found = stages.measure(
+        Idle(),
+        class_batches(tiny_emoji(), TINY.batches, TINY.batch),
+        TINY.seeds,
+        specs=done.measured.usual.specs,
+        rated=1,
+        grouped=2,
+        folder=folder,
+    )
+    assert found.raw_groups == done.measured.raw_groups
+    assert found.raw_gradients == done.measured.raw_gradients
 
 
 def test_completions_are_judged_by_the_cells_that_they_were_not_shown(monkeypatch):
@@ -93,20 +132,27 @@ def test_completions_are_judged_by_the_cells_that_they_were_not_shown(monkeypatc
 
 
 def test_rank_correlation_of_a_table_with_itself_and_with_another(done):
-    assert set(adaptive.rank_correlations(done.whole, done.whole).values()) == {1}
-    other = ScoreTable.from_dict(done.whole.to_dict())
+    whole = done.measured.tables[1.0]
+    assert set(adaptive.rank_correlations(whole, whole).values()) == {1}
+    other = ScoreTable.from_dict(whole.to_dict())
     other.mean = other.mean[:, ::-1]
-    assert min(adaptive.rank_correlations(other, done.whole).values()) < 1
+    assert min(adaptive.rank_correlations(other, whole).values()) < 1
 
 
-def test_files_are_written(monkeypatch, tmp_path, capsys):
+def test_files_are_written(done, monkeypatch, tmp_path, capsys):
+    given = {}
+
+    def run(model, pipe, folder, **options):
+        given.update(options, folder=folder)
+        return done
+
     monkeypatch.setattr(adaptive, "MODELS", {"tiny": TINY})
-    monkeypatch.setattr(adaptive, "load_pipeline", lambda name: tiny_emoji())
-    monkeypatch.setattr(adaptive, "BUDGETS", (1.1,))
-    adaptive.main(["--out", str(tmp_path), "--sensitivity", "0", "--grouped", "0", "--json"])
-    data = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(adaptive, "load_pipeline", lambda name: None)
+    monkeypatch.setattr(adaptive, "run", run)
+    adaptive.main(["--out", str(tmp_path), "--rated", "3", "--only-stages", "--json"])
     folder = tmp_path / "tiny"
+    assert given == {"rated": 3, "grouped": 8, "only_stages": True, "folder": folder}
+    data = json.loads(capsys.readouterr().out)
     assert json.loads((folder / "figures.json").read_text()) == data["tiny"]
-    assert ScoreTable.load(folder / "scores.json").steps == 20
     assert PrecisionPlan.load(folder / "plan.json").calibration["runs"] == 2
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")

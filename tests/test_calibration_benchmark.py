@@ -6,7 +6,7 @@ from from_file import from_file
 calibration = from_file("benchmarks/calibration.py")
 
 
-def test_a_quarter_of_the_cells_is_measured_in_one_pass():
+def test_what_is_measured_by_default_is_measured_in_one_pass():
     sampler = calibration.sampler_of(16)
     calls = []
     sample = sampler.sample
@@ -26,3 +26,8 @@ def test_plans_of_made_up_tables():
         assert found["specs"] == 6 and found["gap"] < 1e-3 and found["seconds"] > 0
     alone, together = (calibration.planning(8, 12, 1.0, correlated) for correlated in (False, True))
     assert alone["gap"] < 1e-3 < together["gap"] < 0.5  # no knapsack: bounded by its relaxation
+
+
+def test_completing_is_timed_by_itself():
+    found = calibration.completing(4, 10, 2, 2, 0.5)
+    assert 0 < found["seconds"] < 10 and 0 <= found["bytes"] < 2**28
