@@ -8,6 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.table import TableError
 from sage_diffusion.integrations.comfy import patch, status
 from sage_diffusion.integrations.comfy.accuracy import KSampling
@@ -68,7 +69,7 @@ class SageAutoTune(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "share",
-                    default=0.25,
+                    default=DEFAULT_SHARE,
                     min=0.01,
                     max=1.0,
                     step=0.01,
@@ -112,7 +113,7 @@ class SageAutoTune(io.ComfyNode):
         card: str,
         measure_anew: bool,
         positive_2: Any = None,
-        share: float = 0.25,
+        share: float = DEFAULT_SHARE,
         compare_speed: bool = True,
         embed_plan: bool = True,
         embedded_plan: str = "",
