@@ -282,3 +282,14 @@ def test_the_previous_override_gets_what_is_left_alone_with_every_argument():
 def test_cross_attention_means_other_tokens(queries, keys, context, cross):
     q, k = torch.zeros(1, queries, 32), torch.zeros(1, keys, 32)
     assert parse_call((q, k, k, 2), {}).cross(context) == cross
+
+
+def test_keys_of_another_batch_are_cut_like_the_queries():
+    """HyperTile cuts the queries into tiles and leaves keys and values whole."""
+    q, k = flat().reshape(2 * B, L // 2, -1), flat(seed=1)
+    call = parse_call((q, k, k, H), {})
+    assert call.k.shape == call.v.shape == (2 * B, H, L // 2, D)
+    ours = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
+    sliced = k.view(2 * B, -1, H, D).transpose(1, 2)  # as ComfyUI's own functions read them
+    theirs = torch.nn.functional.scaled_dot_product_attention(call.q, sliced, sliced)
+    assert torch.equal(call.to_host(ours), theirs.transpose(1, 2).flatten(2))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sage_diffusion.integrations.comfy import ModelAttention
-from sage_diffusion.integrations.comfy.device import branch_of, step_of
+from sage_diffusion.integrations.comfy.device import Halves, branch_of, step_of
 from sage_diffusion.integrations.comfy.layers import (
     DIRECT,
     FOREIGN,
@@ -435,3 +435,19 @@ def test_devices_run_side_by_side_without_mixing_branches():
 def test_an_unknown_backend_is_an_error_before_sampling():
     with pytest.raises(ValueError, match="backend must be one of"):
         ModelAttention("int8/fp16", backend="fastest")
+
+
+def test_a_negative_prompt_that_is_asked_for_alone_is_known():
+    halves = Halves()
+    positive, negative = [{"uuid": 1}], [{"uuid": 2}]
+    both, single = {"cond_or_uncond": [1, 0]}, {"cond_or_uncond": [0], "sigmas": 1}
+    with halves.asked([positive, negative]):
+        assert halves.corrected(both) is both
+        with halves.asked([positive]):  # while another request runs
+            assert halves.corrected(single) is single
+        assert halves.corrected(both) is both
+    with halves.asked([negative]):
+        assert halves.corrected(single) == {"cond_or_uncond": [1], "sigmas": 1}
+    halves.forget()
+    with halves.asked([negative]):
+        assert halves.corrected(single) is single

@@ -25,13 +25,16 @@ from sage_diffusion.integrations.comfy.timing import HostClock
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 
 APPLY, OUTER, PREPARE = "apply_model", "outer_sample", "on_prepare_state"
+ASK = "calc_cond_batch"
 
 
 @pytest.fixture(autouse=True)
 def comfy(monkeypatch):
     """The names that the adapter takes from ComfyUI."""
     extension = types.ModuleType("comfy.patcher_extension")
-    extension.WrappersMP = SimpleNamespace(APPLY_MODEL=APPLY, OUTER_SAMPLE=OUTER)
+    extension.WrappersMP = SimpleNamespace(
+        APPLY_MODEL=APPLY, OUTER_SAMPLE=OUTER, CALC_COND_BATCH=ASK
+    )
     extension.CallbacksMP = SimpleNamespace(ON_PREPARE_STATE=PREPARE)
     package = types.ModuleType("comfy")
     package.patcher_extension = extension
@@ -179,7 +182,8 @@ def test_removal_leaves_what_others_did():
     assert len(seen) == 3
     bare = without(patched)
     assert torch.equal(bare.sample(), plain)
-    assert bare.wrappers == {APPLY: {"else": model.wrappers[APPLY]["else"]}, OUTER: {}}
+    others = {APPLY: {"else": model.wrappers[APPLY]["else"]}, OUTER: {}, ASK: {}}
+    assert bare.wrappers == others
     assert KEY not in bare.attachments
     assert bare.model_options["transformer_options"][OVERRIDE] is other
 

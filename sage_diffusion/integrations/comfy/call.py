@@ -136,7 +136,7 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, T
             f"q, k and v must have shape [B, L, H * D], got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
-    width = q.shape[-1]
+    batch, width = q.shape[0], q.shape[-1]
     if width % heads:
         raise UnknownCall(f"q's width must be a multiple of its {heads} heads, got {width}")
     dim = width // heads
@@ -146,6 +146,9 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, T
             if x.shape[-1] % dim:
                 raise UnknownCall(f"{name}'s width must be heads of {dim}, got {x.shape[-1]}")
             x = x.unflatten(-1, (-1, dim))
+        if x.shape[0] != batch and x.shape[0] * x.shape[1] % batch == 0:
+            # The host takes q's batch for all three: HyperTile cuts the queries only.
+            x = x.reshape(batch, -1, *x.shape[2:])
         parts.append(x.transpose(1, 2))
     return parts[0], parts[1], parts[2]
 

@@ -52,6 +52,41 @@ def chunks_of(cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
     return tuple(BRANCHES[kind] for kind in kinds) if set(kinds) <= {0, 1} else ()
 
 
+class Halves:
+    """Which half of guidance a conditioning belongs to that a node asks for alone.
+
+    ComfyUI numbers the conditionings of one request: a single one is number 0, "cond", whichever it
+    is.  Self-attention guidance asks for the negative one that way.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is over."""
+        self._negative: Any = None
+        self._alone = False
+
+    @contextlib.contextmanager
+    def asked(self, conditionings: Sequence[Any]) -> Iterator[None]:
+        """A request for these conditionings."""
+        before = self._alone
+        if len(conditionings) == 2:
+            self._negative = conditionings[1]
+        one = conditionings[0] if len(conditionings) == 1 else None
+        self._alone = one is not None and one is self._negative
+        try:
+            yield
+        finally:
+            self._alone = before
+
+    def corrected(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A model call's ``transformer_options``, with the halves of its batch as they are."""
+        if not self._alone:
+            return options
+        return {**options, "cond_or_uncond": [1 for _ in options.get("cond_or_uncond") or ()]}
+
+
 class DeviceState:
     """One device's session and its place in the model; multi-GPU runs one thread per device.
 

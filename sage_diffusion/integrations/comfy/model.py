@@ -36,7 +36,7 @@ from sage_diffusion.attend.layer import AttentionRefused, Layer
 from sage_diffusion.attend.runs import Nothing, nothing_quantized, quantizes
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.call import HostCall, UnknownCall, native_of, parse_call
-from sage_diffusion.integrations.comfy.device import DeviceState, percents_of
+from sage_diffusion.integrations.comfy.device import DeviceState, Halves, percents_of
 from sage_diffusion.integrations.comfy.headline import (
     MISSING,
     OFF,
@@ -114,6 +114,7 @@ class ModelAttention:
         self.last: RunReport | None = None
         self.status = ready(self.title)
         self.devices: dict[torch.device, DeviceState] = {}
+        self.halves = Halves()
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._nothing: Nothing | None = None
@@ -306,6 +307,7 @@ class ModelAttention:
 
     def _let_go(self) -> None:
         self.previous = self.first
+        self.halves.forget()
         for state in self.devices.values():
             state.let_go()
 
@@ -348,7 +350,8 @@ class ModelAttention:
         """
         state = self._state(device)
         state.context = context
-        with state.forward(model, options, self.percents, self._hidden):
+        told = self.halves.corrected(options)
+        with state.forward(model, told, self.percents, self._hidden):
             yield
         if not self._checked:
             self._checked = True
@@ -429,6 +432,10 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
         with attention.forward(executor.class_obj, args[0].device, given, tokens):
             return executor(*args, **kwargs)
 
+    def calc_cond_batch(executor: Any, model: Any, conds: Any, *args: Any) -> Any:
+        with attention.halves.asked(conds):
+            return executor(model, conds, *args)
+
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         attention.begin_run()
         try:
@@ -443,6 +450,7 @@ def attach(clone: Any, attention: ModelAttention) -> Any:
         attention.install_on_top(model_options.setdefault("transformer_options", {}))
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, prepare_state)
     clone.set_attachments(KEY, attention)
@@ -485,8 +493,8 @@ def without(model: Any) -> Any:
             options[OVERRIDE] = attention.first
     else:
         options[KEY] = None  # another node has wrapped ours: it passes its calls on from now
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.OUTER_SAMPLE):
+        clone.remove_wrappers_with_key(kind, KEY)
     clone.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
     clone.remove_attachments(KEY)
     return clone
