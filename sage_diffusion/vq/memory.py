@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._sum = 0  # of _live, in which some may have died since it was last looked through
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -33,10 +34,18 @@ class PeakMemory(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in given and tensor.device.type != "meta":
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                self._add(storage)
+        # Only a sum above the peak can be a new one; looking through all at every operator is slow.
+        if self._sum > self.peak:
+            self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
+            self._sum = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._sum)
         return result
+
+    def _add(self, storage: UntypedStorage) -> None:
+        size, before = storage.nbytes(), self._live.get(storage._cdata)
+        self._live[storage._cdata] = StorageWeakRef(storage), size
+        self._sum += size - (before[1] if before else 0)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
