@@ -119,13 +119,14 @@ def calibration_of(model: Any, tokenizer: Any, texts: list[Path], path: Path) ->
     """Read it, or calibrate and keep it."""
     if path.exists():
         return Calibration.load(path, fingerprint(model))
-    strings = [text.read_text(encoding="utf-8") for text in texts] or list(_topics())
+    strings = [text.read_text(encoding="utf-8") for text in texts] or list(calibration_texts())
     made = calibrate(model, strings, tokenizer, report=print)
     made.save(path)
     return made
 
 
-def _topics() -> Iterator[str]:
+def calibration_texts() -> Iterator[str]:
+    """Text of the project's own calibration."""
     from pydoc_data.topics import topics
 
     for name in TOPICS:

@@ -132,3 +132,52 @@ def bench(
             f"top-1 {at.top1:.3f}, perplexity {at.perplexity:.3f} ({at.exact_perplexity:.3f})"
         )
     emit(as_json, {"tokens": tokens, "scored": scored, "presets": rows}, *lines)
+
+
+@app.command("convert")
+def convert(
+    model: Model,
+    text: Texts,
+    judged: Annotated[
+        Path, typer.Option(help="Text whose first chunk tells what the conversion costs.")
+    ],
+    rank: Annotated[int, typer.Option(help="Of the latent that a token keeps.", min=1)],
+    rope: Annotated[int, typer.Option(help="Channels that keep RoPE.", min=0)],
+    out: Annotated[Path, typer.Option(help="File of the maps.")] = Path("transmla.safetensors"),
+    chunk: Annotated[int, typer.Option(help="Tokens of a text looked at at once.", min=32)] = 640,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model's attention to one latent for all heads (TransMLA), and say what it costs."""
+    from sage_diffusion.integrations.transformers import transmla
+    from sage_diffusion.integrations.transformers.loading import load_model
+    from sage_diffusion.kv.transmla import Sizes
+
+    with quiet_stdout():
+        loaded, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    texts, ids = (
+        [
+            part
+            for path in paths
+            for part in tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt")
+            .input_ids[0]
+            .split(chunk)
+        ]
+        for paths in (text, [judged])
+    )
+    sizes, loaded = Sizes(rank, rope), loaded.float()
+    grams = transmla.measure(loaded, texts)
+    made = transmla.convert(loaded, grams, sizes)
+    partial = transmla.convert(loaded, grams, transmla.full_rank(sizes, made.width))
+    found = transmla.cost(loaded, ids[0], made, partial)
+    made.save(out)
+    document = {"out": str(out), "bytes": out.stat().st_size, **found.as_dict()}
+    lines = [
+        f"{out}: {found.numbers} numbers a token instead of {found.before}, KL {found.whole.kl:.3f}"
+        f" ({found.partial.kl:.3f} of it for RoPE that is dropped), perplexity "
+        f"{found.whole.exact_perplexity:.2f} -> {found.whole.perplexity:.2f}"
+    ]
+    if found.warning:
+        lines.append(f"warning: {found.warning}")
+    emit(as_json, document, *lines)

@@ -86,3 +86,16 @@ def test_bench_refuses_what_it_cannot_judge(model, written, capsys):
     assert "must have more than 3585 tokens, it has 900" in capsys.readouterr().err
     assert main([*given, "--preset", "k5v5"]) == 1
     assert "preset must be one of" in capsys.readouterr().err
+
+
+def test_a_conversion_says_what_it_costs(model, written, tmp_path, capsys):
+    out = tmp_path / "transmla.safetensors"
+    given = ["kv", "convert", str(model), "--text", str(written), "--judged", str(written)]
+    given += ["--rank", "40", "--rope", "16", "--out", str(out), "--chunk", "300"]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["numbers"] == 2 * 56 and found["before"] == 2 * 64
+    assert 0 < found["partial"]["kl"] < found["whole"]["kl"] < 1
+    assert found["bytes"] == out.stat().st_size
+    assert main([*given, "--rope", "15"]) == 1
+    assert "rope must be an even number" in capsys.readouterr().err
