@@ -131,8 +131,8 @@ class KVCacheReport(io.ComfyNode):
             display_name="KV Cache Report",
             category=CATEGORY,
             description="Shows the memory of a compressed KV cache, measured in the last run, "
-            "beside what ComfyUI would have allocated, and how far a text's predictions move. Put "
-            "it behind the sampler or Generate Text.",
+            "beside what ComfyUI would have allocated, and how far a text's predictions or a "
+            "video move. Put it behind the sampler or Generate Text.",
             search_aliases=["kv cache memory", "cache size", "memory saved"],
             is_output_node=True,
             inputs=[
@@ -150,10 +150,16 @@ class KVCacheReport(io.ComfyNode):
                     tooltip="A text whose last 64 predictions a compressed clip makes with and "
                     "without compression: their KL. Empty: not measured.",
                 ),
+                io.AnyType.Input(
+                    "exact",
+                    optional=True,
+                    tooltip="The latent or pictures of the same run without compression: how far "
+                    "apart they are, by time, and a picture of it.",
+                ),
             ],
             outputs=[
                 io.AnyType.Output(display_name="after", tooltip="What came in."),
-                io.Image.Output(display_name="bars", tooltip="Bytes as bars."),
+                io.Image.Output(display_name="bars", tooltip="Bytes as bars, and both runs."),
                 io.String.Output(display_name="report", tooltip="The text."),
                 io.String.Output(display_name="json", tooltip="The same as JSON, in bytes."),
             ],
@@ -165,10 +171,10 @@ class KVCacheReport(io.ComfyNode):
         return float("nan")  # never cached: it reports on what happened, not on its inputs
 
     @classmethod
-    def execute(cls, after: Any, cache: list[Compressed], text: str = "") -> io.NodeOutput:
-        import torch
-
-        from sage_diffusion.integrations.comfy.kv_report import bars, text_of
+    def execute(
+        cls, after: Any, cache: list[Compressed], text: str = "", exact: Any = None
+    ) -> io.NodeOutput:
+        from sage_diffusion.integrations.comfy.kv_report import bars, difference, text_of
 
         used = [one for one in cache if one.memory.kept] or cache
         lines = [text_of(one.memory) for one in used]
@@ -182,16 +188,30 @@ class KVCacheReport(io.ComfyNode):
             )
             data.append({"kind": "predictions", "kl": found.kl, "p99": found.p99})
             data[-1]["top1"] = found.top1
-        rows = max(picture.shape[1] for picture in pictures)
-        padded = [
-            torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, rows - picture.shape[1]), value=1.0)
-            for picture in pictures
-        ]
+        if exact is not None:
+            apart = difference(after, exact)
+            lines.append(str(apart))
+            data.append(apart.to_dict())
+            pictures.append(apart.picture)
         report = "\n".join(lines)
         show(cls.hidden.unique_id, report)
         return io.NodeOutput(
-            after, torch.cat(padded), report, json.dumps(data), ui=ui.PreviewText(report)
+            after, _together(pictures), report, json.dumps(data), ui=ui.PreviewText(report)
         )
+
+
+def _together(pictures: list[Any]) -> Any:
+    """One batch, smaller pictures with white at the right and below."""
+    import torch
+
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    padded = [
+        torch.nn.functional.pad(
+            picture, (0, 0, 0, width - picture.shape[2], 0, height - picture.shape[1]), value=1.0
+        )
+        for picture in pictures
+    ]
+    return torch.cat(padded)
 
 
 def _predictions(cache: list[Compressed], text: str) -> Agreement:

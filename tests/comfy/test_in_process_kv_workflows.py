@@ -107,19 +107,23 @@ def test_a_text_is_written_with_a_compressed_cache(alone):
 def test_a_video_is_sampled_with_a_compressed_cache(alone, bundled):  # noqa: F811
     prompt = [[torch.zeros(1, 1, 16), {}]]
     viewers = ("CLIPLoader", "VAELoader", "VAEDecode", "SaveAnimatedWEBP", "PreviewImage")
-    found = run(
-        "kv_video",
-        {
-            "UNETLoader": lambda **given: bundled,
-            "CLIPTextEncode": lambda **given: prompt,
-            **dict.fromkeys(viewers, nothing),
-        },
-        {
-            "EmptyARVideoLatent": {"width": 128, "height": 128, "length": 25},
-            "SamplerARVideo": {"num_frame_per_block": 1},
-            "BasicScheduler": {"steps": 1},
-        },
-    )
+    stand_ins = {
+        "UNETLoader": lambda **given: bundled,
+        "CLIPTextEncode": lambda **given: prompt,
+        **dict.fromkeys(viewers, nothing),
+    }
+    settings = {
+        "EmptyARVideoLatent": {"width": 128, "height": 128, "length": 25},
+        "SamplerARVideo": {"num_frame_per_block": 1},
+        "BasicScheduler": {"steps": 1},
+    }
+    found = run("kv_video", stand_ins, settings)
     latent, bars, report, data = found["SageDiffusionKVCacheReport"]
     assert latent["samples"].shape == (1, 16, 7, 16, 16) and bars.shape[0] == 1
     assert "at its peak instead of" in report and json.loads(data)[0]["parts"]["k.codes"] > 0
+    exact = run("kv_video", stand_ins, settings | {"SageDiffusionKVCache": {"preset": "lossless"}})
+    same, *_ = exact["SageDiffusionKVCacheReport"]
+    cache = found["SageDiffusionKVCache"][2]
+    report_node = classes()["SageDiffusionKVCacheReport"]
+    _, both, told, _ = report_node.execute(latent, cache, exact=same).args
+    assert both.shape[0] == 2 and "exact run, by 2 frames: " in told

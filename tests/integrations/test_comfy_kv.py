@@ -13,7 +13,7 @@ from sage_diffusion.integrations.comfy.kv import (
     text_cache,
     video_caches,
 )
-from sage_diffusion.integrations.comfy.kv_report import bars, size, text_of
+from sage_diffusion.integrations.comfy.kv_report import bars, difference, size, text_of
 from sage_diffusion.kv.methods.kivi import Kivi
 
 FRAME = 16
@@ -198,3 +198,29 @@ def test_settings_are_checked(name):
         Settings("k4v4", **{name: -2})
     with pytest.raises(ValueError, match="preset must be one of"):
         Settings("best")
+
+
+def test_two_runs_are_compared_by_time():
+    exact = torch.rand(1, 16, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    found = exact.clone()
+    found[:, :, 2:4] *= 1.01
+    found[:, :, 6:] *= 2
+    got = difference({"samples": found}, {"samples": exact})
+    assert got.frames == 2 and got.decibels[0] == got.decibels[2] == float("inf")
+    assert got.decibels[1] == pytest.approx(40, abs=0.01)
+    assert got.decibels[3] == pytest.approx(0, abs=1e-3)
+    assert "by 2 frames: equal, 40.0 dB, equal, 0.0 dB" in str(got)
+    assert json.loads(json.dumps(got.to_dict()))["decibels"][2] is None
+    assert got.picture.shape == (1, 12, 24, 3) and 0 <= got.picture.min() < got.picture.max() <= 1
+    assert got.picture[0, 8:, :6].max() == 0 < got.picture[0, 8:, 18:].max()  # 4 x the difference
+
+
+def test_pictures_are_compared_against_their_range():
+    exact = torch.full((3, 5, 7, 3), 0.25)
+    got = difference(exact + 0.1, exact)
+    assert got.frames == 1 and got.decibels == pytest.approx((20, 20, 20), abs=1e-3)
+    assert torch.equal(got.picture[0, :5], exact.transpose(0, 1).flatten(1, 2))
+    torch.testing.assert_close(got.picture[0, 10:], torch.full((5, 21, 3), 0.4))
+    for other in (exact[:2], {"samples": exact}, "text"):
+        with pytest.raises(ValueError, match="must be"):
+            difference(exact, other)
