@@ -1,9 +1,15 @@
 """A tiny random transformer whose attention goes through a session, and its sampling loop."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from sage_diffusion.adapt.costs import card_costs
 from sage_diffusion.attend.session import AttentionSession
+
+#: Of main loops: calls as tiny as these gain nothing as a whole.
+LOOPS = card_costs("rtx4090", math.inf)
 
 
 class TinySampler:

@@ -76,6 +76,7 @@ class Calibrator:
         """Forget what was seen: a new run begins."""
         self._calls: Counter[tuple[str, int, str]] = Counter()
         self._work: dict[tuple[str, int, str], float] = {}
+        self._tokens: dict[str, tuple[int, int]] = {}
         self._found: list[tuple[tuple[str, int, str], Tensor]] = []
         self._sigmas: dict[int, float] = {}
         self.steps = 0
@@ -106,8 +107,10 @@ class Calibrator:
         if self.session.where.sigma is not None:
             self._sigmas[event.step] = self.session.where.sigma
         batch, heads, q_len, dim = event.q.shape
+        k_len = event.k.shape[2]
         self._calls[cell] += 1
-        self._work[cell] = float(batch * heads * q_len * event.k.shape[2] * dim)
+        self._work[cell] = float(batch * heads * q_len * k_len * dim)
+        self._tokens[event.layer] = (q_len, k_len)
         self.head_dims[event.layer] = dim
         place = self.place(event.layer)
         if self._calls[cell] > _CALLS_PER_CELL:
@@ -127,7 +130,8 @@ class Calibrator:
     def store(self, table: ScoreTable) -> None:
         """Move the finished run's measurements into the table."""
         for (layer, step, branch), calls in self._calls.items():
-            table.saw(layer, step, branch, self._work[layer, step, branch], calls)
+            work = self._work[layer, step, branch]
+            table.saw(layer, step, branch, work, calls, self._tokens[layer])
         if self._found:
             numbers = torch.stack([v for _, v in self._found]).double().cpu().numpy()
             for (cell, _), row in zip(self._found, numbers, strict=True):

@@ -28,6 +28,7 @@ from sage_diffusion.speed.cost_sass import (
     opcode,
 )
 from sage_diffusion.speed.libraries import libraries
+from sage_diffusion.speed.traffic import call_milliseconds
 
 #: Multiply-accumulates that ``cycles`` counts: 16 queries, 64 keys, head dim 128, both products.
 UNIT = 262_144
@@ -68,6 +69,16 @@ class KernelCost:
         """Tera-operations per second of the whole card at its boost clock: an upper bound."""
         gpu = GPUS[self.gpu]
         return 2 * UNIT / self.cycles * gpu.sms * gpu.ghz / 1000
+
+    def call_milliseconds(self, tokens: int, heads: int) -> tuple[float, float]:
+        """Predicted time of the main loop of a call of ours, and of the whole call.
+
+        Self-attention; what quantization and launches add is :mod:`.traffic`'s.
+        """
+        assert self.head_dim is not None and not self.package
+        loop = 4 * heads * tokens**2 * self.head_dim / self.tops / 1e9
+        spec, gbs = AttentionSpec.parse(self.spec), GPUS[self.gpu].gbs
+        return loop, call_milliseconds(gbs, spec, tokens, self.head_dim, heads, loop=loop)
 
     def as_dict(self) -> dict[str, object]:
         """The fields of the JSON output; ``package`` only of someone else's."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from adapt_host import TinySampler
+from adapt_host import LOOPS, TinySampler
 from tiny_emoji import tiny_emoji
 
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
@@ -106,7 +106,7 @@ def test_calibration_takes_gradients_where_there_are_some():
     damage = cell_damage(copy, table.metric("error"))
     assert (damage > 0).all()
     assert damage[..., 1].sum() > 10 * damage[..., 0].sum()
-    plan = make_plan(table, budget=0.2)
+    plan = make_plan(table, budget=0.2, costs=LOOPS)
     assert plan.plan.calibration["predicted"]["psnr_db"] == pytest.approx(plan.quality, abs=0.01)
     groups = calibrated(TracingSampler(), sensitivity=1, method="groups")
     assert "weight" in groups.sensitivity
