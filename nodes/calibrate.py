@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from sage_diffusion.adapt import DEFAULT_SHARE
+from sage_diffusion.adapt.costs import Costs
 from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import (
@@ -18,6 +19,7 @@ from sage_diffusion.integrations.comfy.sampler import (
     ComfySampler,
     Prompt,
     candidates,
+    costs_of,
     fast_time,
     free_path,
     this_card,
@@ -196,11 +198,12 @@ class SageCalibrate(io.ComfyNode):
                 f"{path} can't be continued ({error}): choose '{_REPLACE}' or '{_NEW}' in "
                 "if_name_exists, or another name"
             ) from None
-        planned = make_plan(table, costs=card, name=name, **wanted(goal, card, table))
+        costs, of_what = costs_of(card, table)
+        planned = make_plan(table, costs=costs, name=name, **wanted(goal, costs, table))
         text = (
             f"{describe(planned.plan)}\n"
             f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
-            f"{planned.quality:.1f} dB{note}\nmeasured values: {path}"
+            f"{planned.quality:.1f} dB{of_what}{note}\nmeasured values: {path}"
         )
         if len(prompts) == 1:
             text += "\nmeasured on one prompt: try it on others with Attention Accuracy Check"
@@ -264,10 +267,10 @@ def measured(
         raise
 
 
-def wanted(goal: dict[str, Any], card: str, table: ScoreTable) -> dict[str, float]:
+def wanted(goal: dict[str, Any], costs: Costs, table: ScoreTable) -> dict[str, float]:
     """The planner's goal, of the values of :func:`goal_input`."""
     if goal["goal"] == _AS_FAST:
-        return {"budget": fast_time(card, table)}
+        return {"budget": fast_time(costs, table)}
     return {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
 
 

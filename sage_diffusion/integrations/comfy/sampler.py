@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.costs import CYCLES, SMALL, card_costs, relative_cost
+from sage_diffusion.adapt.costs import CYCLES, SMALL, Costs, card_costs
 from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.times import cell_times
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
@@ -43,21 +45,39 @@ def candidates(card: str) -> tuple[str, ...]:
     return tuple(name for name in CYCLES[card] if name != "fp16" and not name.endswith(SMALL))
 
 
-def fast_time(card: str, table: ScoreTable) -> float:
-    """Predicted time of the preset *fast* on a card, relative to FP16 attention; that of
-    *balanced* where it is faster, as on cards without 4-bit products.
+def costs_of(card: str, table: ScoreTable) -> tuple[Costs, str]:
+    """Costs of a card for a model's calls, and a note where they are not those of whole calls.
+
+    Calls may be so short that quantizing and launching takes what the main loop gains.  A plan for
+    them would be FP16 everywhere; what is asked for is one for larger pictures, so the main loops
+    count, and the note says so.
 
     Args:
         card: one of :data:`CARDS`.
-        table: has the model's head dims, and the work of each layer.
+        table: has the sizes of the model's calls.
     """
-    costs = card_costs(card)
-    work = table.filled_work().sum((1, 2))
-    layers = list(zip(work / work.sum(), table.head_dims(), strict=True))
+    costs, loops = card_costs(card), card_costs(card, math.inf)
+    if fast_time(costs, table) < 1 or fast_time(loops, table) >= 1:
+        return costs, ""
+    longest = max(q_len for q_len, _ in table.tokens.values())
+    return loops, (
+        f" (of main loops: whole calls of {longest:,} tokens are not predicted to be faster than "
+        "FP16's; plan for larger pictures)"
+    )
+
+
+def fast_time(costs: Costs, table: ScoreTable) -> float:
+    """Predicted time of the preset *fast*, relative to FP16 attention; that of *balanced* where it
+    is faster, as on cards without 4-bit products.
+
+    Args:
+        costs: of one of :data:`CARDS`.
+        table: has the sizes of the model's calls.
+    """
 
     def first(specs: Sequence[str]) -> float:
         spec = next(spec for spec in specs if spec in costs)
-        return float(sum(share * relative_cost(spec, costs, dim) for share, dim in layers))
+        return float(cell_times(table, [spec], costs).sum())
 
     return min(
         0.9 * first(PRESETS[name].body) + 0.1 * first(PRESETS[name].edges)
