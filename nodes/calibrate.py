@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.costs import Costs
+from sage_diffusion.adapt.presets import this_card
 from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import (
@@ -22,7 +23,6 @@ from sage_diffusion.integrations.comfy.sampler import (
     costs_of,
     fast_time,
     free_path,
-    this_card,
 )
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show

@@ -3,19 +3,10 @@
 import math
 
 import pytest
-import torch
 
 from sage_diffusion.adapt.costs import card_costs, relative_cost
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.integrations.comfy import sampler
-
-
-def test_the_card_is_found_by_its_architecture(monkeypatch):
-    assert sampler.this_card(torch.device("cpu")) is None
-    for capability, card in (((8, 9), "rtx4090"), ((12, 0), "rtx5090"), ((7, 5), None)):
-        monkeypatch.setattr(sampler, "device_arch", lambda device, c=capability: (c, None))
-        assert sampler.this_card(torch.device("cpu")) == card
-    assert set(sampler._CARD_OF.values()) == set(sampler.CARDS)
 
 
 def table(*head_dims):
@@ -30,11 +21,11 @@ def table(*head_dims):
 @pytest.mark.parametrize(
     ("card", "head_dims", "time"),
     [
-        # Nine tenths of 192 cycles of 1024 and a tenth of 384.
-        ("rtx4090", (128, 128), 0.206),
-        ("rtx4090", (64, 128), 0.210),  # exponentials bind where heads are small
-        ("rtx3090", (128,), 0.25),  # no 4 bit with FP8
-        ("h100", (128,), 0.767),  # measured: balanced is faster there
+        # Nine tenths of 192 cycles of 1024 and a tenth of 256.
+        ("rtx4090", (128, 128), 0.194),
+        ("rtx4090", (64, 128), 0.197),  # exponentials bind where heads are small
+        ("rtx3090", (128,), 0.194),
+        ("h100", (128,), 0.728),  # measured: of its 8 bits those with FP8
     ],
 )
 def test_the_time_to_beat_is_that_of_fast(card, head_dims, time):

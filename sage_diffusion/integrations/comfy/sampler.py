@@ -13,31 +13,15 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.adapt.costs import CYCLES, SMALL, Costs, card_costs
+from sage_diffusion.adapt.presets import EIGHT_BIT, FOUR_BIT
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.times import cell_times
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
-from sage_diffusion.integrations.comfy.presets import PRESETS
-from sage_diffusion.machine import device_arch
 
 #: Cards that a plan's time can be predicted for.
 CARDS = tuple(CYCLES)
-
-#: Compute capability -> the card of its architecture.
-_CARD_OF = {
-    (8, 0): "a100",
-    (8, 6): "rtx3090",
-    (8, 9): "rtx4090",
-    (9, 0): "h100",
-    (12, 0): "rtx5090",
-}
-
-
-def this_card(device: torch.device) -> str | None:
-    """The card that stands for a device's architecture, None where none does."""
-    capability, _ = device_arch(device)
-    return None if capability is None else _CARD_OF.get(capability)
 
 
 def candidates(card: str) -> tuple[str, ...]:
@@ -67,22 +51,18 @@ def costs_of(card: str, table: ScoreTable) -> tuple[Costs, str]:
 
 
 def fast_time(costs: Costs, table: ScoreTable) -> float:
-    """Predicted time of the preset *fast*, relative to FP16 attention; that of *balanced* where it
-    is faster, as on cards without 4-bit products.
+    """Predicted time of the preset *fast*, relative to FP16 attention.
 
     Args:
         costs: of one of :data:`CARDS`.
         table: has the sizes of the model's calls.
     """
 
-    def first(specs: Sequence[str]) -> float:
-        spec = next(spec for spec in specs if spec in costs)
-        return float(cell_times(table, [spec], costs).sum())
+    def least(specs: Sequence[str]) -> float:
+        known = [spec for spec in specs if spec in costs]
+        return float(cell_times(table, known, costs).sum((0, 1, 2)).min())
 
-    return min(
-        0.9 * first(PRESETS[name].body) + 0.1 * first(PRESETS[name].edges)
-        for name in ("fast", "balanced")
-    )
+    return 0.9 * least((*EIGHT_BIT, *FOUR_BIT)) + 0.1 * least(EIGHT_BIT)
 
 
 def free_path(path: Path) -> Path:
