@@ -33,6 +33,9 @@ _AS_FAST, _FLOOR, _BUDGET = "as fast as fast, better", "least quality", "most ti
 _THIS = "this card"
 _CONTINUE, _REPLACE, _NEW = "continue it", "replace it", "take a new name"
 
+#: How the end-to-end stage is done -> what ``calibrate`` calls it.
+_METHODS = {"automatic": "auto", "gradients": "gradient", "groups": "groups"}
+
 
 def goal_input() -> io.DynamicCombo.Input:
     """What a plan must keep."""
@@ -134,7 +137,8 @@ class SageCalibrate(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip="Measure what errors do to the result, on so many runs, eight or more; "
-                    "0 is off. Each costs 19 to 21 sampling runs.",
+                    "0 is off. Each costs as much as about 7 sampling runs by gradients, and 19 to "
+                    "21 by groups.",
                 ),
                 io.Combo.Input(
                     "if_name_exists",
@@ -142,6 +146,15 @@ class SageCalibrate(io.ComfyNode):
                     optional=True,
                     tooltip="A calibration of that name: go on where it stopped (same model and "
                     "settings), measure anew, or keep it and write another file.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    display_name="end-to-end stage by",
+                    options=list(_METHODS),
+                    optional=True,
+                    tooltip="gradients rate every layer and step, and need memory for one step's "
+                    "graph; groups run the model with groups of them quantized. automatic takes "
+                    "gradients where the model and the memory allow it, and says so if not.",
                 ),
             ],
             outputs=[
@@ -172,6 +185,7 @@ class SageCalibrate(io.ComfyNode):
         end_to_end: int = 0,
         if_name_exists: str = _CONTINUE,
         positive_2: Any = None,
+        method: str = "automatic",
     ) -> io.NodeOutput:
         from sage_diffusion.adapt.planner import make_plan
 
@@ -192,6 +206,7 @@ class SageCalibrate(io.ComfyNode):
                 path,
                 share=share,
                 sensitivity=end_to_end,
+                method=_METHODS[method],
             )
         except TableError as error:
             raise TableError(

@@ -243,6 +243,7 @@ def test_a_calibrated_plan_is_made_and_runs(server):
         card="rtx4090",
         name="tiny",
         end_to_end=1,
+        method="gradients",
     )
     prompt["22"] = prompts.node(
         "SageDiffusionPlanPreview", plan=["20", 0], steps=2, branch="cond", tokens=64, layers="*"
@@ -252,8 +253,9 @@ def test_a_calibrated_plan_is_made_and_runs(server):
     assert done["status"]["status_str"] == "success", done["status"]["messages"][-1]
     assert "predicted bound on rtx4090" in server.last_text("20")
     told = "".join(text for _, text in server.texts)
-    assert "measure: 2 of 2" in told and "sensitivity: 1 of " in told
-    assert "1 picture" in server.last_text("20") and "calibrated on the " in server.last_text("22")
+    assert "measure: 2 of 2" in told and "sensitivity: 1 of 1" in told
+    stage = "calibrated on the end-to-end stage (gradients, 1 picture)"
+    assert stage in server.last_text("20") and stage in server.last_text("22")
     assert "0 declined" in server.last_text("2")
     assert "WARNING" not in server.last_text("2")
     assert (server.out / "output" / "sage_calibrations" / "tiny.json").exists()

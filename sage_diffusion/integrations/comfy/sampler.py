@@ -14,10 +14,12 @@ from torch import Tensor
 
 from sage_diffusion.adapt.costs import CYCLES, SMALL, Costs, card_costs
 from sage_diffusion.adapt.presets import EIGHT_BIT, FOUR_BIT
+from sage_diffusion.adapt.sampling import ModelCall
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.times import cell_times
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.gradients import Replay, replayed
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
 
 #: Cards that a plan's time can be predicted for.
@@ -102,7 +104,7 @@ def settings_of(sampling: KSampling) -> dict[str, Any]:
 
 
 class ComfySampler:
-    """See :class:`sage_diffusion.adapt.sampling.Sampler`.
+    """See :class:`sage_diffusion.adapt.sampling.Sampler` and ``Replayer``.
 
     Args:
         model: a ``ModelPatcher``; its own Sage Attention is left out.
@@ -119,7 +121,8 @@ class ComfySampler:
             before.sampled_by(node)
         self.session = AttentionSession("fp16")
         attention = ModelAttention(self.session)
-        self.patched = attach(without(model), attention)
+        self._replay = Replay()
+        self.patched = attach(replayed(without(model), self._replay), attention)
         self.model: str | None = attention.model_name
         self.sampling = sampling
         self.heartbeat: Callable[[], None] = lambda: None
@@ -133,3 +136,16 @@ class ComfySampler:
         if run.samples is None:
             raise RuntimeError("the sampler returned nothing")
         return run.samples
+
+    def pictures(self, prompt: Prompt, seed: int) -> list[tuple[Prompt, int]]:
+        """A run's first picture stands for its batch."""
+        return [(prompt, seed)]
+
+    def replay(
+        self, picture: tuple[Prompt, int], use: Callable[[Tensor, Sequence[ModelCall]], None]
+    ) -> None:
+        """See :class:`sage_diffusion.adapt.sampling.Replayer`."""
+        prompt, seed = picture
+        run = replace(self.sampling, positive=prompt.conditioning, seed=seed)
+        self._replay.run(self.patched, run, use)
+        self.heartbeat()
