@@ -241,16 +241,18 @@ def _packed_past(gpus: tuple[str, ...], as_json: bool) -> None:
         )
     rotated = rope_costs(rows)
     second = Table(
-        title="Keys before RoPE at 65,536 tokens: rotated in the kernel, or through a scratch of "
-        "one layer (estimated microseconds)",
+        title="Keys before RoPE at 65,536 tokens: turned in the Triton kernel (machine code), "
+        "or through a scratch of one layer, estimated (microseconds)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for heading in ("GPU", "bits", "rows of Q", "in the kernel", "scratch", "faster"):
+    headings = ("GPU", "bits", "rows of Q", "instructions", "in the kernel", "scratch", "faster")
+    for heading in headings:
         second.add_column(heading, justify="right")
     for one in rotated:
-        figures = (f"{one.kernel:.1f}", f"{one.scratch:.1f}", one.faster)
+        times = (f"{one.instructions:.1f}", f"{one.kernel:.1f}", f"{one.scratch:.1f}")
+        figures = (*times, one.faster)
         second.add_row(one.gpu, f"{one.bits:g}", str(one.rows), *figures)
     document = {
         "decode": [row.as_dict() for row in rows],
