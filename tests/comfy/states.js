@@ -4,7 +4,7 @@ const { open, finish } = require('./page.js');
 const fs = require('fs');
 
 const [url, folder] = process.argv.slice(2);
-const { sampling, check, planned, tuned } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
+const { sampling, check, planned, tuned, calibrated } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
 const result = { errors: [], states: {} };
 
 async function main() {
@@ -141,6 +141,21 @@ async function main() {
   }, picture);
   await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionAutoTune'));
   result.tuned.received = await embedded();
+
+  // A plan that is calibrated, end-to-end stage included, and previewed before it runs.
+  await load(calibrated, 'workflow-f');
+  await listen();
+  await queue();
+  const finished = await ended();
+  await page.waitForTimeout(700);
+  result.calibrated = {
+    end: finished,
+    node: await read('SageDiffusionCalibrate'),
+    preview: await read('SageDiffusionPlanPreview'),
+    ran: await read('SageDiffusionAttention'),
+    told: await page.evaluate(() => window.told),
+  };
+  await page.screenshot({ path: `${folder}/calibrated.png` });
   await browser.close();
 }
 

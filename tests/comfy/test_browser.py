@@ -79,6 +79,7 @@ def states(server):
     planned = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "int8 everywhere"})
     tuned = prompts.autotune("sd3")
     told = {"sampling": sampling, "check": check, "planned": planned, "tuned": tuned}
+    told["calibrated"] = prompts.calibrated("sd3")
     (SHOTS / "prompts.json").write_text(json.dumps(told))
     return drive(server, "states.js", "states.json")
 
@@ -209,6 +210,16 @@ def test_auto_tune_has_a_bar_and_its_picture_carries_the_plan(states):
     assert re.search(r"^measure: step \d of 3, run 2 of 2\n\d+ s left$", told, re.M)
     assert read_embedded(tuned["plan"]).plan.calibration["predicted"]["time"] < 0.25
     assert tuned["received"] == tuned["plan"]
+
+
+def test_a_calibration_ends_in_a_plan_whose_preview_says_its_stage(states):
+    found = states["calibrated"]
+    assert found["end"] == "execution_success"
+    stage = "calibrated on the end-to-end stage (gradients, 1 picture)"
+    assert stage in found["node"]["text"] and stage in found["preview"]["text"]
+    assert found["ran"]["state"] == "done" and "plan tiny (hash" in found["ran"]["text"]
+    told = "\n".join(found["told"])
+    assert re.search(r"^sensitivity: step [4-6] of 6, run 1 of 1", told, re.M)  # the way back
 
 
 def test_no_state_broke_the_page(states):

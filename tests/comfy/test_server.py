@@ -229,27 +229,7 @@ def test_the_accuracy_check_proves_a_plan(server):
 
 
 def test_a_calibrated_plan_is_made_and_runs(server):
-    prompt = prompts.sampling("sd3", **{"preset": "plan input", "preset.plan": ["20", 0]})
-    common = {k: v for k, v in prompt["6"]["inputs"].items() if k != "model"}
-    prompt["20"] = prompts.node(
-        "SageDiffusionCalibrate",
-        model=["1", 0],
-        positive_2=["4", 0],
-        **(common | {"negative": ["21", 0]}),
-        runs=1,
-        share=0.5,
-        goal="most time",
-        **{"goal.time": 0.6},
-        card="rtx4090",
-        name="tiny",
-        end_to_end=1,
-        method="gradients",
-    )
-    prompt["22"] = prompts.node(
-        "SageDiffusionPlanPreview", plan=["20", 0], steps=2, branch="cond", tokens=64, layers="*"
-    )
-    prompt["21"] = prompts.node("TinyConditioning", width=4096, tokens=154, pooled=2048, seed=3)
-    done = server.run(prompt)
+    done = server.run(prompts.calibrated("sd3"))
     assert done["status"]["status_str"] == "success", done["status"]["messages"][-1]
     assert "predicted bound on rtx4090" in server.last_text("20")
     told = "".join(text for _, text in server.texts)
