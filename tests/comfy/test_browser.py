@@ -85,7 +85,7 @@ def states(server):
 
 
 def test_templates_are_offered(visit):
-    assert "sd15_first_try" in visit["templates"]
+    assert "First try - SD 1.5" in visit["templates"]
     assert len(visit["templates"]) == len(list((ROOT / "workflows").glob("*.json")))
 
 
@@ -196,6 +196,13 @@ def test_the_plan_of_a_file_travels_in_workflow_and_prompt(states):
     assert states["prompt"][str(node["id"])]["inputs"]["embedded_plan"] == text
     assert states["hidden"]
     assert states["not_kept"] == ""
+
+
+def test_the_check_lays_its_two_pictures_over_each_other(states):
+    compare = states["compare"]
+    assert compare["sizes"] == [64, 64] and compare["apart"]
+    shares = [float(re.search(r"([\d.]+)(?:%|px)\)$", clip)[1]) for clip in compare["clips"]]
+    assert shares == [pytest.approx(25, abs=1), 0, pytest.approx(75, abs=1)]
 
 
 def test_auto_tune_has_a_bar_and_its_picture_carries_the_plan(states):

@@ -77,7 +77,9 @@ def accuracy(families, tmp_path, monkeypatch, **more):
         "filename_prefix": "checks/a",
         "rows": 8,
     }
-    return SageAccuracyCheck.execute(**(given | more)).args
+    done = SageAccuracyCheck.execute(**(given | more))
+    accuracy.shown = done.ui
+    return done.args
 
 
 def test_the_check_shows_a_bar_previews_and_the_time_left(families, page, tmp_path, monkeypatch):
@@ -92,6 +94,15 @@ def test_the_check_shows_a_bar_previews_and_the_time_left(families, page, tmp_pa
     assert page.states[-1] == "done"
     assert page.texts[-1].startswith("PASSED: cosine 0.9\n20 of 20 quantized calls compared")
     assert out[5] is True
+
+
+def test_the_check_gives_both_pictures_to_the_page(families, page, tmp_path, monkeypatch):
+    vae = SimpleNamespace(decode=lambda latent: latent[:, :3].movedim(1, -1).sigmoid())
+    accuracy(families, tmp_path, monkeypatch, vae=vae, steps=2)
+    pairs = [accuracy.shown[name] for name in ("a_images", "b_images")]
+    assert all((tmp_path / one["filename"]).exists() for (one,) in pairs)
+    accuracy(families, tmp_path, monkeypatch, steps=2)
+    assert len(accuracy.shown["images"]) == 1  # the heat map alone
 
 
 def test_cancelling_keeps_what_was_compared(families, page, tmp_path, monkeypatch):

@@ -221,9 +221,10 @@ def test_the_accuracy_check_proves_a_plan(server):
     report = json.loads(Path(shown.splitlines()[-1]).read_text())
     assert len(report["rows"]) == 12  # 3 layers, 2 steps, each branch of guidance
     assert done["outputs"]["12"]["text"] == ["true"] or done["outputs"]["12"]["text"] == ["True"]
-    picture = done["outputs"]["6"]["images"][0]["filename"]
-    width = int.from_bytes((server.out / "temp" / picture).read_bytes()[16:20], "big")
-    assert width == 2 * 64
+    for name in ("a_images", "b_images"):  # without and with the plan, for the page's slider
+        (picture,) = done["outputs"]["6"][name]
+        data = (server.out / "temp" / picture["filename"]).read_bytes()
+        assert int.from_bytes(data[16:20], "big") == 64
     assert done["outputs"]["13"]["images"]
     assert "int4/int8" in done["outputs"]["11"]["text"][0]
 
