@@ -94,7 +94,7 @@ ALSO_TESTS = {
     ),
     "speed/test_cost.py": (
         "sage_diffusion.commands.cost sage_diffusion.speed.cost_compile "
-        "sage_diffusion.speed.cost_sass"
+        "sage_diffusion.speed.cost_sass sage_diffusion.speed.gpus"
     ),
     "speed/test_tune.py": (
         "sage_diffusion.attend.launch sage_diffusion.attend.launches "

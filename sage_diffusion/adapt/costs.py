@@ -21,7 +21,7 @@ from pathlib import Path
 from sage_diffusion.json_files import JSONError, json_path, read_json, shown
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.speed import traffic
-from sage_diffusion.speed.cost_sass import GPUS
+from sage_diffusion.speed.gpus import GPUS
 
 #: End of a spec's name in a cost table: for head dims up to 64 only, where a product costs half and
 #: the exponentials cost what they always do.

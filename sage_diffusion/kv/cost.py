@@ -24,12 +24,12 @@ from sage_diffusion.speed.cost_sass import (
     WARP,
     Bound,
     Function,
-    Gpu,
     bound,
     functions,
     is_spill,
     main_loop,
 )
+from sage_diffusion.speed.gpus import Gpu
 
 #: Bytes a second that the cards' memory gives, by data sheet.
 BANDWIDTH = {

@@ -15,7 +15,8 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.kernels.versions import TRITON
 from sage_diffusion.speed import cost, cost_sass
 from sage_diffusion.speed.cost_compile import compile_attention
-from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
+from sage_diffusion.speed.cost_sass import Function, bound, functions, macs, main_loop, opcode
+from sage_diffusion.speed.gpus import GPUS
 
 
 def test_cycles_of_a_loop():
