@@ -371,6 +371,11 @@ def test_every_node_has_a_help_page(server, name):
     assert len(page) > 300
 
 
+def test_help_is_served_in_the_pages_language(server):
+    page = server.text("/extensions/sage_diffusion/docs/SageDiffusionAutoTune/de.md")
+    assert page.startswith("# Attention selbst abstimmen")
+
+
 def test_every_language_names_every_node_and_input(server, info):
     known = server.get("/i18n")
     for language in ("en", "zh", "ja", "de", "fr", "es"):

@@ -146,10 +146,20 @@ def test_every_help_page_belongs_to_a_node():
 
 def test_help_pages_show_pictures_that_are_there():
     shown = set()
-    for page in (ROOT / "web" / "docs").glob("*.md"):
+    for page in (ROOT / "web" / "docs").rglob("*.md"):
         shown |= set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
     assert shown == {path.name for path in (ROOT / "web" / "docs").glob("*.png")}
     assert {"sage_attention.png", "auto_tune.png", "accuracy_check.png"} <= shown
+
+
+@pytest.mark.parametrize("node", ["Attention", "AutoTune", "AccuracyCheck"])
+def test_the_nodes_that_newcomers_meet_have_help_in_every_language(node):
+    folder = ROOT / "web" / "docs" / f"SageDiffusion{node}"
+    languages = {path.name for path in (ROOT / "locales").iterdir()} - {"en"}
+    assert {path.stem for path in folder.glob("*.md")} == languages
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.md")]
+    assert all(text.startswith("# ") and len(text) > 300 for text in texts)
+    assert len(set(texts)) == len(languages)
 
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("* - *.json"))
