@@ -107,6 +107,9 @@ class QuantizedValue(NamedTuple):
             (``quantize.permute.group_tokens``).
         sums: ``[B, H, Lp / 64, D]`` int16, the sums of every 64 tokens' INT8 codes, or None: what
             an unsigned P costs where products take signed codes only.
+        tiles: ``[B, H, Lp / 64 + 2, 2]`` float32, or None: a factor of every 64 tokens beside the
+            channels' scales, and its inverse.  The last two are 1 and of nothing: kernels that take
+            tiles by twos may read them.
     """
 
     data: Tensor
@@ -116,6 +119,7 @@ class QuantizedValue(NamedTuple):
     mean: Tensor | None = None
     micro: Tensor | None = None
     sums: Tensor | None = None
+    tiles: Tensor | None = None
 
 
 class Sample(NamedTuple):
@@ -126,12 +130,14 @@ class Sample(NamedTuple):
             nothing is taken out.
         q_factor, k_factor: ``[B, Hkv, D]`` float32, by which Q's and K's channels are multiplied:
             powers of two, inverses of each other, so that Q K^T is what it was.  None: not at all.
+        v_scale: ``[B, Hkv, D]`` float32, of V's channels, or None.
     """
 
     k_mean: Tensor | None
     v_mean: Tensor | None
     q_factor: Tensor | None = None
     k_factor: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 def cdiv(a: int, b: int) -> int:

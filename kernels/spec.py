@@ -27,12 +27,15 @@ ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4":
 
 #: What a name switches on has changed; files say by their version which edition their names are of.
 #: In edition 1 only 4 bit rotated, no channels were balanced, INT8 V was not smoothed and its P was
-#: signed.
-EDITION = 2
+#: signed.  Up to edition 2 V's scales came from all of its tokens.
+EDITION = 3
 
-_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "balance", "clip", "unsigned_p")
+_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "balance", "sample_v", "clip", "unsigned_p")
 _QK = ("fp16", "fp8", "int8", "int4", "fp4")
 _PV = ("fp16", "fp8", "int8", "fp4")
+
+#: Formats of V to which ``sample_v`` applies.
+SAMPLED = (Precision.FP8, Precision.FP4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,9 @@ class AttentionSpec:
         rotate: multiply Q and K by the same signed Hadamard matrix along the head dim.
         balance: multiply Q's channels and divide K's by powers of two that even them out, found in
             one token of sixteen, from which K's and V's means come then as well.
+        sample_v: the scales of an FP8 or FP4 V come from those tokens, too, so that V is read once.
+            There is room for values 256 times as large; where P V accumulates in FP16, which has
+            none, 64 tokens share a factor.  Off for other formats of V, and without ``balance``.
         clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
             least squared error instead of the largest value.
         unsigned_p: codes of an INT8 P are 0 .. 255 instead of 0 .. 127: P has no sign to keep.
@@ -65,6 +71,7 @@ class AttentionSpec:
     smooth_v: bool = False
     rotate: bool = False
     balance: bool = False
+    sample_v: bool = False
     clip: bool = False
     unsigned_p: bool = False
     granularity: Literal["token", "block"] = "token"
@@ -93,6 +100,8 @@ class AttentionSpec:
             for name in _FLAGS:  # nothing is quantized, so nothing is smoothed
                 set_field(self, name, False)
             set_field(self, "granularity", "token")
+        if not self.balance or self.pv not in SAMPLED:
+            set_field(self, "sample_v", False)
         if self.pv_accumulator == "fp16" and self.pv is not Precision.FP8:
             raise ValueError(f"pv_accumulator='fp16' needs pv='fp8', got pv={self.pv.value!r}")
         if self.unsigned_p and self.pv is not Precision.INT8:
@@ -124,7 +133,8 @@ class AttentionSpec:
         ``int8``, ``int4``, ``fp8`` and ``fp4`` are short for :data:`ALIASES`.
 
         A quantized name switches on smooth_k, rotate and balance, one that begins with int4 or fp4
-        smooth_q and clip too, and one whose P and V are int8 smooth_v and unsigned_p.
+        smooth_q and clip too, one whose P and V are int8 smooth_v and unsigned_p, and one whose P
+        and V are fp8 or fp4 sample_v.
 
         Args:
             text: the name; an AttentionSpec is returned as it is.
@@ -159,6 +169,7 @@ class AttentionSpec:
             ("+" if getattr(self, name) else "-") + name
             for name in _FLAGS
             if getattr(self, name) != getattr(preset, name)
+            and (name != "sample_v" or self.balance)  # without it off anyway
         )
         return base + changes + ("+block" if self.granularity == "block" else "")
 
@@ -182,6 +193,7 @@ def _preset(
         smooth_v=int8_value,
         rotate=four_bit or edition > 1,
         balance=edition > 1,
+        sample_v=edition > 2,
         clip=four_bit,
         unsigned_p=int8_value,
     )

@@ -14,8 +14,9 @@ ALSO_TESTS = {
     ),
     "adapt/test_calibrate.py": "sage_diffusion.adapt.sampling sage_diffusion.adapt.sensitivity",
     "adapt/test_evaluate.py": "sage_diffusion.adapt.plots",
-    "adapt/test_costs.py": "sage_diffusion.adapt.times",
-    "adapt/test_planner.py": "sage_diffusion.adapt.compress sage_diffusion.plan.globs",
+    "adapt/test_planner.py": (
+        "sage_diffusion.adapt.compress sage_diffusion.adapt.costs sage_diffusion.plan.globs"
+    ),
     "adapt/test_table.py": "sage_diffusion.adapt.table_json",
     "attend/test_dispatch.py": (
         "sage_diffusion.attend.backend sage_diffusion.attend.backends sage_diffusion.attend.calls "
@@ -65,7 +66,8 @@ ALSO_TESTS = {
     "integrations/test_diffusers_vq.py": "sage_diffusion.integrations.diffusers.taming",
     "integrations/test_diffusers_schedule.py": "sage_diffusion.integrations.diffusers.followed",
     "kernels/test_attention.py": "kernels.attention.reference kernels.attention.terms",
-    "kernels/test_attention_triton.py": "kernels.attention.triton kernels.attention.triton_masks",
+    "kernels/test_attention_triton.py": "kernels.attention.triton kernels.attention.triton_masks"
+    " kernels.attention.triton_value",
     "kernels/test_attention_triton_fp4.py": "kernels.attention.triton_fp4",
     "kernels/test_launches.py": "kernels.attention.entry",
     "kernels/test_tuning.py": "kernels.attention.record",
@@ -94,7 +96,7 @@ ALSO_TESTS = {
     ),
     "speed/test_cost.py": (
         "sage_diffusion.commands.cost sage_diffusion.speed.cost_compile "
-        "sage_diffusion.speed.cost_sass sage_diffusion.speed.gpus"
+        "sage_diffusion.speed.cost_sass"
     ),
     "speed/test_tune.py": (
         "sage_diffusion.attend.launch sage_diffusion.attend.launches "
@@ -221,6 +223,7 @@ MANY_ARGUMENTS = {
     "kernels.attention.triton_fp4": "attend_quantized attention",
     "kernels.quantize.reference": "quantize_rows",
     "kernels.quantize.triton": "quantize_rows",
+    "kernels.quantize.triton_value": "quantize_value",
     "nodes.accuracy": "execute",
     "nodes.attention": "execute",
     "nodes.autotune": "execute",

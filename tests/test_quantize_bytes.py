@@ -35,15 +35,14 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
         "fp4/fp8-fast",
         "fp4/fp4",
     }
-    assert all(1 < row["ratio"] <= 1.45 for row in found)
+    assert all(1 < row["ratio"] <= 1.15 for row in found)
 
 
 def test_what_statistics_add_to_the_traffic(quantize_bytes):
     rows = {(row["spec"], row["head_dim"]): row for row in quantize_bytes.measure(4096)}
     row = rows["int4/fp8-fast", 128]
     shares = {n: x / (row["read"] + row["written"]) for n, x in row["statistics"].items()}
-    assert shares == pytest.approx({"k": 0.0227, "v": 0.1912}, abs=1e-3)
-    assert rows["int8/fp16", 128]["statistics"]["v"] == 0
+    assert shares == pytest.approx({"k": 0.0418, "v": 0.0}, abs=1e-3)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def attend_quantized(
                 *micro,
                 v.scale.contiguous(),
                 None if v.mean is None else v.mean.contiguous(),
+                v.tiles,
                 added,
                 None if packed is None else packed.words,
                 None if packed is None else packed.span,

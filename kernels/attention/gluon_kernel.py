@@ -72,6 +72,7 @@ def _attend_range(
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    TILED: gl.constexpr,
     D: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -103,6 +104,7 @@ def _attend_range(
                 BIAS,
                 MASK,
                 CAUSAL,
+                TILED,
                 D,
                 mma,
             )
@@ -151,6 +153,7 @@ def attention_kernel(
     p_v_micro,  # [B, Hkv, Lp / 64, D] int32, or None
     p_v_scale,  # [B, Hkv, D] float32
     p_v_mean,  # [B, Hkv, D] float32, or None
+    p_v_tiles,  # [B, Hkv, Lp / 64 + 2, 2] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
     p_mask,  # words of ``gluon_masks.PackedMask``, or None
     p_span,  # its spans, or None
@@ -184,6 +187,7 @@ def attention_kernel(
 ):
     """One block of query rows of one head."""
     BIAS: gl.constexpr = p_bias is not None
+    TILED: gl.constexpr = p_v_tiles is not None
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     col: gl.constexpr = gl.SliceLayout(0, mma)
@@ -231,6 +235,8 @@ def attention_kernel(
     if BIAS:
         p_bias = p_bias + i_b * stride_bias_b + i_h * stride_bias_h + lane_columns(num_warps)
         p_bias += (i_m * BM // 128).to(gl.int64) * stride_bias_m
+    if TILED:
+        p_v_tiles += i_bkv * ((padded // _TILE_N + 2) * 2)
     first, stop = 0, gl.cdiv(k_len, STEP * _TILE_N)
     if MASK != "none":
         # A warp's 16 rows are a group of the mask.
@@ -245,6 +251,8 @@ def attention_kernel(
         p_k_scale += skipped * 2
         if BIAS:
             p_bias += skipped
+        if TILED:
+            p_v_tiles += skipped // _TILE_N * 2
         if QK == "fp4":
             p_k_micro += skipped.to(gl.int64) * (DP // 64)
         if PV == "fp4":
@@ -279,6 +287,8 @@ def attention_kernel(
         p_k_micro if QK == "fp4" else p_k_scale,
         p_v_micro if PV == "fp4" else p_k_scale,
         p_k_scale if MASK == "none" else p_mask,
+        p_v_tiles if TILED else p_k_scale,
+        gl.to_tensor(1.0) if TILED else k_len,
     )
     words_type: gl.constexpr = distributed_type(
         gl.int32, [32 * num_warps, 4], thread_layout(num_warps)
@@ -313,6 +323,7 @@ def attention_kernel(
             BIAS,
             MASK,
             CAUSAL,
+            TILED,
             D,
             STEP,
             STAGES,
@@ -329,7 +340,10 @@ def attention_kernel(
         seen &= top > q_scale * _HIDDEN
     total = gl.where(seen, total, 1.0)
     o_d = gl.arange(0, DP, col)
-    out = acc * (1.0 / total)[:, None]
+    inverse = 1.0 / total
+    if TILED:
+        inverse *= state.factor
+    out = acc * inverse[:, None]
     i_d = i_bkv * D + o_d
     out = out * gl.load(p_v_scale + i_d, mask=o_d < D, other=0.0)[None, :]
     if p_v_mean is not None:

@@ -36,7 +36,7 @@ _LAG = gl.constexpr(32.0)
 class State(NamedTuple):
     """What goes from tile to tile, and where the next tile's operands lie.
 
-    Pointers to what a kernel does not have are any others.
+    What a kernel does not have is anything else.
     """
 
     acc: Any  # [BM, DP] float32
@@ -50,14 +50,27 @@ class State(NamedTuple):
     p_k_micro: Any
     p_v_micro: Any
     p_mask: Any
+    p_tiles: Any
+    factor: Any  # of V's last tile, in whose units acc is
 
 
 @gluon.jit
 def copied(state, p_k, p_v):
     """The state when another step's K and V are on their way."""
-    acc, total, top, reference, _, _, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
     return State(
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+        state.acc,
+        state.total,
+        state.top,
+        state.reference,
+        p_k,
+        p_v,
+        state.p_k_scale,
+        state.p_bias,
+        state.p_k_micro,
+        state.p_v_micro,
+        state.p_mask,
+        state.p_tiles,
+        state.factor,
     )
 
 
@@ -79,6 +92,7 @@ def attend_tile(
     BIAS: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    TILED: gl.constexpr,
     D: gl.constexpr,
     mma: gl.constexpr,
 ):
@@ -89,7 +103,10 @@ def attend_tile(
     RANGE: gl.constexpr = RANGE_FP8 if FP8 else RANGE_UINT8 if UNSIGNED else RANGE_INT8
     ADDITIVE: gl.constexpr = MASK != "none" and MASK != "bool"
     SCALED: gl.constexpr = BIAS or ADDITIVE  # q_scale is applied to S, not within the exponent
-    acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask = state
+    acc, total, top, reference = state.acc, state.total, state.top, state.reference
+    p_k, p_v, p_k_scale, p_bias = state.p_k, state.p_v, state.p_k_scale, state.p_bias
+    p_k_micro, p_v_micro, p_mask = state.p_k_micro, state.p_v_micro, state.p_mask
+    p_tiles, factor = state.p_tiles, state.factor
 
     s_type: gl.constexpr = distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
@@ -160,7 +177,19 @@ def attend_tile(
             is_pure=True,
         )
         return State(
-            acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+            acc,
+            total,
+            top,
+            reference,
+            p_k,
+            p_v,
+            p_k_scale,
+            p_bias,
+            p_k_micro,
+            p_v_micro,
+            p_mask,
+            p_tiles,
+            factor,
         )
     tile_top = gl.max(s, 1)
     if not SCALED:
@@ -187,6 +216,11 @@ def attend_tile(
             add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
         )
     v = v_tile.permute((1, 0)).load(rhs)
+    if TILED:
+        # The accumulator goes over to this tile's units, in the factor that it takes anyway.
+        alpha = alpha * (factor * gl.load(p_tiles + 1))
+        factor = gl.load(p_tiles)
+        p_tiles += 2
     if FP8:
         acc = inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
@@ -209,7 +243,19 @@ def attend_tile(
             is_pure=True,
         )
     return State(
-        acc, total, top, reference, p_k, p_v, p_k_scale, p_bias, p_k_micro, p_v_micro, p_mask
+        acc,
+        total,
+        top,
+        reference,
+        p_k,
+        p_v,
+        p_k_scale,
+        p_bias,
+        p_k_micro,
+        p_v_micro,
+        p_mask,
+        p_tiles,
+        factor,
     )
 
 

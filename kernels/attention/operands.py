@@ -69,14 +69,14 @@ def quantize_operands(
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    q_factor = k_factor = stats = None
+    fast = spec.pv_accumulator == "fp16"
+    q_factor = k_factor = v_scale = stats = None
     if spec.balance:
-        k_mean, v_mean, q_factor, k_factor = quantize.sample(
+        k_mean, v_mean, q_factor, k_factor, v_scale = quantize.sample(
             q,
             k,
-            v if spec.smooth_v else None,
-            smooth_q=spec.smooth_q,
-            smooth_k=spec.smooth_k,
+            v,
+            spec,
             rope_q=rope_q,
             rope_k=rope_k,
         )
@@ -129,7 +129,8 @@ def quantize_operands(
             v,
             spec.pv,
             mean=v_mean,
-            fast=spec.pv_accumulator == "fp16",
+            scale=v_scale,
+            fast=fast,
             clip=spec.clip and spec.pv is Precision.FP4,
             # With V's tokens in its own order a kernel multiplies P's bytes as they are.
             sums=spec.unsigned_p and not permuted,

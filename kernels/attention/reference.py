@@ -71,7 +71,7 @@ def attention(
         out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
         return out.to(dtype), lse
     q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
-    k_mean, v_mean, q_factor, k_factor = means_and_factors(q, k, v, spec)
+    k_mean, v_mean, q_factor, k_factor, v_scale = means_and_factors(q, k, v, spec)
     by_block = spec.granularity == "block"
     options: dict[str, Any] = {
         "rotation": spec.rotate,
@@ -98,7 +98,12 @@ def attention(
     values: Tensor | QuantizedValue = v
     if spec.pv is not Precision.FP16:
         values = quantize.quantize_value(
-            v, spec.pv, mean=v_mean, fast=spec.pv_accumulator == "fp16", clip=spec.clip
+            v,
+            spec.pv,
+            mean=v_mean,
+            scale=v_scale,
+            fast=spec.pv_accumulator == "fp16",
+            clip=spec.clip,
         )
     out, lse = attend_quantized(
         q_codes,
@@ -117,11 +122,10 @@ def attention(
 
 def means_and_factors(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Sample:
     """What a spec takes out of K and V, and balances: from a sample, or means of all tokens."""
-    values = v if spec.smooth_v else None
     if spec.balance:
-        return quantize.sample(q, k, values, smooth_q=spec.smooth_q, smooth_k=spec.smooth_k)
+        return quantize.sample(q, k, v, spec)
     k_mean = quantize.token_mean(k) if spec.smooth_k else None
-    return Sample(k_mean, None if values is None else quantize.token_mean(values))
+    return Sample(k_mean, quantize.token_mean(v) if spec.smooth_v else None)
 
 
 def to_output(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,7 +257,8 @@ class _ValueTiles:
         self.precision = v.precision if isinstance(v, QuantizedValue) else Precision.FP16
         if isinstance(v, QuantizedValue):
             self.head_dim = v.data.shape[2]
-            codes = quantize.value_codes(v)
+            codes = quantize.value_codes(v._replace(tiles=None))
+            self.tiles = None if v.tiles is None else v.tiles.repeat_interleave(group, 1)
             self.rows = codes.transpose(2, 3).repeat_interleave(group, 1)
             self.scale = v.scale.repeat_interleave(group, 1)[:, :, None]
             self.mean = None if v.mean is None else v.mean.repeat_interleave(group, 1)[:, :, None]
@@ -287,16 +292,16 @@ class _ValueTiles:
             return total, p.to(self.half).float() @ rows
         if self.precision is Precision.FP8:
             codes = (p * 448.0).to(torch.float8_e4m3fn).float()
-            return total, self._fp8_product(codes, rows) * (1.0 / 448.0)
+            return total, self._fp8_product(codes, rows, start) * (1.0 / 448.0)
         return total, self._fp4_product(s, top, tile_top, start)
 
-    def _fp8_product(self, codes: Tensor, rows: Tensor) -> Tensor:
+    def _fp8_product(self, codes: Tensor, rows: Tensor, start: int) -> Tensor:
         if not self.fast:
             return codes @ rows
         total = torch.zeros(1, device=codes.device)
         for k in range(0, codes.shape[-1], 32):  # one m16n8k32 step rounds once
             total = (total + codes[..., k : k + 32] @ rows[:, :, k : k + 32]).half().float()
-        return total
+        return total if self.tiles is None else total * self.tiles[:, :, start // TILE_N, None, :1]
 
     def _fp4_product(self, s: Tensor, top: Tensor, tile_top: Tensor, start: int) -> Tensor:
         """Two-level P (SageAttention3, 2505.11594 section 3.3): a row scale in front of NVFP4.

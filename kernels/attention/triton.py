@@ -11,7 +11,6 @@ P's format (448 for E4M3, 127 or 255 for INT8) is folded into the exponent and c
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -39,8 +38,9 @@ from ..tiles import (
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .entry import Bias, attention_of, outputs
-from .terms import MASK_FLOOR, half_value
+from .terms import MASK_FLOOR
 from .triton_masks import as_tiles
+from .triton_value import as_read
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
@@ -90,6 +90,8 @@ def _attend_range(
     p_k_scale,
     p_v,  # at the first key
     p_sums,  # of V's codes in the first key's tile, or anything
+    p_tiles,  # of V, at the first key's tile, or anything
+    factor,  # of V's last tile, in whose units acc is
     p_mask,  # at the first key
     at_k,  # [DP, 64], where a tile's elements lie
     at_v,  # [64, DP]
@@ -104,6 +106,7 @@ def _attend_range(
     K_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    TILED: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -184,16 +187,20 @@ def _attend_range(
                 # into the product: Ada and Hopper keep 14 bits of a float32 sum of FP8 products.
                 FAST: tl.constexpr = PV == "fp8-fast"
                 product = tl.dot(to_e4m3(p), v, out_dtype=tl.float16 if FAST else tl.float32)
-                acc = tl.fma(
-                    acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32)
-                )
+                beta = alpha
+                if TILED:
+                    # acc goes over to this tile's units, in the factor that it takes anyway.
+                    beta = alpha * (factor * tl.load(p_tiles + 1))
+                    factor = tl.load(p_tiles)
+                    p_tiles += 2
+                acc = tl.fma(acc, tl.broadcast_to(beta[:, None], acc.shape), product.to(tl.float32))
         total = total * alpha + seen_total
         top = new_top
         p_k += BLOCK_N * DP
         p_v += tile * stride_vn
         if MASK:
             p_mask += tile * stride_mn
-    return acc, total, top, p_k, p_v, p_sums, p_mask
+    return acc, total, top, p_k, p_v, p_sums, p_tiles, factor, p_mask
 
 
 @triton.jit
@@ -217,6 +224,7 @@ def _attention_fwd_kernel(
     p_v_scale,  # [B, Hkv, D], or None
     p_v_mean,  # [B, Hkv, D], or None
     p_v_sums,  # [B, Hkv, Lp / 64, D] int16, of an unsigned P only
+    p_v_tiles,  # [B, Hkv, Lp / 64 + 2, 2], or None
     p_mask,  # uint8 or float, or None
     p_out,  # [B, H, Lq, D]
     p_lse,  # [B, H, Lq], or None
@@ -275,6 +283,10 @@ def _attention_fwd_kernel(
     p_sums = p_k_scale
     if PV == "uint8":
         p_sums = p_v_sums + i_bkv * tl.cdiv(k_len, BLOCK_N) * D
+    TILED: tl.constexpr = p_v_tiles is not None
+    p_tiles, factor = p_k_scale, tl.full([], 1.0, tl.float32)
+    if TILED:
+        p_tiles = p_v_tiles + i_bkv * ((tl.cdiv(k_len, BLOCK_N) + 2) * 2)
 
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -284,7 +296,7 @@ def _attention_fwd_kernel(
         whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
-        acc, total, top, p_k, p_v, p_sums, p_mask = _attend_range(
+        acc, total, top, p_k, p_v, p_sums, p_tiles, factor, p_mask = _attend_range(
             acc,
             total,
             top,
@@ -299,6 +311,8 @@ def _attention_fwd_kernel(
             p_k_scale,
             p_v,
             p_sums,
+            p_tiles,
+            factor,
             p_mask,
             at_k,
             at_v,
@@ -313,6 +327,7 @@ def _attention_fwd_kernel(
             K_BLOCK,
             MASK,
             CAUSAL,
+            TILED,
             SHIFT,
             BLOCK_N,
         )
@@ -323,7 +338,7 @@ def _attention_fwd_kernel(
     rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
-    out = acc * (1.0 / total)[:, None]
+    out = acc * (factor / total if TILED else 1.0 / total)[:, None]
     in_d, i_d = o_d < D, i_bkv * D + o_d
     if p_v_scale is not None:
         out *= tl.load(p_v_scale + i_d, mask=in_d, other=0.0)[None, :]
@@ -337,47 +352,6 @@ def _attention_fwd_kernel(
     if p_lse is not None:
         lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
         tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)
-
-
-class _Value(NamedTuple):
-    """V as the kernel reads it: codes or halves and what belongs to them, D, the strides of
-    ``[B, H, L, D]``, and the formats of P and V.
-    """
-
-    data: Tensor
-    scale: Tensor | None
-    mean: Tensor | None
-    sums: Tensor | None
-    head_dim: int
-    strides: tuple[int, ...]
-    format: str
-
-
-def _value(v: Tensor | QuantizedValue, fp16_accumulator: bool, unsigned_p: bool) -> _Value:
-    found = _codes(v)
-    if fp16_accumulator:
-        if found.format != "fp8":
-            raise ValueError(f"fp16_accumulator needs v in fp8, got {found.format}")
-        return found._replace(format="fp8-fast")
-    if not unsigned_p:
-        return found._replace(sums=None)
-    if found.format != "int8" or found.sums is None:
-        raise ValueError(f"unsigned_p needs v in int8 with its sums, got {found.format}")
-    return found._replace(format="uint8")
-
-
-def _codes(v: Tensor | QuantizedValue) -> _Value:
-    if not isinstance(v, QuantizedValue):
-        values, scale = v, None
-        if v.dtype not in (torch.float16, torch.bfloat16):
-            values, scale = half_value(v)
-        return _Value(values, scale, None, None, v.shape[-1], values.stride(), "half")
-    if v.precision not in (Precision.INT8, Precision.FP8):
-        raise ValueError(f"v must be int8 or fp8, got {v.precision.value}")
-    values, mean = v.data.contiguous(), None if v.mean is None else v.mean.contiguous()
-    strides = (*values.stride()[:2], 1, values.stride(2))
-    pv, scale = v.precision.value, v.scale.contiguous()
-    return _Value(values, scale, mean, v.sums, values.shape[2], strides, pv)
 
 
 def attend_quantized(
@@ -432,9 +406,8 @@ def attend_quantized(
     batch, heads, q_len, dim = q.data.shape
     kv_heads, k_len = k.data.shape[1:3]
     device = q.data.device
-    values, v_scale, v_mean, v_sums, head_dim, v_strides, pv = _value(
-        v, fp16_accumulator, unsigned_p
-    )
+    *values, head_dim, v_strides, pv = as_read(v, fp16_accumulator, unsigned_p)
+    codes, v_scale, v_mean, v_sums, v_tiles = values
     kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
         kind, mask = as_tiles(mask, k_len)
@@ -451,12 +424,13 @@ def attend_quantized(
             (blocks * batch * heads,),
             q.data.contiguous(),  # as our quantizers leave them; the twin keeps its input's order
             k.data.contiguous(),
-            values,
+            codes,
             q.scale.contiguous(),
             k.scale.contiguous(),
             v_scale,
             v_mean,
             v_sums,
+            v_tiles,
             mask,
             out,
             lse,

@@ -73,6 +73,7 @@ def _attend_range(
     acc,  # [BLOCK_M, DP] float32
     total,  # [BLOCK_M] float32
     top,  # [BLOCK_M] float32, log2 units
+    factor,  # of V's last tile, in whose units acc is
     q,  # [BLOCK_M, DP / 2] uint8
     q_micro,  # [BLOCK_M, DP / 16] E4M3
     q_scale,  # [BLOCK_M] float32, positive
@@ -87,6 +88,7 @@ def _attend_range(
     p_k_scale,
     p_v,
     p_v_micro,
+    p_v_tiles,
     p_bias,
     p_mask,
     stride_mm,
@@ -188,10 +190,16 @@ def _attend_range(
                 v = tl.load(at_v, mask=(o_d < D)[None, :] & (o_n >= 0)[:, None], other=0.0)
             FAST: tl.constexpr = PV == "fp8-fast"
             product = tl.dot(to_e4m3(p), v, out_dtype=tl.float16 if FAST else tl.float32)
-            acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), product.to(tl.float32))
+            beta = alpha
+            if p_v_tiles is not None:
+                # acc goes over to this tile's units, in the factor that it takes anyway.
+                at_tile = p_v_tiles + n // (_TILE_N // 2)
+                beta = alpha * (factor * tl.load(at_tile + 1))
+                factor = tl.load(at_tile)
+            acc = tl.fma(acc, tl.broadcast_to(beta[:, None], acc.shape), product.to(tl.float32))
         total = total * alpha + seen_total
         top = new_top
-    return acc, total, top
+    return acc, total, top, factor
 
 
 @triton.jit
@@ -206,6 +214,7 @@ def _attention_fp4_kernel(
     p_v_micro,  # [B, Hkv, Lp / 64, D, 4] E4M3, or None
     p_v_scale,  # [B, Hkv, D]
     p_v_mean,  # [B, Hkv, D], or None
+    p_v_tiles,  # [B, Hkv, Lp / 64 + 2, 2], or None
     p_bias,  # [B, H, 128-row blocks of the launch, columns], or None
     p_mask,  # uint8 or float, or None
     p_out,  # [B, H, Lq, D]
@@ -254,6 +263,8 @@ def _attention_fp4_kernel(
     p_v += i_bkv * D * tiles * (_TILE_N // 2 if PV == "fp4" else _TILE_N)
     if PV == "fp4":
         p_v_micro += i_bkv * tiles * (D * (_TILE_N // _GROUP))
+    if p_v_tiles is not None:
+        p_v_tiles += i_bkv * ((tiles + 2) * 2)
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
         p_bias += i_launch.to(tl.int64) * stride_bias_m
@@ -263,15 +274,17 @@ def _attention_fp4_kernel(
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    factor = tl.full([], 1.0, tl.float32)
     whole, stop = k_len // _TILE_N * _TILE_N, k_len
     if CAUSAL:
         whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // _TILE_N * _TILE_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
-        acc, total, top = _attend_range(
+        acc, total, top, factor = _attend_range(
             acc,
             total,
             top,
+            factor,
             q,
             q_micro,
             q_scale,
@@ -286,6 +299,7 @@ def _attention_fp4_kernel(
             p_k_scale,
             p_v,
             p_v_micro,
+            p_v_tiles,
             p_bias,
             p_mask,
             stride_mm,
@@ -303,7 +317,7 @@ def _attention_fp4_kernel(
 
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
-    out = acc * (1.0 / total)[:, None]
+    out = acc * (factor / total if p_v_tiles is not None else 1.0 / total)[:, None]
     in_d, i_d = o_d < D, i_bkv * D + o_d
     out *= tl.load(p_v_scale + i_d, mask=in_d, other=0.0)[None, :]
     if p_v_mean is not None:
@@ -386,6 +400,7 @@ def attend_quantized(
                 None if v.micro is None else v.micro.contiguous(),
                 v.scale.contiguous(),
                 None if v.mean is None else v.mean.contiguous(),
+                v.tiles,
                 added,
                 mask,
                 out,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..formats import MAX_VALUE
+from ..formats import MAX_VALUE, Precision
+from ..spec import AttentionSpec
 
 #: Shares of a row's largest value that clipping tries as the top of the 4-bit range.
 CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -28,11 +29,31 @@ FP8_FAST_VALUE_MAX = 2.25
 #: short sequence, which is made of one token of fewer.
 SAMPLE_BLOCK, SMALLEST_SAMPLE = 16, 64
 
+#: What V's scales leave room for beyond the largest value of a channel in the sample: E4M3 codes
+#: and scales of FP4 are as exact eight binades lower.  A channel that is small in the sample counts
+#: as this share of its head's largest one.
+V_HEADROOM, V_SMALLEST_SHARE = 256.0, 1 / 16
+
+#: Factors of 64 tokens of V, where there is no such room (:data:`FP8_FAST_VALUE_MAX`).  Sums stay
+#: finite as they pass from the largest to the smallest.
+SMALLEST_TILE, LARGEST_TILE = 2.0**-24, 2.0**36
+
 #: A channel whose mean square is at most this is left as it is.
 SMALLEST_POWER = 1e-30
 
 #: Q's and K's channels are balanced by powers of two from 2^-8 to 2^8.
 LARGEST_SHIFT = 8.0
+
+
+def code_top(precision: Precision) -> float:
+    """What the largest value of a row or channel becomes."""
+    return FP4_MAX * FP8_MAX if precision is Precision.FP4 else precision.qmax
+
+
+def sampled_top(spec: AttentionSpec) -> float:
+    """What the largest value of a channel of V in the sample becomes."""
+    fast = spec.pv_accumulator == "fp16"
+    return FP8_FAST_VALUE_MAX if fast else code_top(spec.pv) / V_HEADROOM
 
 
 def sample_block(length: int) -> int:

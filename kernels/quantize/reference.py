@@ -30,6 +30,7 @@ from ..formats import (
     unpack_fp4,
     unpack_int4,
 )
+from ..spec import AttentionSpec
 from .limits import (
     CLIP_CANDIDATES,
     CLIP_LIMIT,
@@ -39,10 +40,15 @@ from .limits import (
     FP8_MAX,
     FP8_TINY,
     LARGEST_SHIFT,
+    LARGEST_TILE,
     SAMPLE_BLOCK,
     SMALLEST_POWER,
+    SMALLEST_TILE,
+    V_SMALLEST_SHARE,
+    code_top,
     finite,
     sample_block,
+    sampled_top,
 )
 from .permute import group_tokens, ungroup_tokens
 
@@ -77,10 +83,8 @@ def sampled_tokens(length: int, device: torch.device) -> Tensor:
     return (i * block + offset).clamp(max=length - 1)
 
 
-def sample(
-    q: Tensor, k: Tensor, v: Tensor | None, *, smooth_q: bool = False, smooth_k: bool = True
-) -> Sample:
-    """Means of K and V, and what balances Q's and K's channels, from some of their tokens.
+def sample(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Sample:
+    """Means of K and V, V's scales, and what balances Q's and K's channels, from some tokens.
 
     A scale per row wastes bits where few channels are large.  Channel c of K is divided by s_c and
     Q's multiplied, which leaves Q K^T as it is: s_c is the root of the ratio of their root mean
@@ -88,18 +92,18 @@ def sample(
     the head's geometric mean and rounded to a power of two, so that nothing else is rounded.
 
     Args:
-        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype; ``v`` None: no mean of it.
-        smooth_q: Q's squares are about the mean of every 128 rows.
-        smooth_k: K's are about its mean, which is returned.
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype.
+        spec: whether Q's squares are about the mean of every 128 rows, K's about its mean, which is
+            returned, and V's largest values about its, and whether they make scales.
     """
     group = q.shape[1] // k.shape[1]
     tokens = sampled_tokens(k.shape[2], k.device)
     keys, k_mean = finite(k[:, :, tokens]), None
-    if smooth_k:
+    if spec.smooth_k:
         k_mean = keys.mean(2)
         keys = keys - k_mean[:, :, None]
     queries = finite(q[:, :, sampled_tokens(q.shape[2], q.device)])
-    if smooth_q:
+    if spec.smooth_q:
         some = Q_BLOCK // sample_block(q.shape[2])
         spread = block_mean(queries, some).repeat_interleave(some, 2)
         queries = queries - spread[:, :, : queries.shape[2]]
@@ -109,8 +113,19 @@ def sample(
     share = 0.25 * (k_power.where(known, 1.0).log2() - q_power.where(known, 1.0).log2())
     share = share - share.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
     shift = share.clamp(-LARGEST_SHIFT, LARGEST_SHIFT).round().where(known, 0.0)
-    v_mean = None if v is None else finite(v[:, :, tokens]).mean(2)
-    return Sample(k_mean, v_mean, torch.exp2(shift), torch.exp2(-shift))
+    v_mean = v_scale = None
+    if spec.smooth_v or spec.sample_v:
+        values = finite(v[:, :, tokens])
+        v_mean = values.mean(2) if spec.smooth_v else None
+        if spec.sample_v:
+            v_scale = _sampled_scale(values, v_mean, sampled_top(spec))
+    return Sample(k_mean, v_mean, torch.exp2(shift), torch.exp2(-shift), v_scale)
+
+
+def _sampled_scale(values: Tensor, mean: Tensor | None, top: float) -> Tensor:
+    """Scales of V's channels that make ``top`` of the largest of these values."""
+    amax = (values if mean is None else values - mean[:, :, None]).abs().amax(2)
+    return _scale(torch.maximum(amax, amax.amax(-1, keepdim=True) * V_SMALLEST_SHARE), top)
 
 
 def hadamard_signs(dim: int, seed: Tensor | None, device: torch.device) -> Tensor:
@@ -241,6 +256,7 @@ def quantize_value(
     precision: Precision,
     *,
     mean: Tensor | None = None,
+    scale: Tensor | None = None,
     fast: bool = False,
     clip: bool = False,
     sums: bool = False,
@@ -251,26 +267,43 @@ def quantize_value(
         v: ``[B, H, L, D]``, any float dtype and strides.
         precision: INT8, FP8 or FP4 (a micro scale for each of :func:`.permute.group_tokens`).
         mean: ``[B, H, D]`` float32 to subtract (smooth_v).
-        fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.
+        scale: ``[B, H, D]`` float32 of a sample; None: of the largest values of all tokens.
+        fast: FP8 codes stay within 2.25, so that P V may accumulate in FP16.  If ``scale`` is
+            given, by a factor of every 64 tokens.
         clip: FP4 only, search the micro scales as :func:`quantize_rows` does.
         sums: INT8 only, add up the codes of every 64 tokens.
     """
     length = v.shape[2]
     rows = finite(v) if mean is None else finite(v) - mean[:, :, None]
     channels = F.pad(rows.transpose(2, 3), (0, padded_length(length) - length))  # [B, H, D, Lp]
-    amax = channels.abs().amax(-1)
+    top = FP8_FAST_VALUE_MAX if fast else code_top(precision)
+    sampled = scale is not None
+    if scale is None:
+        scale = _scale(channels.abs().amax(-1), top)
     if precision is Precision.FP4:
-        scale = _scale(amax, FP4_MAX * FP8_MAX)
         groups = group_tokens(channels * (1.0 / scale)[..., None])
         codes, micro = _encode_fp4_groups(groups, clip)
         return QuantizedValue(
             pack_nibbles(ungroup_tokens(codes)), scale, precision, length, mean, micro
         )
-    top = FP8_FAST_VALUE_MAX if fast else precision.qmax
-    scale = _scale(amax, top)
-    codes = _encode(channels, scale[..., None], precision, top)
+    tiles = None
+    if sampled and fast:
+        channels, tiles = _fit_tiles(channels * (1.0 / scale)[..., None], top)
+        codes = channels.clamp(-top, top).to(torch.float8_e4m3fn)
+    else:
+        codes = _encode(channels, scale[..., None], precision, top)
     added = value_sums(codes) if sums else None
-    return QuantizedValue(codes, scale, precision, length, mean, sums=added)
+    return QuantizedValue(codes, scale, precision, length, mean, sums=added, tiles=tiles)
+
+
+def _fit_tiles(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
+    """``[B, H, D, Lp]``, every 64 tokens as large as ``top``, and ``QuantizedValue.tiles``."""
+    by_tile = x.unflatten(-1, (-1, TILE_N))
+    factor = by_tile.abs().amax((2, 4)) * (1.0 / top)
+    factor = factor.clamp(SMALLEST_TILE, LARGEST_TILE)
+    inverse = 1.0 / factor
+    fitted = (by_tile * inverse[:, :, None, :, None]).flatten(-2)
+    return fitted, F.pad(torch.stack([factor, inverse], -1), (0, 0, 0, 2), value=1.0)
 
 
 def value_sums(codes: Tensor) -> Tensor:
@@ -300,7 +333,10 @@ def dequantize_value(v: QuantizedValue) -> Tensor:
 def value_codes(v: QuantizedValue) -> Tensor:
     """V without its scale and mean per channel: ``[B, H, D, Lp]`` float32."""
     if v.precision is not Precision.FP4:
-        return v.data.float()
+        codes = v.data.float()
+        if v.tiles is None:
+            return codes
+        return codes * v.tiles[:, :, None, :-2, 0].repeat_interleave(TILE_N, -1)
     assert v.micro is not None
     return ungroup_tokens(group_tokens(unpack_fp4(v.data)) * v.micro.float()[..., None])
 
@@ -339,7 +375,7 @@ def _clipped_scale(rows: Tensor, scale: Tensor) -> Tensor:
 
 def _quantize_fp4(rows: Tensor, clip: bool, multiplier: float) -> QuantizedTensor:
     """NVFP4 behind a float32 scale per row, so that the E4M3 scales use their whole range."""
-    scale = _scale(rows.abs().amax(-1), FP4_MAX * FP8_MAX)
+    scale = _scale(rows.abs().amax(-1), code_top(Precision.FP4))
     groups = (rows * (1.0 / scale)[..., None]).unflatten(-1, (-1, FP4_GROUP))
     codes, micro = _encode_fp4_groups(groups, clip)
     data = pack_nibbles(codes.flatten(-2))

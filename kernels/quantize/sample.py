@@ -9,13 +9,23 @@ from torch import Tensor
 
 from ..formats import Q_BLOCK, Sample, padded_dim
 from ..rope import Rope
+from ..spec import AttentionSpec
 from ..start import start_kernel
 from ..tiles import round_to_int
-from .limits import LARGEST_SHIFT, SAMPLE_BLOCK, SMALLEST_POWER, sample_block
+from .limits import (
+    LARGEST_SHIFT,
+    SAMPLE_BLOCK,
+    SMALLEST_POWER,
+    V_SMALLEST_SHARE,
+    sample_block,
+    sampled_top,
+)
 from .rope import TABLES, Tables, load_rotated_rows, load_rows, rope_arguments
+from .triton_value import scale_of
 
 _BLOCK, _Q_BLOCK = tl.constexpr(SAMPLE_BLOCK), tl.constexpr(Q_BLOCK)
 _POWER, _SHIFT = tl.constexpr(SMALLEST_POWER), tl.constexpr(LARGEST_SHIFT)
+_SMALLEST_SHARE = tl.constexpr(V_SMALLEST_SHARE)
 
 
 @triton.jit
@@ -43,6 +53,7 @@ def _sample_kernel(
     p_v,  # or None
     p_k_mean,  # [B, Hkv, D], or None
     p_v_mean,
+    p_v_scale,  # [B, Hkv, D], or None
     p_factors,  # [2, B, Hkv, D]: Q's, K's
     kv_heads,
     group,
@@ -75,6 +86,7 @@ def _sample_kernel(
     SMOOTH_Q: tl.constexpr,
     Q_EVERY: tl.constexpr,  # tokens of which one is sampled
     K_EVERY: tl.constexpr,
+    V_TOP: tl.constexpr,  # what V's largest values become
     BLOCK: tl.constexpr,
     Q_ROPE: tl.constexpr,  # columns of the tables, 0 without
     Q_INTERLEAVED: tl.constexpr,
@@ -115,11 +127,24 @@ def _sample_kernel(
     if p_v is not None:
         p_v += i_b * v_b + i_h * v_h
         total = tl.zeros([BLOCK, DP], tl.float32)
+        low = tl.full([BLOCK, DP], float("inf"), tl.float32)
+        high = tl.full([BLOCK, DP], -float("inf"), tl.float32)
         for first in range(0, k_count, BLOCK):
-            x, _ = load_rows(p_v, _tokens(first + o_i, k_len, K_EVERY), o_d, k_len, v_l, v_d, D)
+            token = _tokens(first + o_i, k_len, K_EVERY)
+            x, inside = load_rows(p_v, token, o_d, k_len, v_l, v_d, D)
             total += x
-        v_mean = tl.div_rn(tl.sum(total, 0), k_count.to(tl.float32))
-        tl.store(p_v_mean + at, v_mean, mask=in_d)
+            low = tl.minimum(low, tl.where(inside, x, float("inf")))
+            high = tl.maximum(high, tl.where(inside, x, -float("inf")))
+        lowest, highest = tl.min(low, 0), tl.max(high, 0)
+        if p_v_mean is not None:
+            v_mean = tl.div_rn(tl.sum(total, 0), k_count.to(tl.float32))
+            tl.store(p_v_mean + at, v_mean, mask=in_d)
+            lowest, highest = lowest - v_mean, highest - v_mean
+        if p_v_scale is not None:
+            # Rounding is monotone: the largest |x - mean| is at one of the extremes, bit for bit.
+            amax = tl.where(in_d, tl.maximum(tl.abs(lowest), tl.abs(highest)), 0.0)
+            amax = tl.maximum(amax, tl.max(amax, 0) * _SMALLEST_SHARE)
+            tl.store(p_v_scale + at, scale_of(amax, 1.0 / V_TOP), mask=in_d)
 
     squares = tl.zeros([BLOCK, DP], tl.float32)
     for first in range(0, k_count, BLOCK):
@@ -180,10 +205,9 @@ def _sample_kernel(
 def sample(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
+    spec: AttentionSpec,
     *,
-    smooth_q: bool = False,
-    smooth_k: bool = True,
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
 ) -> Sample:
@@ -191,8 +215,10 @@ def sample(
     batch, kv_heads, k_len, head_dim = k.shape
     dim, device = padded_dim(head_dim), k.device
     shape = (batch, kv_heads, head_dim)
-    k_mean = torch.empty(shape, dtype=torch.float32, device=device) if smooth_k else None
-    v_mean = None if v is None else torch.empty(shape, dtype=torch.float32, device=device)
+    k_mean, v_mean, v_scale = (
+        torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
+        for wanted in (spec.smooth_k, spec.smooth_v, spec.sample_v)
+    )
     factors = torch.empty((2, *shape), dtype=torch.float32, device=device)
     turn_q, turn_k = rope_arguments(rope_q, q), rope_arguments(rope_k, k)
     with torch.cuda.device_of(k):
@@ -201,9 +227,10 @@ def sample(
             (batch * kv_heads,),
             q,
             k,
-            v,
+            v if spec.smooth_v or spec.sample_v else None,
             k_mean,
             v_mean,
+            v_scale,
             factors,
             kv_heads,
             q.shape[1] // kv_heads,
@@ -211,13 +238,14 @@ def sample(
             k_len,
             *q.stride(),
             *k.stride(),
-            *(k if v is None else v).stride(),
+            *v.stride(),
             *(turn[name] for turn in (turn_q, turn_k) for name in TABLES),
             D=head_dim,
             DP=dim,
-            SMOOTH_Q=smooth_q,
+            SMOOTH_Q=spec.smooth_q,
             Q_EVERY=sample_block(q.shape[2]),
             K_EVERY=sample_block(k_len),
+            V_TOP=sampled_top(spec) if spec.sample_v else None,
             BLOCK=64,
             Q_ROPE=turn_q["ROPE"],
             Q_INTERLEAVED=turn_q["INTERLEAVED"],
@@ -227,4 +255,4 @@ def sample(
             enable_fp_fusion=False,
         )
     q_factor, k_factor = factors.unbind()
-    return Sample(k_mean, v_mean, q_factor, k_factor)
+    return Sample(k_mean, v_mean, q_factor, k_factor, v_scale)

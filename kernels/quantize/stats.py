@@ -21,9 +21,9 @@ STATS_CHUNK = 128
 
 
 class ChannelStats(NamedTuple):
-    """Of a tensor ``[B, H, L, D]`` over its tokens, each ``[B, H, D]`` float32."""
+    """Of a tensor ``[B, H, L, D]`` over its tokens, each ``[B, H, D]`` float32, or no mean."""
 
-    mean: Tensor
+    mean: Tensor | None
     low: Tensor
     high: Tensor
 
@@ -117,10 +117,10 @@ def block_mean(x: Tensor, block: int, rope: Rope | None = None) -> Tensor:
     return means
 
 
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum over the tokens of ``[B, H, L, D]``, each ``[B, H, D]`` float32."""
+def extremes(x: Tensor) -> ChannelStats:
+    """Minimum and maximum of every channel of ``[B, H, L, D]``."""
     _, pair = _partial_stats(x, means=False)
-    return _join_extremes(pair)
+    return ChannelStats(None, *_join_extremes(pair))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:

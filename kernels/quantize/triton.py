@@ -26,12 +26,13 @@ from ..versions import to_e4m3
 from .limits import (
     CLIP_LIMIT,
     CLIP_RESOLUTION,
+    code_top,
 )
 from .rope import Tables, load_rotated_rows, rope_arguments
 from .sample import sample
 from .stats import ChannelStats, block_mean, channel_stats, token_mean
 from .triton_fp4 import fp4_groups, pack_codes
-from .triton_value import STORAGE, code_top, quantize_value, scale_of, shares
+from .triton_value import STORAGE, quantize_value, scale_of, shares
 
 __all__ = [
     "ChannelStats",

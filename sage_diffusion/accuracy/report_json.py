@@ -15,8 +15,8 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.plan_json import error_message, error_path, plan_fields
 
-#: 1 had names of specs of edition 1 (``kernels.spec.EDITION``); they are read as what they meant.
-VERSION = 2
+#: And edition of the names of specs (``kernels.spec.EDITION``), which are read as what they meant.
+VERSION = 3
 
 #: Columns of a row, in this order: a large model has many thousand rows.
 COLUMNS = (
@@ -140,8 +140,8 @@ def parse(text: str) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         path = error_path(tuple(part for part in first["loc"] if part not in _MEMBERS))
         raise ReportError(f"{path}: {error_message(first)}") from None
-    if parsed.version not in (1, VERSION):
-        raise ReportError(f"version: must be 1 or {VERSION}, got {shown(parsed.version)}")
+    if not 1 <= parsed.version <= VERSION:
+        raise ReportError(f"version: must be 1 to {VERSION}, got {shown(parsed.version)}")
     if tuple(parsed.columns) != COLUMNS:
         raise ReportError(f"columns: must be {', '.join(COLUMNS)}, got {shown(parsed.columns)}")
     end = parsed.end_to_end

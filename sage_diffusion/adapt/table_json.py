@@ -15,8 +15,8 @@ from sage_diffusion.json_files import json_path, shown
 from sage_diffusion.kernels.spec import EDITION, AttentionSpec
 from sage_diffusion.plan.rules import UNITS
 
-#: 1 had names of specs of edition 1 (``kernels.spec.EDITION``); they are read as what they meant.
-VERSION = 2
+#: And edition of the names of specs (``kernels.spec.EDITION``), which are read as what they meant.
+VERSION = 3
 
 _LARGE = 10**9  # of steps and head dims
 
@@ -46,7 +46,7 @@ def parse_table(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise TableError("is not a score table: version is missing")
     if "default" in data:  # plans have versions, too
         raise TableError("is not a score table, it is a plan")
-    if data["version"] not in (1, VERSION):
+    if not 1 <= data["version"] <= VERSION:
         raise TableError(
             f"score table of version {shown(data['version'])}, this program reads up to {VERSION}"
         )
@@ -99,23 +99,10 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
         "sensitivity": _sensitivity(data["sensitivity"], layers, steps, branches, len(specs)),
         "unfinished": unfinished,
         "schedule_unit": _unit(data.get("schedule_unit")),
-        "tokens": _tokens(data.get("tokens", {}), layers),
     }
     fine = unfinished is None or isinstance(unfinished, Mapping)
     _need(fine, "unfinished", "an object or null", unfinished)
     return fields, arrays
-
-
-def _tokens(data: Any, layers: list[str]) -> dict[str, tuple[int, int]]:
-    """Of every layer's Q and K; tables of before have none."""
-    _need(isinstance(data, Mapping), "tokens", "an object of layer: [of Q, of K]", data)
-    for layer, pair in data.items():
-        at = json_path(("tokens", layer))
-        _need(layer in layers, at, "of a layer of the table", layer)
-        fine = isinstance(pair, list) and len(pair) == 2
-        fine = fine and all(_whole(n) and 1 <= n <= _LARGE for n in pair)
-        _need(fine, at, "two whole numbers, of Q and of K", pair)
-    return {layer: (q_len, k_len) for layer, (q_len, k_len) in data.items()}
 
 
 def _sensitivity(

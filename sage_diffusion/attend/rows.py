@@ -128,13 +128,13 @@ class RowCall:
         if not spec.quantized:
             return self.exact()
         q_mean = self._q_mean() if spec.smooth_q else None
-        k_mean, v_mean, q_factor, k_factor = self._means_and_factors(spec)
+        k_mean, v_mean, q_factor, k_factor, v_scale = self._means_and_factors(spec)
         mask = self.mask
         if q_mean is not None:
             mask = self._with_delta(spec, q_mean, k_mean)
         values: Any = self.v
         if spec.pv is not Precision.FP16:
-            values = self._value(spec, v_mean)
+            values = self._value(spec, v_mean, v_scale)
         return reference.attend_quantized(
             self._q_codes(spec, q_mean, q_factor),
             self._k_codes(spec, k_mean, k_factor),
@@ -145,7 +145,8 @@ class RowCall:
         )[0]
 
     def _means_and_factors(self, spec: AttentionSpec) -> Sample:
-        key = ("means", spec.balance, spec.smooth_q and spec.balance, spec.smooth_k, spec.smooth_v)
+        balanced = spec.balance and (spec.smooth_q, spec.sample_v and _of_value(spec))
+        key = ("means", balanced, spec.smooth_k, spec.smooth_v)
         if key not in self._made:
             self._made[key] = reference.means_and_factors(self.q, self.k, self.v, spec)
         return self._made[key]
@@ -198,13 +199,14 @@ class RowCall:
             )
         return self._made[key]
 
-    def _value(self, spec: AttentionSpec, mean: Tensor | None) -> Any:
-        fast = spec.pv_accumulator == "fp16"
+    def _value(self, spec: AttentionSpec, mean: Tensor | None, scale: Tensor | None) -> Any:
+        _, fast = _of_value(spec)
         clip = spec.clip and spec.pv is Precision.FP4  # nothing to search in the others
-        key = ("v", spec.pv, spec.smooth_v and (1, spec.balance), fast, clip)
+        smoothed = spec.smooth_v and (1, spec.balance)
+        key = ("v", *_of_value(spec), smoothed, spec.sample_v, clip)
         if key not in self._made:
             self._made[key] = quantize.quantize_value(
-                self.v, spec.pv, mean=mean, fast=fast, clip=clip
+                self.v, spec.pv, mean=mean, scale=scale, fast=fast, clip=clip
             )
         return self._made[key]
 
@@ -230,6 +232,11 @@ class RowCall:
 def _of_rows(spec: AttentionSpec) -> tuple[Any, ...]:
     """What codes of Q or K depend on beside their mean."""
     return spec.qk, spec.smooth_q, spec.rotate, spec.balance, spec.clip, spec.granularity
+
+
+def _of_value(spec: AttentionSpec) -> tuple[Precision, bool]:
+    """The format of V, and whether P V accumulates in FP16."""
+    return spec.pv, spec.pv_accumulator == "fp16"
 
 
 def row_mask(mask: Tensor | None, is_causal: bool, index: Tensor, k_len: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.json_files import json_path, shown
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import SAMPLED, AttentionSpec
 from sage_diffusion.plan.rules import EDITIONS, VERSION, PlanError, Rule
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
@@ -97,7 +97,10 @@ def _spec(value: SpecText, default: AttentionSpec, path: str, edition: int) -> A
     try:
         if isinstance(value, str):
             return AttentionSpec.parse(value, edition)
-        return AttentionSpec.from_dict(value, default)
+        fields = dict(value)
+        if edition > 2 and "pv" in fields and default.pv not in SAMPLED:
+            fields.setdefault("sample_v", True)  # of which another V's spec says nothing
+        return AttentionSpec.from_dict(fields, default)
     except (ValueError, TypeError) as error:
         # Errors of a single field begin with its name: `qk must be one of ..`.
         field = str(error).split(" ", 1)[0]

@@ -275,9 +275,12 @@ def _operands(
         channels if spec.smooth_v else None,
     )
     if spec.unsigned_p:
-        tiles = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim)
-        value = value._replace(sums=torch.zeros(tiles, dtype=torch.int16))
+        shape = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim)
+        value = value._replace(sums=torch.zeros(shape, dtype=torch.int16))
+    if spec.sample_v and spec.pv_accumulator == "fp16":
+        tiles = torch.ones(BATCH, KV_HEADS, LENGTH // TILE_N + 2, 2)
+        value = value._replace(tiles=tiles)
     if spec.pv is Precision.FP4:
-        shape = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim, TILE_N // FP4_GROUP)
-        value = value._replace(micro=torch.zeros(shape).to(torch.float8_e4m3fn))
+        micro = torch.zeros(BATCH, KV_HEADS, LENGTH // TILE_N, head_dim, TILE_N // FP4_GROUP)
+        value = value._replace(micro=micro.to(torch.float8_e4m3fn))
     return q, k, value, delta_s

@@ -77,8 +77,8 @@ def sample(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     """One launch that finds means and what balances channels, of a token in sixteen."""
     tokens = _blocks(length, sample_block(length))
     return Traffic(
-        (2 + spec.smooth_v) * tokens * head_dim * HALF,
-        (2 + spec.smooth_k + spec.smooth_v) * head_dim * FLOAT,
+        (2 + (spec.smooth_v or spec.sample_v)) * tokens * head_dim * HALF,
+        (2 + spec.smooth_k + spec.smooth_v + spec.sample_v) * head_dim * FLOAT,
     )
 
 
@@ -103,18 +103,17 @@ def rows(
     )
 
 
-def value(
-    length: int, head_dim: int, precision: Precision, smoothed: bool, sums: bool = False
-) -> Traffic:
+def value(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
     """``quantize_value``, its statistics apart."""
     padded = padded_length(length)
-    vectors = 3 if smoothed else 2  # the extremes, and the mean
-    return Traffic(
-        length * head_dim * HALF + padded // TILE_N * vectors * head_dim * FLOAT,
-        code_bytes(padded * head_dim, precision)
-        + head_dim * FLOAT
-        + padded // TILE_N * head_dim * SUM * sums,
-    )
+    tiles, vector = padded // TILE_N, head_dim * FLOAT
+    vectors = (1 if spec.sample_v else 2) + spec.smooth_v  # the scale or extremes, and the mean
+    written = code_bytes(padded * head_dim, spec.pv) + tiles * head_dim * SUM * sums
+    if not spec.sample_v:
+        written += vector
+    elif spec.pv_accumulator == "fp16":
+        written += (tiles + 2) * 2 * FLOAT
+    return Traffic(length * head_dim * HALF + tiles * vectors * vector, written)
 
 
 def launches(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
@@ -129,9 +128,10 @@ def launches(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False
         total += sample(spec, length, head_dim)
     elif spec.smooth_k:
         total += stats(length, head_dim, 1)
-    if spec.pv is not Precision.FP16:
+    if _value_kinds(spec):
         total += stats(length, head_dim, _value_kinds(spec))
-        total += value(length, head_dim, spec.pv, spec.smooth_v, sums)
+    if spec.pv is not Precision.FP16:
+        total += value(spec, length, head_dim, sums)
     return total
 
 
@@ -140,13 +140,13 @@ def moved(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -
     total = launches(spec, length, head_dim, sums)
     if spec.smooth_k and not spec.balance:
         total += joined(length, head_dim, 1)
-    if spec.pv is not Precision.FP16:
-        total += joined(length, head_dim, _value_kinds(spec))
-    return total
+    return total + joined(length, head_dim, _value_kinds(spec))
 
 
 def _value_kinds(spec: AttentionSpec) -> int:
-    """Statistics of all of V: its extremes, and its mean where no sample gives it."""
+    """Statistics of all of V: its extremes and its mean, where no sample gives them."""
+    if spec.pv is Precision.FP16 or spec.sample_v:
+        return 0
     return 2 + (spec.smooth_v and not spec.balance)
 
 
@@ -155,9 +155,7 @@ def statistics(spec: AttentionSpec, length: int, head_dim: int) -> dict[str, int
 
     :func:`moved` includes them.
     """
-    kinds = {"k": int(spec.smooth_k and not spec.balance), "v": 0}
-    if spec.pv is not Precision.FP16:
-        kinds["v"] = _value_kinds(spec)
+    kinds = {"k": int(spec.smooth_k and not spec.balance), "v": _value_kinds(spec)}
     found = {
         name: (stats(length, head_dim, n) + joined(length, head_dim, n)).bytes if n else 0
         for name, n in kinds.items()
@@ -206,7 +204,9 @@ def starts(spec: AttentionSpec, length: int) -> int:
     elif spec.smooth_k:
         count += 1 + joins
     if spec.pv is not Precision.FP16:
-        count += 2 + joins * (_value_kinds(spec) - 1)
+        count += 1
+    if kinds := _value_kinds(spec):
+        count += 1 + joins * (kinds - 1)
     return count
 
 
@@ -215,7 +215,7 @@ def quantize_milliseconds(
     spec: AttentionSpec,
     length: int,
     head_dim: int,
-    heads: float,
+    heads: int,
     sums: bool = False,
 ) -> float:
     """Predicted time of a call's quantizers.
@@ -236,21 +236,18 @@ def call_milliseconds(
     spec: AttentionSpec,
     length: int,
     head_dim: int,
-    heads: float,
+    heads: int,
     *,
     loop: float,
-    in_columns: bool | None = None,
+    in_columns: bool,
 ) -> float:
     """Predicted time of a whole call; a bound as far as its main loop is one.
 
     Args:
         gbs, spec, length, head_dim, heads: as of :func:`quantize_milliseconds`.
         loop: milliseconds of the main loop.
-        in_columns: the kernel wants K's scales in column order (Gluon, Hopper); None: as the kernel
-            that a card has for the spec, where V is quantized.
+        in_columns: the kernel wants K's scales in column order (Gluon, Hopper).
     """
-    if in_columns is None:
-        in_columns = spec.pv is not Precision.FP16
     # Delta-S reads K, and means of Q that the L2 cache holds, again and again: K counts once.
     other = 0
     if spec.smooth_q:
@@ -263,5 +260,5 @@ def call_milliseconds(
     return loop + quantizers + _milliseconds(gbs, other * heads, launches)
 
 
-def _milliseconds(gbs: float, moved: float, launches: int) -> float:
+def _milliseconds(gbs: float, moved: int, launches: int) -> float:
     return moved / (gbs * BANDWIDTH_SHARE * 1e6) + launches * LAUNCH_MICROSECONDS / 1e3

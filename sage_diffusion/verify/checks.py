@@ -127,7 +127,7 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         "clip": spec.clip,
     }
     found = []
-    if spec.balance and (wrong := _wrong_balance(q, k, spec, operands)):
+    if spec.balance and (wrong := _wrong_balance(q, k, here.v, spec, operands)):
         found.append(Finding(names[1], case.name, wrong))
     for letter, name, rows, mean, factor, codes, multiplier in (
         ("q", names[0], q, operands.q_mean, operands.q_factor, operands.q, operands.multiplier),
@@ -146,7 +146,12 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         clip = spec.clip and spec.pv == "fp4"
         fast = spec.pv_accumulator == "fp16"
         sums = operands.v.sums is not None
-        want_v = twin.quantize_value(here.v, spec.pv, mean=mean, fast=fast, clip=clip, sums=sums)
+        scale = operands.v.scale.cpu() if spec.sample_v else None
+        if scale is not None and (wrong := _wrong_scale(here.v, scale, spec)):
+            found.append(Finding(names[2], case.name, wrong))
+        want_v = twin.quantize_value(
+            here.v, spec.pv, mean=mean, scale=scale, fast=fast, clip=clip, sums=sums
+        )
         want_v = permute_value(want_v) if kernel.permuted else want_v
         found += _compare(names[2], case, "v", operands.v, want_v)
     return found
@@ -156,9 +161,9 @@ def _to_cpu(x: Any) -> Any:
     return x.cpu() if isinstance(x, Tensor) else type(x)(x.cos.cpu(), x.sin.cpu(), x.interleaved)
 
 
-def _wrong_balance(q: Tensor, k: Tensor, spec: AttentionSpec, operands: Operands) -> str:
+def _wrong_balance(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, operands: Operands) -> str:
     """What is wrong with the factors of channels; sums in another order may cross a rounding."""
-    want = twin.sample(q, k, None, smooth_q=spec.smooth_q, smooth_k=spec.smooth_k)
+    want = twin.sample(q, k, v, spec)
     assert operands.q_factor is not None and operands.k_factor is not None
     got_q, got_k = operands.q_factor.cpu(), operands.k_factor.cpu()
     if not torch.equal(got_q * got_k, torch.ones_like(got_q)):
@@ -181,6 +186,14 @@ def _wrong_mean(rows: Tensor, mean: Tensor, sampled: bool) -> str:
     return "" if error <= MEAN else f"is off by {error:.2g} of the largest value"
 
 
+def _wrong_scale(v: Tensor, scale: Tensor, spec: AttentionSpec) -> str:
+    """What is wrong with scales of V that come from some of its tokens."""
+    want = twin.sample(v, v, v, spec).v_scale
+    assert want is not None
+    error = ((scale - want).abs() / want).max().item()
+    return "" if error <= MEAN else f"v's scales are off by {error:.2g}"
+
+
 def _compare(
     name: str,
     case: Case,
@@ -189,7 +202,7 @@ def _compare(
     want: QuantizedTensor | QuantizedValue,
 ) -> list[Finding]:
     """Equal bit for bit, or which part differs in how many places."""
-    for part in ("data", "scale", "micro", "sums"):
+    for part in ("data", "scale", "micro", "sums", "tiles"):
         a, b = getattr(got, part, None), getattr(want, part, None)
         if a is None or b is None:
             continue

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import card, fused_view, relative_l1
+from helpers import card, fused_view, relative_l1, steep
 
 from sage_diffusion.kernels.attention import reference
 from sage_diffusion.kernels.formats import LOG2E, Precision
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     block: bool = False
     smooth_v: bool = False
     unsigned_p: bool = False
+    tiled: bool = False
     dtype: torch.dtype = torch.float16
     return_lse: bool = True
 
@@ -53,9 +54,9 @@ CASES = {
     "sm80-unsigned": Case(80, "int8", 40, 70, 130, mask="bool", unsigned_p=True),
     "sm90-unsigned": Case(90, "int8", 64, 65, 130, is_causal=True, smooth_v=True, unsigned_p=True),
     "sm90-row": Case(90, "fp16", 40, 1, 200, mask="bool"),
-    "sm90-fast": Case(90, "fp8-fast", 128, 63, 129, mask="keys", block=True),
+    "sm90-fast": Case(90, "fp8-fast", 128, 63, 129, mask="keys", block=True, tiled=True),
     "sm120-block": Case(120, "fp16", 128, 200, 200, heads=3, group=3, block=True),
-    "sm120-wide": Case(120, "fp8-fast", 256, 63, 65, smooth_v=True, mask="additive"),
+    "sm120-wide": Case(120, "fp8-fast", 256, 63, 65, smooth_v=True, mask="additive", tiled=True),
     "sm120-short": Case(120, "int8", 72, 129, 1, is_causal=True),
 }
 
@@ -105,9 +106,10 @@ def test_compiled_kernel(name: str):
     values: Any = v
     if case.pv != "fp16":
         mean = quantize.token_mean(v) if case.smooth_v else None
-        values = quantize.quantize_value(
-            v, Precision(case.pv[:4].strip("-")), mean=mean, fast=fast, sums=case.unsigned_p
-        )
+        made = {"mean": mean, "fast": fast, "sums": case.unsigned_p}
+        if case.tiled:
+            v, made["scale"] = steep(v)
+        values = quantize.quantize_value(v, Precision(case.pv[:4].strip("-")), **made)
     mask = make_mask(case.mask, case)
     options = {"mask": mask, "is_causal": case.is_causal, "fp16_accumulator": fast}
     options["unsigned_p"] = case.unsigned_p

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from helpers import card, fused_view, relative_l1
+from helpers import card, fused_view, relative_l1, steep
 
 from sage_diffusion.kernels.attention import entry, reference, triton, triton_fp4
 from sage_diffusion.kernels.formats import LOG2E, Precision
@@ -33,13 +33,14 @@ class Case(NamedTuple):
     heads: int = 2
     kv_heads: int = 2
     smooth_v: bool = False
+    tiled: bool = False
 
 
 CASES = [
     Case("fp4", 64, 65, 200, is_causal=True, delta_s=True),
     Case("fp4", 72, 200, 63, mask="additive", heads=3, kv_heads=1, smooth_v=True),
     Case("fp4", 128, 63, 65, mask="keys", delta_s=True),
-    Case("fp8-fast", 40, 65, 130, mask="bool", delta_s=True),
+    Case("fp8-fast", 40, 65, 130, mask="bool", delta_s=True, tiled=True),
     Case("fp8", 64, 1, 1),
 ]
 
@@ -70,7 +71,10 @@ def test_equals_the_twin(case):
     )
     fast = case.pv == "fp8-fast"
     mean = quantize.token_mean(v) if case.smooth_v else None
-    values = quantize.quantize_value(v, Precision(case.pv[:3]), mean=mean, fast=fast)
+    scale = None
+    if case.tiled:
+        v, scale = steep(v)
+    values = quantize.quantize_value(v, Precision(case.pv[:3]), mean=mean, scale=scale, fast=fast)
     stored = permute_value(values) if case.pv == "fp4" else values
     options = {"is_causal": case.is_causal, "fp16_accumulator": fast, "mask": masked(case, g)}
     if case.delta_s:

@@ -162,7 +162,8 @@ def prepare(name: str, interleaved: bool = True) -> None:
     if name == "statistics":
         quantize.channel_stats(x)
     elif name == "sample":
-        quantize.sample(x, x[:, :2], x[:, :2], smooth_q=True, rope_q=rope, rope_k=rope)
+        spec = AttentionSpec.parse("int4/fp8-fast+smooth_v")
+        quantize.sample(x, x[:, :2], x[:, :2], spec, rope_q=rope, rope_k=rope)
     elif name == "mean":
         quantize.token_mean(x, rope)
     elif kind == "rows":

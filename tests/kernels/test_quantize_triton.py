@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import fused_view, same_bits
+from helpers import fused_view, same_bits, steep
 from ptxvm import gpu
 
 from sage_diffusion.kernels.formats import Precision
@@ -129,6 +129,13 @@ VALUES = {
     "int8": (80, 72, torch.float16, {"precision": Precision.INT8, "sums": True}),
     "fp8-smooth": (89, 40, torch.float16, {"precision": Precision.FP8, "mean": "token"}),
     "fp8-fast": (120, 256, torch.bfloat16, {"precision": Precision.FP8, "fast": True}),
+    "fp8-sampled": (89, 40, torch.float16, {"precision": Precision.FP8, "scale": 7.0}),
+    "fp8-fast-tiles": (
+        90,
+        72,
+        torch.bfloat16,
+        {"precision": Precision.FP8, "fast": True, "scale": 7.0},
+    ),
 }
 
 
@@ -139,14 +146,23 @@ def test_values(name):
     v[..., dim // 2] = 0.0
     if options.get("mean"):
         options = {**options, "mean": reference.token_mean(v)}
-    with gpu(cc):
+    if "scale" in options:
+        v, scale = steep(v)
+        v[:, 0, 64:128], v[:, 1, 70] = 0.0, 1e30 if dtype is torch.bfloat16 else 6e4
+        options = {**options, "scale": scale.clamp(min=1e-9)}
+    with gpu(cc) as driver:
         got = triton.quantize_value(v, **options)
+    launched = [name for name, _ in driver.launches]
+    assert launched == ["_stats_kernel"] * ("scale" not in options) + ["_quantize_value_kernel"]
     want = reference.quantize_value(v, **options)
     assert same_bits(got.data, want.data)
     assert same_bits(got.scale, want.scale)
     assert (got.precision, got.length) == (want.precision, want.length)
     assert (got.sums is None) == (not options.get("sums"))
     assert got.sums is None or torch.equal(got.sums, want.sums)
+    assert (got.tiles is None) == (not options.get("fast") or "scale" not in options)
+    assert got.tiles is None or torch.equal(got.tiles, want.tiles)
+    assert reference.dequantize_value(want).isfinite().all()
 
 
 def test_means_and_extremes():

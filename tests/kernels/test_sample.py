@@ -1,6 +1,7 @@
 """What balances Q's and K's channels: the twin on hard inputs, and the kernel against the twin."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_factors_are_powers_of_two_whose_product_is_one():
     k[..., 8] *= 1e9
     q[:, 2:, :, 9] = 0.0
     k[..., 10] = 5.0  # nothing is left of it once it is smoothed
-    found = reference.sample(q, k, v, smooth_q=True)
+    found = reference.sample(q, k, v, AttentionSpec.parse("int4/int8"))
     exponents = found.q_factor.log2()
     assert torch.equal(exponents, exponents.round()) and exponents.abs().max() == 8
     assert torch.equal(found.q_factor * found.k_factor, torch.ones(2, 2, 40))
@@ -72,7 +73,38 @@ def test_factors_are_powers_of_two_whose_product_is_one():
     tokens = reference.sampled_tokens(130, q.device)
     torch.testing.assert_close(found.k_mean, k[:, :, tokens].mean(2))
     torch.testing.assert_close(found.v_mean, v[:, :, tokens].mean(2))
-    assert reference.sample(q, k, None, smooth_k=False)[:2] == (None, None)
+    plain = reference.sample(q, k, v, AttentionSpec.parse("int8/fp16-smooth_k"))
+    assert plain[:2] == (None, None)
+    assert found.v_scale is None
+
+
+def test_scales_of_v_leave_room_for_what_the_sample_misses():
+    _, k, v = normal(*[(1, 2, 512, 64)] * 3)
+    tokens = reference.sampled_tokens(512, v.device)
+    v[:, :, tokens, 5] = 0.0
+    spec = AttentionSpec.parse("int8/fp8-fast")
+    scale = reference.sample(k, k, v, spec).v_scale
+    seen = v[:, :, tokens].abs().amax(2)
+    assert torch.equal(scale[..., 6:], seen[..., 6:] * (1 / 2.25))
+    assert torch.equal(scale[..., 5], seen.amax(-1) * (1 / 16) * (1 / 2.25))
+    nothing = reference.sample(k, k, torch.zeros_like(v), spec)
+    assert (nothing.v_scale == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "limit"),
+    [
+        *(("int8/fp8", 200.0, 0.04), ("int8/fp8-fast", 200.0, 0.04), ("fp4/fp4", 200.0, 0.2)),
+        *(("int8/fp8", 1e8, math.inf), ("int8/fp8-fast", 1e8, 0.04), ("fp4/fp4", 1e8, math.inf)),
+    ],
+)
+def test_an_outlier_of_v_that_the_sample_misses(name, factor, limit):
+    """There is room for 256 times of what it meets, or a factor of the tile."""
+    q, k, v = normal(*[(1, 1, 512, 64)] * 3)
+    unseen = min(set(range(512)) - set(reference.sampled_tokens(512, v.device).tolist()))
+    v[:, :, unseen] *= factor
+    k[:, :, unseen] += q.mean(2) * 8
+    assert error(q, k, v, name) < limit  # finite at least
 
 
 @pytest.mark.parametrize("name", ["int8/fp16", "int8/int8", "int4/int8", "fp4/fp4", "fp8/fp8"])
@@ -102,20 +134,21 @@ def test_hard_inputs(name):
 
 
 # ---------------------------------------------------------------------- the kernels
-#: cc, batch, heads, KV heads, Lq, Lk, D, dtype, interleaved RoPE or none, options.
+#: cc, batch, heads, KV heads, Lq, Lk, D, dtype, interleaved RoPE or none, spec.
 CASES = {
-    "odd": (80, 2, 4, 2, 257, 131, 40, torch.float16, None, {"smooth_q": True}),
-    "bfloat16": (90, 1, 2, 2, 1, 33, 128, torch.bfloat16, None, {"smooth_k": False}),
-    "wide": (120, 1, 1, 1, 70, 2100, 256, torch.float16, None, {}),
-    "rope": (89, 2, 2, 1, 200, 65, 64, torch.float16, True, {"smooth_q": True}),
-    "rope halves": (80, 1, 2, 2, 33, 200, 64, torch.bfloat16, False, {}),
+    "odd": (80, 2, 4, 2, 257, 131, 40, torch.float16, None, "int4/int8"),
+    "bfloat16": (90, 1, 2, 2, 1, 33, 128, torch.bfloat16, None, "int8/fp8-smooth_k+smooth_v"),
+    "wide": (120, 1, 1, 1, 70, 2100, 256, torch.float16, None, "int8/fp8-fast"),
+    "rope": (89, 2, 2, 1, 200, 65, 64, torch.float16, True, "int4/fp8-fast+smooth_v"),
+    "rope halves": (80, 1, 2, 2, 33, 200, 64, torch.bfloat16, False, "int8/int8"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_finds_what_the_twin_finds(name):
     module = pytest.importorskip("sage_diffusion.kernels.quantize.sample")
-    cc, batch, heads, kv_heads, q_len, k_len, dim, dtype, pairs, options = CASES[name]
+    cc, batch, heads, kv_heads, q_len, k_len, dim, dtype, pairs, spec = CASES[name]
+    spec = AttentionSpec.parse(spec)
     q = fused_view(batch, heads, q_len, dim, 0, dtype) + 1
     k, v = (fused_view(batch, kv_heads, k_len, dim, seed, dtype) + 3 for seed in (1, 2))
     k[..., 3] *= 20.0
@@ -125,14 +158,19 @@ def test_the_kernel_finds_what_the_twin_finds(name):
         angles = (torch.rand(length, dim // 2) * 6 for length in (q_len, k_len))
         ropes = tuple(Rope(x.cos(), x.sin(), pairs) for x in angles)
     with card(cc) as gpu:
-        got = module.sample(q, k, v, rope_q=ropes[0], rope_k=ropes[1], **options)
+        got = module.sample(q, k, v, spec, rope_q=ropes[0], rope_k=ropes[1])
     assert [launch for launch, _ in gpu.launches] == ["_sample_kernel"]
     turned = [apply_rope(x, rope) for x, rope in zip((q, k), ropes, strict=True)]
-    want = reference.sample(*turned, v, **options)
+    want = reference.sample(*turned, v, spec)
     assert torch.equal(got.q_factor, want.q_factor) and torch.equal(got.k_factor, want.k_factor)
     assert len(got.q_factor.unique()) > 1
-    torch.testing.assert_close(got.v_mean, want.v_mean, rtol=0, atol=1e-5)
-    assert (got.k_mean is None) == (want.k_mean is None)
+    for name in ("k_mean", "v_mean", "v_scale"):
+        assert (getattr(got, name) is None) == (getattr(want, name) is None)
+    if want.v_mean is not None:
+        torch.testing.assert_close(got.v_mean, want.v_mean, rtol=0, atol=1e-5)
+    if want.v_scale is not None:  # about a mean whose sum has another order
+        rtol = 0 if want.v_mean is None else 1e-5
+        torch.testing.assert_close(got.v_scale, want.v_scale, rtol=rtol, atol=0)
     if want.k_mean is not None:
         torch.testing.assert_close(got.k_mean, want.k_mean, rtol=0, atol=1e-5)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from sage_diffusion.kernels.formats import Precision
@@ -35,6 +37,7 @@ def test_what_the_names_switch_on():
         assert spec.smooth_k and spec.rotate and spec.balance
         assert spec.smooth_q == spec.clip == four_bit
         assert spec.smooth_v == spec.unsigned_p == name.endswith("/int8")
+        assert spec.sample_v == name.endswith(("/fp8", "/fp8-fast", "/fp4"))
         assert spec.pv_accumulator == ("fp16" if name.endswith("-fast") else "fp32")
     assert AttentionSpec.parse("fp16") == AttentionSpec("fp16", "fp16")
     assert not AttentionSpec.parse("fp16").quantized
@@ -53,6 +56,21 @@ def test_names_of_the_first_edition_mean_what_they_meant():
     assert AttentionSpec.parse("int8/int8+rotate+balance+smooth_v+unsigned_p", edition=1) == today
     assert str(AttentionSpec.parse("int8/fp8", edition=1)) == "int8/fp8-rotate-balance"
     assert AttentionSpec.parse(today, edition=1) is today
+
+
+def test_names_of_the_second_edition_mean_what_they_meant():
+    for name in LADDER[1:]:
+        old, today = AttentionSpec.parse(name, edition=2), AttentionSpec.parse(name)
+        assert not old.sample_v and dataclasses.replace(today, sample_v=False) == old
+        assert AttentionSpec.parse(str(old)) == old
+    assert str(AttentionSpec.parse("int8/fp8", edition=2)) == "int8/fp8-sample_v"
+
+
+def test_a_sample_serves_v_only_where_there_is_one():
+    assert not AttentionSpec("int8", "fp8", sample_v=True).sample_v  # nothing is balanced
+    assert str(AttentionSpec.parse("int8/fp8-balance")) == "int8/fp8-balance"
+    assert not AttentionSpec.parse("int8/int8+sample_v").sample_v
+    assert not AttentionSpec.parse("int8/fp16").sample_v
 
 
 def test_strings_are_accepted_and_resolved_at_the_edge():

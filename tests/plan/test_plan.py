@@ -10,7 +10,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_p
 
 
 def plan_json(**fields):
-    return json.dumps({"version": 3, "default": "int8/fp8", **fields})
+    return json.dumps({"version": 4, "default": "int8/fp8", **fields})
 
 
 def test_first_match_wins_and_ranges_are_half_open():
@@ -67,6 +67,20 @@ def test_specs_of_older_plans_mean_what_they_meant(version):
     assert new.rules[0].spec.rotate
 
 
+def test_plans_of_version_3_read_v_twice():
+    """A spec as an object has today's V where it names one and its default has another."""
+    rules = [{"spec": "int8/fp8", "end": 0.5}, {"spec": {"pv": "fp8"}, "end": 0.7}]
+    text = json.dumps({"version": 3, "default": "int4/fp8-fast", "rules": rules})
+    old = PrecisionPlan.from_json(text)
+    assert str(old.default) == "int4/fp8-fast-sample_v" and not old.rules[0].spec.sample_v
+    assert PrecisionPlan.from_json(old.to_json()) == old
+    today = PrecisionPlan.from_json(plan_json(default="int8/fp16", rules=rules))
+    assert all(rule.spec.sample_v for rule in today.rules) and not today.default.sample_v
+    rules[1]["spec"]["sample_v"] = False
+    today = PrecisionPlan.from_json(plan_json(default="int8/fp16", rules=rules))
+    assert not today.rules[1].spec.sample_v
+
+
 def test_plans_of_version_1_rotate_alike_at_all_steps():
     old = PrecisionPlan.from_json('{"version": 1, "default": "int4/fp8-fast"}')
     assert old.sign_seed is None
@@ -82,7 +96,7 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
     )
     spec = PrecisionPlan.from_json(text).rules[0].spec
     assert spec == AttentionSpec(
-        "int4", "fp8", smooth_q=True, smooth_v=True, rotate=True, balance=True
+        "int4", "fp8", smooth_q=True, smooth_v=True, rotate=True, balance=True, sample_v=True
     )
 
 
@@ -93,8 +107,8 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ("[]", "a plan must be a JSON object, got list"),
         ('{"version": 1}', "default: is missing"),
         ('{"default": "fp16"}', "version: is missing"),
-        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 3, got 0"),
-        ('{"version": 4, "new": 1}', "reads up to 3: update sage-diffusion"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 4, got 0"),
+        ('{"version": 5, "new": 1}', "reads up to 4: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
         ('{"version": 1, "default": "fp16", "sign_seed": 1}', "sign_seed: .* version 1 have none"),
         (plan_json(sign_seed=-1), "^sign_seed must be a whole number from 0 to 2147483647 or null"),
