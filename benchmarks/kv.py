@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.kv_decode import step
+from benchmarks.kv_sides import LowRankKeys, ValuesOnly
 from benchmarks.kv_turboquant import TurboQuant
+from sage_diffusion.integrations.transformers import kv_matryoshka
 from sage_diffusion.integrations.transformers.kv_calibration import calibrate
 from sage_diffusion.integrations.transformers.kv_evaluate import (
     Passage,
@@ -68,6 +70,9 @@ METHODS: dict[str, Method] = {
     "k2v2": PRESETS["k2v2"],
     "turboquant's recipe, K 4 bits, V 3": TurboQuant(4, 3),
     "turboquant's recipe, K 3 bits, V 2": TurboQuant(3, 2),
+    "V at three levels, K exact": ValuesOnly("ternary", 32),
+    "V at three levels of 64, K exact": ValuesOnly("ternary", 64),
+    "K at 50 % of its rank, V 2 bits": LowRankKeys(0.5, 2),
     "vidkv": VidKV(),
     "gear": Gear(),
     "xkv, groups of 5 layers": XKV(group=5),
@@ -87,6 +92,13 @@ METHODS: dict[str, Method] = {
     "calibrated-1.8": Calibrated(0.95, "ternary", heavy=0.04),
     "calibrated, <= 1.55 with heavy hitters": Calibrated(0.88, "ternary", heavy=0.02),
     "calibrated, K 2.0 per head, V 8 bits": Calibrated(2.0, 8, basis="head"),
+}
+
+#: What is compared with rotations that were trained on the calibration's texts.
+TRAINED: dict[str, Method] = {
+    "matryoshka 50 %, trained": Matryoshka(),
+    "matryoshka 50 %, trained, equal ranks": Matryoshka(adaptive=False),
+    "hybrid: matryoshka 75 % at 4 bits, trained": Matryoshka(0.75, width=4),
 }
 
 
@@ -119,10 +131,25 @@ def calibration_of(model: Any, tokenizer: Any, texts: list[Path], path: Path) ->
     """Read it, or calibrate and keep it."""
     if path.exists():
         return Calibration.load(path, fingerprint(model))
-    strings = [text.read_text(encoding="utf-8") for text in texts] or list(calibration_texts())
-    made = calibrate(model, strings, tokenizer, report=print)
+    made = calibrate(model, _strings(texts), tokenizer, report=print)
     made.save(path)
     return made
+
+
+def trained_of(
+    model: Any, tokenizer: Any, texts: list[Path], found: Calibration, path: Path
+) -> Calibration:
+    """Read it, or train the rotations of a calibration and keep it."""
+    if path.exists():
+        return Calibration.load(path, fingerprint(model))
+    made = kv_matryoshka.train(model, found, _strings(texts), tokenizer, report=print)
+    print(made.about["matryoshka"])
+    made.save(path)
+    return made
+
+
+def _strings(texts: list[Path]) -> list[str]:
+    return [text.read_text(encoding="utf-8") for text in texts] or list(calibration_texts())
 
 
 def calibration_texts() -> Iterator[str]:
@@ -226,10 +253,14 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     rows = {}
-    for name, method in METHODS.items():
+    for name, method in (METHODS | TRAINED).items():
         if args.only and not any(part in name for part in args.only):
             continue
-        rows[name] = row(model, tokenizer, method, found, text, hidden, args)
+        constants = found
+        if name in TRAINED:
+            path = args.keep / "kv-trained.safetensors"
+            constants = trained_of(model, tokenizer, args.calibration, found, path)
+        rows[name] = row(model, tokenizer, method, constants, text, hidden, args)
         print(line(name, rows[name]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -7,7 +7,8 @@ values) takes one token after another; its past of random K and V is put into ea
 Per cache: CPU time a token, the mean over 128 that take turns with those of the other caches, so
 that what a cache does every 128 tokens is in it (transformers' own quantize the whole past again);
 their median beside it; and the peak of what the cache, attention and the model's activations
-allocate while a few tokens are decoded.
+allocate while a few tokens are decoded.  "no past" is an exact cache that starts empty: what the
+model takes by itself, which no cache can undercut.
 ``fp8`` needs nothing; ``quanto`` and ``hqq`` appear where optimum-quanto and hqq are installed.
 """
 
@@ -27,6 +28,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 from sage_diffusion.integrations.transformers.cache import KVCache, argument
 from sage_diffusion.kv.presets import PRESETS
 from sage_diffusion.vq.memory import PeakMemory
+
+#: An exact cache that is left empty: what no cache of any kind can be faster than.
+NO_PAST = "no past"
 
 OURS = ("k8v8", "k4v4", "k3v2", "k2v2")
 THEIRS = (("fp8", {}), ("quanto", {"nbits": 4}), ("quanto", {"nbits": 2}), ("hqq", {"nbits": 4}))
@@ -51,6 +55,7 @@ def model_of(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
 def caches(model: LlamaForCausalLM) -> dict[str, Callable[[], Any]]:
     """Name -> what makes an empty cache; those that are not installed are left out."""
     found: dict[str, Callable[[], Any]] = {"exact": lambda: DynamicCache(config=model.config)}
+    found[NO_PAST] = found["exact"]
     for backend, settings in THEIRS:
         name = " ".join((backend, *(f"int{bits}" for bits in settings.values())))
 
@@ -94,7 +99,8 @@ def measure(model: LlamaForCausalLM, tokens: int, steps: int) -> dict[str, dict[
     for name, make in caches(model).items():
         with PeakMemory() as memory:
             cache = make()
-            fill(cache, model, tokens)
+            if name != NO_PAST:
+                fill(cache, model, tokens)
             step(model, cache)
             memory.peak = 0
             for _ in range(2):

@@ -210,7 +210,7 @@ class SageAccuracyCheck(io.ComfyNode):
         show(node, "\n".join(x for x in (*lines, *more) if x), state)
         images = side_by_side(done)
         heat = heat_map(done.report)
-        shown = ui.PreviewImage(heat if images is None else images, cls=cls)
+        pair = [as_images(run) for run in (done.exact, done.found)]
         text = "\n\n".join(x for x in (head, why, done.report.to_markdown()) if x)
         return io.NodeOutput(
             sample.result(),
@@ -219,6 +219,17 @@ class SageAccuracyCheck(io.ComfyNode):
             text,
             str(path),
             verdict.passed,
-            *(as_images(run) for run in (done.exact, done.found)),
-            ui=shown,
+            *pair,
+            ui=_shown(cls, heat if images is None else images, pair),
         )
+
+
+def _shown(cls: Any, picture: Any, pair: list[Any]) -> dict[str, Any]:
+    """What the page gets: both pictures for the slider of ``web/compare.js``, else one."""
+    if any(one is None for one in pair):
+        return ui.PreviewImage(picture, cls=cls).as_dict()
+    names = ("a_images", "b_images")  # as the core's Compare Images calls them
+    return {
+        name: ui.PreviewImage(one[:1], cls=cls).as_dict()["images"]
+        for name, one in zip(names, pair, strict=True)
+    }

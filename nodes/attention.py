@@ -7,13 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from sage_diffusion.adapt.presets import PRESETS, preset
 from sage_diffusion.attend import backends
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, marked_off, patch, status
 from sage_diffusion.integrations.comfy.carried import Chosen, choose, signature
 from sage_diffusion.integrations.comfy.families import plan_for
 from sage_diffusion.integrations.comfy.headline import OFF
-from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.kernels.spec import LADDER
 from sage_diffusion.nodes.host import (
     CATEGORY,

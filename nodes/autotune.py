@@ -13,7 +13,7 @@ from sage_diffusion.adapt.table import TableError
 from sage_diffusion.integrations.comfy import patch, status
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.carried import Chosen
-from sage_diffusion.integrations.comfy.sampler import ComfySampler, Prompt, settings_of
+from sage_diffusion.integrations.comfy.sampler import ComfySampler, Prompt, costs_of, settings_of
 from sage_diffusion.integrations.comfy.tuning import Mark, find, keep_in_workflow, mark_of
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.calibrate import card_input, goal_input, measured, the_card, wanted
@@ -169,19 +169,22 @@ def _tuned(
         path.unlink()
         table = measured(node, sampler, prompts, 1, mark.card, path, share=share)
     name = f"{mark.model} on {mark.card}"
-    goals = wanted(goal, mark.card, table)
-    plan = make_plan(table, costs=mark.card, name=name, **goals).plan
+    costs, _ = costs_of(mark.card, table)
+    plan = make_plan(table, costs=costs, name=name, **wanted(goal, costs, table)).plan
     save_plan(plan, user_plan_folder(), mark.name, overwrite=True)
     return Chosen(plan, f"measured now, hash {content_hash(plan)}")
 
 
 def _text(found: Chosen, note: str) -> str:
-    predicted = (found.plan.calibration or {}).get("predicted", {})
-    time = predicted.get("time")
+    known = found.plan.calibration or {}
+    time = known.get("predicted", {}).get("time")
     lines = [found.origin, describe(found.plan)]
     if isinstance(time, (int, float)):
-        card = (found.plan.calibration or {}).get("costs")
-        lines.insert(0, f"predicted bound on {card}: {time:.2f} of FP16's attention time{note}")
+        loops = " (of main loops)" if known.get("time_of") == "main loops" else ""
+        card = known.get("costs")
+        lines.insert(
+            0, f"predicted bound on {card}: {time:.2f} of FP16's attention time{loops}{note}"
+        )
     return "\n".join(lines)
 
 

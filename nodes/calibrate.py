@@ -11,6 +11,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from sage_diffusion.adapt import DEFAULT_SHARE
+from sage_diffusion.adapt.costs import Costs
+from sage_diffusion.adapt.presets import this_card
 from sage_diffusion.adapt.table import ScoreTable, TableError
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import (
@@ -18,9 +20,9 @@ from sage_diffusion.integrations.comfy.sampler import (
     ComfySampler,
     Prompt,
     candidates,
+    costs_of,
     fast_time,
     free_path,
-    this_card,
 )
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show
@@ -30,6 +32,9 @@ from sage_diffusion.plan.show import describe
 _AS_FAST, _FLOOR, _BUDGET = "as fast as fast, better", "least quality", "most time"
 _THIS = "this card"
 _CONTINUE, _REPLACE, _NEW = "continue it", "replace it", "take a new name"
+
+#: How the end-to-end stage is done -> what ``calibrate`` calls it.
+_METHODS = {"automatic": "auto", "gradients": "gradient", "groups": "groups"}
 
 
 def goal_input() -> io.DynamicCombo.Input:
@@ -132,7 +137,8 @@ class SageCalibrate(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip="Measure what errors do to the result, on so many runs, eight or more; "
-                    "0 is off. Each costs 19 to 21 sampling runs.",
+                    "0 is off. Each costs as much as about 7 sampling runs by gradients, and 19 to "
+                    "21 by groups.",
                 ),
                 io.Combo.Input(
                     "if_name_exists",
@@ -140,6 +146,15 @@ class SageCalibrate(io.ComfyNode):
                     optional=True,
                     tooltip="A calibration of that name: go on where it stopped (same model and "
                     "settings), measure anew, or keep it and write another file.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    display_name="end-to-end stage by",
+                    options=list(_METHODS),
+                    optional=True,
+                    tooltip="gradients rate every layer and step, and need memory for one step's "
+                    "graph; groups run the model with groups of them quantized. automatic takes "
+                    "gradients where the model and the memory allow it, and says so if not.",
                 ),
             ],
             outputs=[
@@ -170,6 +185,7 @@ class SageCalibrate(io.ComfyNode):
         end_to_end: int = 0,
         if_name_exists: str = _CONTINUE,
         positive_2: Any = None,
+        method: str = "automatic",
     ) -> io.NodeOutput:
         from sage_diffusion.adapt.planner import make_plan
 
@@ -190,17 +206,19 @@ class SageCalibrate(io.ComfyNode):
                 path,
                 share=share,
                 sensitivity=end_to_end,
+                method=_METHODS[method],
             )
         except TableError as error:
             raise TableError(
                 f"{path} can't be continued ({error}): choose '{_REPLACE}' or '{_NEW}' in "
                 "if_name_exists, or another name"
             ) from None
-        planned = make_plan(table, costs=card, name=name, **wanted(goal, card, table))
+        costs, of_what = costs_of(card, table)
+        planned = make_plan(table, costs=costs, name=name, **wanted(goal, costs, table))
         text = (
             f"{describe(planned.plan)}\n"
             f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
-            f"{planned.quality:.1f} dB{note}\nmeasured values: {path}"
+            f"{planned.quality:.1f} dB{of_what}{note}\nmeasured values: {path}"
         )
         if len(prompts) == 1:
             text += "\nmeasured on one prompt: try it on others with Attention Accuracy Check"
@@ -264,10 +282,10 @@ def measured(
         raise
 
 
-def wanted(goal: dict[str, Any], card: str, table: ScoreTable) -> dict[str, float]:
+def wanted(goal: dict[str, Any], costs: Costs, table: ScoreTable) -> dict[str, float]:
     """The planner's goal, of the values of :func:`goal_input`."""
     if goal["goal"] == _AS_FAST:
-        return {"budget": fast_time(card, table)}
+        return {"budget": fast_time(costs, table)}
     return {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
 
 

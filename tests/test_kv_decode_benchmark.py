@@ -24,6 +24,7 @@ def test_every_cache_decodes_and_the_packed_ones_take_less():
     assert {"exact", "fp8", "k8v8", "k4v4", "k3v2", "k2v2"} <= set(rows)
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert rows["exact"]["peak_share"] == 1
+    assert rows["no past"]["peak_bytes"] < 0.2 * rows["exact"]["peak_bytes"]
     assert (
         rows["k2v2"]["peak_bytes"] < rows["k4v4"]["peak_bytes"] < 0.45 * rows["exact"]["peak_bytes"]
     )

@@ -14,9 +14,8 @@ ALSO_TESTS = {
     ),
     "adapt/test_calibrate.py": "sage_diffusion.adapt.sampling sage_diffusion.adapt.sensitivity",
     "adapt/test_evaluate.py": "sage_diffusion.adapt.plots",
-    "adapt/test_planner.py": (
-        "sage_diffusion.adapt.compress sage_diffusion.adapt.costs sage_diffusion.plan.globs"
-    ),
+    "adapt/test_costs.py": "sage_diffusion.adapt.times",
+    "adapt/test_planner.py": "sage_diffusion.adapt.compress sage_diffusion.plan.globs",
     "adapt/test_table.py": "sage_diffusion.adapt.table_json",
     "attend/test_dispatch.py": (
         "sage_diffusion.attend.backend sage_diffusion.attend.backends sage_diffusion.attend.calls "
@@ -96,7 +95,7 @@ ALSO_TESTS = {
     ),
     "speed/test_cost.py": (
         "sage_diffusion.commands.cost sage_diffusion.speed.cost_compile "
-        "sage_diffusion.speed.cost_sass"
+        "sage_diffusion.speed.cost_sass sage_diffusion.speed.gpus"
     ),
     "speed/test_tune.py": (
         "sage_diffusion.attend.launch sage_diffusion.attend.launches "

@@ -8,14 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sides import Side
+from .sides import Side, Turn
 
 #: Tokens that are decoded at a time, in whole groups.
 TILE = 256
 
 
 def decode(
-    q: Tensor, k: Side, v: Side, scale: float, mask: Tensor | None = None, *, tile: int = TILE
+    q: Tensor,
+    k: Side,
+    v: Side,
+    scale: float,
+    mask: Tensor | None = None,
+    turn: Turn | None = None,
+    *,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q on packed keys and values, of which one tile is unpacked at a time.
 
@@ -24,6 +31,7 @@ def decode(
         k, v: of the same number of tokens; per channel or per token.
         scale: of the scores.
         mask: boolean (true: seen) or additive, broadcastable to ``[B, Hq, L, tokens]``, or None.
+        turn: RoPE of k, where k was stored before it.
         tile: tokens at a time, rounded to whole groups.
 
     Returns:
@@ -41,7 +49,9 @@ def decode(
         mask = mask.expand(batch, q_heads, queries, tokens)
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
-        scores = rows @ k.read(start, stop).transpose(2, 3)  # [B, H, rows, tile]
+        keys = k.read(start, stop)
+        keys = keys if turn is None else turn.keys(keys, start)
+        scores = rows @ keys.transpose(2, 3)  # [B, H, rows, tile]
         if mask is not None:
             part = mask[..., start:stop].reshape(batch, heads, -1, stop - start)
             if part.dtype == torch.bool:

@@ -53,6 +53,42 @@ class Side(NamedTuple):
         return back[:, :, : stop - start]
 
 
+class Turn(NamedTuple):
+    """RoPE of keys that were stored before it; channel i turns with channel i + D / 2.
+
+    Attributes:
+        angles: ``[D / 2]`` float64, radians a token.
+        gain: that cosines and sines are multiplied by, as YaRN does.
+        first: ``[B]`` int64, position of each sequence's token 0; may be negative.
+    """
+
+    angles: Tensor
+    gain: float
+    first: Tensor
+
+    def keys(self, k: Tensor, start: int) -> Tensor:
+        """``k [B, H, n, D]`` of tokens from ``start`` on, at their positions."""
+        n = torch.arange(start, start + k.shape[2], device=k.device)
+        return self._turned(k, self.first[:, None] + n)
+
+    def queries(self, q: Tensor, token: Tensor) -> Tensor:
+        """``q [B, Hq, L, D]`` so that products with keys before RoPE at ``token [S]`` are right.
+
+        Returns:
+            ``[S, B, Hq, L, D]`` float32.
+        """
+        positions = (self.first[None, :, None] + token[:, None, None]).expand(-1, -1, q.shape[2])
+        many = q.expand(len(token), *q.shape)
+        return self._turned(many.flatten(0, 1), -positions.flatten(0, 1)).view(many.shape)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x [B, H, n, D]`` at ``positions [B, n]``, float32."""
+        angle = positions[:, None, :, None].double() * self.angles
+        cos, sin = ((self.gain * found).float() for found in (angle.cos(), angle.sin()))
+        a, b = x.float().chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
 def check(name: str, side: Side) -> None:
     """Whether the parts of a side fit each other.
 

@@ -1,7 +1,9 @@
 """Packing, unpacking, merging, and a decode kernel for every card that Triton compiles for.
 
 ``.gluon`` is the fast decode kernel, for NVIDIA cards.  This one unpacks by a gather: each channel
-reads its word from the cache and shifts it.
+reads its word from the cache and shifts it.  It also takes keys that were stored before RoPE:
+R_j = R_tile R_offset, so q is turned back by a tile's position once for all its tokens, and a key
+forward by its offset within the tile, whose cosines and sines are the same for all tiles.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from ..formats import LOG2E
 from ..vq.tuning import processors
 from .layout import BLOCK, Width, bits, planes, row_words
 from .quantize import decode as decode_steps
-from .sides import Side, expanded, of_heads
-from .tuning import portable_tile, splits, tiles
+from .sides import Side, Turn, expanded, of_heads
+from .tuning import portable_tile, portable_warps, splits, tiles
 
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -157,8 +159,22 @@ def unpack(words: Tensor, width: Width, dim: int) -> Tensor:
 
 
 @triton.jit
+def _keys(
+    p_k, p_step, p_zero, at_step, token, c, first, kept, P: tl.constexpr, Q: tl.constexpr,
+    ROW: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Keys [channels, tokens] of one half of the channels, from ``first`` on."""
+    code = _codes(p_k, token[None, :], (c + first)[:, None], kept, P, Q, ROW, SLOTS)
+    inside = kept.to(tl.int1)
+    step = tl.load(p_step + (at_step + first)[:, None], mask=inside, other=0.0).to(tl.float32)
+    zero = tl.load(p_zero + (at_step + first)[:, None], mask=inside, other=0.0).to(tl.float32)
+    return code.to(tl.float32) * step + zero
+
+
+@triton.jit
 def _decode_kernel(
-    p_q,  # [B, H, rows, D]
+    p_q,  # [B, H, rows, D]; with ROPE [splits, ..], each turned back by its first tile's position
+    p_turn,  # [TILE + 1, D / 2, 2] float32: cosine and sine of offsets 0 .. TILE - 1, of a tile
     p_k,  # [B, H, >= tokens, D * bits / 32] int32
     p_k_step,  # [B, H, groups, D] float16
     p_k_zero,
@@ -197,6 +213,7 @@ def _decode_kernel(
     GAINS: tl.constexpr,
     ROWS: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "additive"
+    ROPE: tl.constexpr,
 ):
     i_s, i_bh, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -210,7 +227,22 @@ def _decode_kernel(
     o_m, o_d, o_t = i_r * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TILE)
     at = (head * rows + o_m[:, None]) * D + o_d[None, :]
     real = (o_m < rows)[:, None] & (o_d < D)[None, :]
-    q = tl.load(p_q + at, mask=real, other=0.0).to(tl.float32) * scale
+    HALF: tl.constexpr = D // 2
+    o_h = tl.arange(0, DP // 2)
+    if ROPE:
+        p_q += i_s.to(tl.int64) * tl.num_programs(1) * rows * D
+        at_h = (head * rows + o_m[:, None]) * D + o_h[None, :]
+        real_h = (o_m < rows)[:, None] & (o_h < HALF)[None, :]
+        q_a = tl.load(p_q + at_h, mask=real_h, other=0.0) * scale
+        q_b = tl.load(p_q + at_h + HALF, mask=real_h, other=0.0) * scale
+        at_turn = p_turn + (o_t[None, :] * HALF + o_h[:, None]) * 2
+        cos = tl.load(at_turn, mask=(o_h < HALF)[:, None], other=0.0)
+        sin = tl.load(at_turn + 1, mask=(o_h < HALF)[:, None], other=0.0)
+        at_turn = p_turn + (TILE * HALF + o_h) * 2
+        tile_cos = tl.load(at_turn, mask=o_h < HALF, other=0.0)
+        tile_sin = tl.load(at_turn + 1, mask=o_h < HALF, other=0.0)
+    else:
+        q = tl.load(p_q + at, mask=real, other=0.0).to(tl.float32) * scale
     i_q = i_h * (rows // queries) + o_m // queries
     if MASK != "none":
         p_mask += i_b.to(tl.int64) * stride_mask_b
@@ -224,13 +256,26 @@ def _decode_kernel(
         first = tile % PER * TILE
         token = (group.to(tl.int64) * GROUP + first) + o_t
         seen = (first + o_t < GROUP) & (token < tokens)
-        at_step = group.to(tl.int64) * D + o_d
-        step = tl.load(p_k_step + at_step, mask=o_d < D, other=0.0).to(tl.float32)
-        low = tl.load(p_k_zero + at_step, mask=o_d < D, other=0.0).to(tl.float32)
-        kept = seen[None, :] & (o_d < D)[:, None]
-        k = _codes(p_k, token[None, :], o_d[:, None], kept, K0, K1, K_ROW, SLOTS)
-        s = tl.dot((q * step[None, :]).to(tl.float16), k.to(tl.float16))
-        s += tl.sum(q * low[None, :], 1)[:, None]
+        if ROPE:
+            at_step = group.to(tl.int64) * D + o_h
+            kept = seen[None, :] & (o_h < HALF)[:, None]
+            k_a = _keys(p_k, p_k_step, p_k_zero, at_step, token, o_h, 0, kept, K0, K1, K_ROW, SLOTS)
+            k_b = _keys(
+                p_k, p_k_step, p_k_zero, at_step, token, o_h, HALF, kept, K0, K1, K_ROW, SLOTS
+            )
+            s = tl.dot(q_a.to(tl.float16), (k_a * cos - k_b * sin).to(tl.float16))
+            s = tl.dot(q_b.to(tl.float16), (k_b * cos + k_a * sin).to(tl.float16), s)
+            back = q_a * tile_cos[None, :] + q_b * tile_sin[None, :]
+            q_b = q_b * tile_cos[None, :] - q_a * tile_sin[None, :]
+            q_a = back
+        else:
+            at_step = group.to(tl.int64) * D + o_d
+            step = tl.load(p_k_step + at_step, mask=o_d < D, other=0.0).to(tl.float32)
+            low = tl.load(p_k_zero + at_step, mask=o_d < D, other=0.0).to(tl.float32)
+            kept = seen[None, :] & (o_d < D)[:, None]
+            k = _codes(p_k, token[None, :], o_d[:, None], kept, K0, K1, K_ROW, SLOTS)
+            s = tl.dot((q * step[None, :]).to(tl.float16), k.to(tl.float16))
+            s += tl.sum(q * low[None, :], 1)[:, None]
         if MASK == "bool":
             at_mask = p_mask + masked[:, None] + (token * stride_mask_t)[None, :]
             shown = (o_m < rows)[:, None] & seen[None, :]
@@ -266,10 +311,15 @@ def decode(
     v: Side,
     scale: float,
     mask: Tensor | None = None,
+    turn: Turn | None = None,
     *,
     split: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.gluon.decode`, for any D up to 256 and any number of groups of a token."""
+    """As :func:`.gluon.decode`, for any D up to 256 and any number of groups of a token.
+
+    Args:
+        turn: RoPE of k, which was stored before it; see :func:`.tuning.refuse_turn`.
+    """
     batch, q_heads, queries, dim = q.shape
     heads = k.words.shape[1]
     rows = q_heads // heads * queries
@@ -290,9 +340,15 @@ def decode(
         for x in decode_steps(side.step, side.zero, side.width)
     )
     k_planes, v_planes = ((*planes(side.width), 0)[:2] for side in (k, v))
+    offsets = None
+    if turn is not None:
+        apart = min(k.group, tile)  # tokens from tile to tile
+        starts = torch.arange(split, device=q.device) * (span * apart)
+        q, offsets = turn.queries(q, starts), _offsets(turn, tile, apart)
     with torch.cuda.device_of(q):
         _decode_kernel[(split, batch * heads, blocks)](
             q.contiguous(),
+            offsets,
             k_words,
             k_step,
             k_zero,
@@ -328,10 +384,19 @@ def decode(
             GAINS=dim // v.group,
             ROWS=block,
             MASK=kind,
-            num_warps=4,
+            ROPE=turn is not None,
+            num_warps=portable_warps(cards.architecture(q.device), turn is not None),
             num_stages=1,
         )
     return out, lse
+
+
+def _offsets(turn: Turn, tile: int, apart: int) -> Tensor:
+    """``[tile + 1, D / 2, 2]`` float32: of tokens 0 .. tile - 1, then of the next tile's first."""
+    at = torch.arange(tile + 1, device=turn.angles.device)
+    at[tile] = apart
+    angle = at[:, None] * turn.angles
+    return torch.stack((angle.cos(), angle.sin()), -1).float()
 
 
 @triton.jit

@@ -54,12 +54,29 @@ def portable_tile(arch: str) -> int:
     return 16 if arch.startswith("gfx1") else 32
 
 
+def portable_warps(arch: str, turned: bool) -> int:
+    """Warps of the kernel in Triton; with keys that are turned RDNA's registers need more lanes."""
+    return 8 if turned and arch.startswith("gfx1") else 4
+
+
 def shorter(config: Launch, tokens: int, programs: int, processors: int) -> Launch:
     """With smaller tiles where few tokens would leave most of a card idle."""
     tile = config.tile
     while tile > 16 and tokens * programs < tile * config.num_warps * processors:
         tile //= 2
     return config._replace(tile=tile)
+
+
+def refuse_turn(arch: str, group: int, dim: int) -> str | None:
+    """Why the kernel in Triton can't turn keys in groups of so many tokens, or None."""
+    tile = portable_tile(arch)
+    if arch.startswith("gfx11"):  # each half of a wave holds all of an operand
+        return "keys that are turned do not fit into the registers of RDNA 3"
+    if group > tile and group % tile:
+        return f"tiles of {tile} tokens must divide K's groups, got {group}"
+    if dim % 2:
+        return f"needs an even head dim, got {dim}"
+    return None
 
 
 def tiles(tokens: int, group: int, tile: int) -> int:

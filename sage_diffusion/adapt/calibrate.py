@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.complete import LEAST_CELLS, complete
 from sage_diffusion.adapt.gradient import measure_gradient
-from sage_diffusion.adapt.sampling import Progress, Sampler, Tracer, planned
+from sage_diffusion.adapt.sampling import NoGradient, Progress, Replayer, Sampler, Tracer, planned
 from sage_diffusion.adapt.sensitivity import cell_damage, measure_sensitivity
 from sage_diffusion.adapt.table import BOTH, ScoreTable
 from sage_diffusion.attend.calls import AttentionEvent
@@ -25,6 +26,8 @@ from sage_diffusion.attend.rows import RowCall, measure, outliers, sample_rows
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan.fingerprint import fingerprint
+
+log = logging.getLogger("sage_diffusion")
 
 #: What a plan may choose from unless the caller says otherwise.
 SPECS = ("int8/fp16", "int8/int8", "int8/fp8-fast", "int4/int8", "int4/fp8-fast")
@@ -76,6 +79,7 @@ class Calibrator:
         """Forget what was seen: a new run begins."""
         self._calls: Counter[tuple[str, int, str]] = Counter()
         self._work: dict[tuple[str, int, str], float] = {}
+        self._tokens: dict[str, tuple[int, int]] = {}
         self._found: list[tuple[tuple[str, int, str], Tensor]] = []
         self._sigmas: dict[int, float] = {}
         self.steps = 0
@@ -106,8 +110,10 @@ class Calibrator:
         if self.session.where.sigma is not None:
             self._sigmas[event.step] = self.session.where.sigma
         batch, heads, q_len, dim = event.q.shape
+        k_len = event.k.shape[2]
         self._calls[cell] += 1
-        self._work[cell] = float(batch * heads * q_len * event.k.shape[2] * dim)
+        self._work[cell] = float(batch * heads * q_len * k_len * dim)
+        self._tokens[event.layer] = (q_len, k_len)
         self.head_dims[event.layer] = dim
         place = self.place(event.layer)
         if self._calls[cell] > _CALLS_PER_CELL:
@@ -127,7 +133,8 @@ class Calibrator:
     def store(self, table: ScoreTable) -> None:
         """Move the finished run's measurements into the table."""
         for (layer, step, branch), calls in self._calls.items():
-            table.saw(layer, step, branch, self._work[layer, step, branch], calls)
+            work = self._work[layer, step, branch]
+            table.saw(layer, step, branch, work, calls, self._tokens[layer])
         if self._found:
             numbers = torch.stack([v for _, v in self._found]).double().cpu().numpy()
             for (cell, _), row in zip(self._found, numbers, strict=True):
@@ -179,7 +186,8 @@ def calibrate(
             the others, so take eight or more.
         method: of that stage. "gradient" rates every cell by backward passes through the sampling
             of single pictures (:mod:`.gradient`), "groups" runs groups of cells in the lowest spec
-            (:mod:`.sensitivity`), "auto" takes gradients where the sampler has them.
+            (:mod:`.sensitivity`), "auto" takes gradients where the sampler has them and its memory
+            allows, and else says in the table why it took groups (``sensitivity.instead``).
         path: the table's file; an existing one is continued.
         progress: called after each run.
         sign_seed: sequence of the rotations' signs, of the table and of its plans.  None has one
@@ -191,6 +199,7 @@ def calibrate(
 
     Raises:
         CalibrationError: too few prompts, no candidates, or a model whose attention is not reached.
+        NoGradient: ``method`` "gradient", and sampling can't be differentiated.
         TableError: ``path`` holds another model's or calibration's table.
     """
     candidates = _candidates(specs)
@@ -207,9 +216,10 @@ def calibrate(
         raise CalibrationError(f"share must be above 0 and at most 1, got {share}")
     if method not in ("auto", "gradient", "groups"):
         raise CalibrationError(f"method must be auto, gradient or groups, got {method!r}")
-    if method == "gradient" and not isinstance(sampler, Tracer):
+    if method == "gradient" and not isinstance(sampler, (Tracer, Replayer)):
         raise CalibrationError(
-            f"method 'gradient' needs a sampler with trace(), got {type(sampler).__name__}"
+            "method 'gradient' needs a sampler with trace() or replay(), got "
+            f"{type(sampler).__name__}"
         )
     if rows < 1:
         raise CalibrationError(f"rows must be at least 1, got {rows}")
@@ -245,17 +255,23 @@ def _end_to_end(
         job.save()
 
     options: dict[str, Any] = {"progress": job.tell, "unfinished": table.unfinished, "keep": keep}
-    if method == "groups" or (method == "auto" and not isinstance(sampler, Tracer)):
-        runs = list(itertools.islice(_endless(prompts, seeds), count))
-        return measure_sensitivity(sampler, table, runs, **options)
-    assert isinstance(sampler, Tracer)
-    return measure_gradient(
-        sampler, table, rated_pictures(sampler, prompts, seeds, count), **options
-    )
+    instead = None
+    if method != "groups" and isinstance(sampler, (Tracer, Replayer)):
+        pictures = rated_pictures(sampler, prompts, seeds, count)
+        try:
+            return measure_gradient(sampler, table, pictures, **options)
+        except NoGradient as error:
+            if method == "gradient":
+                raise
+            instead = str(error)
+            log.warning("no gradients, groups of cells are run instead: %s", instead)
+    runs = list(itertools.islice(_endless(prompts, seeds), count))
+    found = measure_sensitivity(sampler, table, runs, **options)
+    return found if instead is None else found | {"instead": instead}
 
 
 def rated_pictures(
-    sampler: Tracer, prompts: Sequence[Any], seeds: Sequence[int], count: int
+    sampler: Tracer | Replayer, prompts: Sequence[Any], seeds: Sequence[int], count: int
 ) -> list[tuple[Any, int]]:
     """(prompt, seed) of so many pictures for the stage by gradients, spread over the runs, with
     further seeds where these have fewer pictures."""

@@ -109,20 +109,23 @@ class WorkWatch:
         self.table = ScoreTable((), 0)
         self._calls: dict[tuple[str, int, str | None], list[float]] = {}
         self._head_dims: dict[str, int] = {}
+        self._tokens: dict[str, tuple[int, int]] = {}
 
     def observe(self, event: AttentionEvent) -> None:
         """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step >= 0:
             batch, heads, q_len, dim = event.q.shape
-            work = float(batch * heads * q_len * event.k.shape[2] * dim)
-            self._head_dims[event.layer] = dim
+            k_len = event.k.shape[2]
+            work = float(batch * heads * q_len * k_len * dim)
+            self._head_dims[event.layer], self._tokens[event.layer] = dim, (q_len, k_len)
             self._calls.setdefault((event.layer, event.step, event.branch), []).append(work)
 
     def finish(self, steps: int) -> ScoreTable:
         """A table without scores, for predicting times."""
         table = ScoreTable((), steps, {"head_dims": dict(self._head_dims)})
         for (layer, step, branch), work in self._calls.items():
-            table.saw(layer, step, branch, sum(work) / len(work), len(work))
+            mean, tokens = sum(work) / len(work), self._tokens[layer]
+            table.saw(layer, step, branch, mean, len(work), tokens)
         return table
 
 
@@ -189,7 +192,7 @@ def evaluate(
         )
         if progress is not None:
             progress(name, done + 1, len(todo))
-    label = str(costs) if isinstance(costs, (str, Path)) else "custom"
+    label = prices.card or (str(costs) if isinstance(costs, (str, Path)) else "custom")
     return Evaluation(tuple(scored), label, len(pairs))
 
 

@@ -8,7 +8,8 @@ So a few pictures and probes rate every (layer, step, branch, spec), where runni
 one group of cells perturbed at a time (:mod:`.sensitivity`) rates groups only.
 
 It is linear: it ranks cells, and predicts well only while errors are too small to flip a picture to
-another mode.  The graph of a whole run must fit into memory.
+another mode.  The graph of a whole run must fit into memory, or that of one call of the network
+where the host can make calls anew (:class:`.Replayer`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage_diffusion.adapt.backward import Rating, signs
 from sage_diffusion.adapt.process import directions_of, fit_together
-from sage_diffusion.adapt.sampling import planned
-from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.sampling import Replayer, planned
+from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
-from sage_diffusion.attend.calls import AttentionEvent
-from sage_diffusion.attend.rows import RowCall
 from sage_diffusion.kernels.spec import AttentionSpec
 
 #: Backward passes per run.
@@ -33,36 +33,6 @@ PROBES = 2
 
 #: Least effect that counts as one, relative to its spec's largest.
 _FLOOR = 1e-12
-
-
-class NoGradient(ValueError):
-    """A host whose attention outputs carry no gradient."""
-
-
-class _Errors:
-    """Observer that keeps every call's output, a node of the graph, and each spec's error in it."""
-
-    def __init__(self, specs: Sequence[AttentionSpec]):
-        self.specs = specs
-        self.cells: list[tuple[str, int, str]] = []
-        self.outs: list[Tensor] = []
-        self.errors: list[Tensor] = []  # [K, B, H, L, D] each
-
-    def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.attend.calls.Observer`."""
-        if event.step < 0:
-            return
-        if not event.out.requires_grad:
-            raise NoGradient(
-                f"the attention output of {event.layer} must carry a gradient, it has none: the "
-                "host samples without autograd, or the model is compiled"
-            )
-        rows = torch.arange(event.q.shape[2], device=event.q.device)
-        call = RowCall.seen(event, rows)  # specs share the codes that they have in common
-        self.cells.append((event.layer, event.step, event.branch or BOTH))
-        self.outs.append(event.out)
-        found = [call.run(spec).to(event.out.dtype) - event.out for spec in self.specs]
-        self.errors.append(torch.stack(found))
 
 
 def measure_gradient(
@@ -79,7 +49,7 @@ def measure_gradient(
     """Rate every cell and spec of a table by its effect on the final latents.
 
     Args:
-        sampler: a :class:`Tracer` with the session.
+        sampler: a :class:`Tracer` or :class:`Replayer` with the session.
         table: calibrated; its layers, steps and branches are rated.
         pairs: (prompt, seed), one picture each.
         probes: backward passes per picture.
@@ -109,22 +79,21 @@ def measure_gradient(
     generator = torch.Generator().manual_seed(seed)
     for shape in tally.shapes:  # the pictures that are done drew theirs
         for _ in range(probes):
-            _signs(shape, generator)
+            signs(shape, generator)
+    replays = isinstance(sampler, Replayer)
     while True:
-        if progress is not None and tally.shapes:
+        if progress is not None:
             progress("sensitivity", len(tally.shapes), len(pairs))
-        some = pairs[len(tally.shapes) :][: sampler.batch]
+        some = pairs[len(tally.shapes) :][: 1 if replays else sampler.batch]
         if not some:
             break
-        watcher = _Errors(specs)
-        sampler.session.observers.append(watcher)
-        try:
-            with planned(sampler.session, table.unquantized):
-                final = sampler.trace(some)
-        finally:
-            sampler.session.observers.remove(watcher)
-        effects = _effects(final, watcher, table, len(some), probes, generator)
-        for latents, found in zip(final.detach().chunk(len(some)), effects, strict=True):
+        rating = Rating(sampler.session, table, specs, probes, generator)
+        with planned(sampler.session, table.unquantized):
+            if replays:
+                sampler.replay(some[0], rating.replay)
+            else:
+                rating.trace(sampler, some)
+        for latents, found in zip(rating.final.chunk(len(some)), rating.found, strict=True):
             tally.add(latents, found)
         if keep is not None:
             keep(job | tally.to_dict())
@@ -275,48 +244,6 @@ def smooth(effect: np.ndarray) -> np.ndarray:
     out = effect.copy()
     out[known] = found * (some.sum(0) / found.sum(0))
     return out
-
-
-def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1
-
-
-def _effects(
-    final: Tensor,
-    watcher: _Errors,
-    table: ScoreTable,
-    pictures: int,
-    probes: int,
-    generator: torch.Generator,
-) -> np.ndarray:
-    """``v^T J e`` of every picture, probe, cell and spec; NaN where no call was seen.
-
-    Pictures of one batch don't meet in the network, so that one backward pass serves them all.
-    """
-    shape = (len(final) // pictures, *final.shape[1:])
-    signs = [[_signs(shape, generator) for _ in range(probes)] for _ in range(pictures)]
-    found = np.full((pictures, probes, *table.shape, len(watcher.specs)), np.nan)
-    for p in range(probes):
-        grads = torch.autograd.grad(
-            final,
-            watcher.outs,
-            torch.cat([picture[p] for picture in signs]).to(final),
-            retain_graph=p + 1 < probes,
-            allow_unused=True,  # the last layers of a model may not reach the latents
-        )
-        for (layer, step, branch), grad, errors in zip(
-            watcher.cells, grads, watcher.errors, strict=True
-        ):
-            if layer not in table.layers or branch not in table.branches:
-                continue
-            at = slice(None), p, table.layers.index(layer), step, table.branches.index(branch)
-            products = np.zeros((pictures, len(watcher.specs)))
-            if grad is not None:
-                # Where both branches are one batch, each has all pictures.
-                each = (errors * grad).unflatten(1, (-1, pictures)).flatten(3).sum((1, 3))
-                products = each.T.double().cpu().numpy()
-            found[at] = np.nan_to_num(found[at]) + products  # calls of one cell add up
-    return found
 
 
 def _plain(array: np.ndarray) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from sage_diffusion.adapt.complete import complete
 from sage_diffusion.adapt.compress import Packed, compress, rules_of
-from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
+from sage_diffusion.adapt.costs import Costs, CostTableError, load_costs, relative_cost
 from sage_diffusion.adapt.coupling import (
     Coupling,
     correlation_matrix,
@@ -23,6 +23,7 @@ from sage_diffusion.adapt.coupling import (
 from sage_diffusion.adapt.sensitivity import cell_damage, stage_of
 from sage_diffusion.adapt.solve import Infeasible, solve
 from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.times import cell_times, of_calls
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan, step_progress
 
@@ -154,24 +155,18 @@ def problem(
     completed = complete(table)
     columns = [table.specs.index(name) for name in chosen]
     damage = cell_damage(table, completed.error)[..., columns]
-    work = table.filled_work()
-    share = (work / work.sum())[..., None]
-    relative = [
-        [relative_cost(name, prices, head_dim) for name in chosen] for head_dim in table.head_dims()
-    ]
-    time = share * np.array(relative)[:, None, None]
     damage = np.nan_to_num(damage)
     if exact:
-        damage = np.concatenate([np.zeros_like(share), damage], -1)
-        time = np.concatenate([share, time], -1)
+        damage = np.concatenate([np.zeros_like(damage[..., :1]), damage], -1)
+    options = ("fp16", *chosen) if exact else tuple(chosen)
     return Problem(
-        ("fp16", *chosen) if exact else tuple(chosen),
+        options,
         damage,
-        time,
+        cell_times(table, options, prices),
         None if table.sensitivity is None else float(table.sensitivity["peak"]),
         table,
         completed.rms_db,
-        _coupling(table, ("fp16", *chosen) if exact else chosen, damage),
+        _coupling(table, options, damage),
     )
 
 
@@ -220,7 +215,8 @@ def make_plan(
     """
     if (floor is None) == (budget is None):
         raise ValueError(f"give either floor or budget, got floor={floor}, budget={budget}")
-    task = problem(table, costs, specs)
+    prices = load_costs(costs)
+    task = problem(table, prices, specs)
     find = _independent if task.coupling is None else _together
     try:
         index, packed, gap = find(task, floor, budget, 10 ** (max_loss_db / 10))
@@ -229,8 +225,10 @@ def make_plan(
             best = task.quality(error.best)
             message = f"no plan keeps {floor:.1f} dB, the best reachable is {best:.1f} dB"
         else:
+            calls = " (whole calls, with quantization and launches)"
             message = (
                 f"no plan takes {budget:.3f} of FP16's time, the fastest takes {error.best:.3f}"
+                f"{calls if of_calls(table, prices) else ''}"
             )
         raise Unreachable(message) from None
     ideal_time, ideal_damage = task.totals(index)
@@ -243,7 +241,7 @@ def make_plan(
         schedule=None if table.schedule is None else tuple(table.schedule),
         schedule_unit=table.schedule_unit,
         fingerprint=table.fingerprint or None,
-        calibration=_provenance(task, time_, damage_, floor, budget, costs),
+        calibration=_provenance(task, time_, damage_, floor, budget, prices),
         sign_seed=table.unquantized.sign_seed,
     )
     return Planned(
@@ -376,24 +374,31 @@ def predict(task: Problem, plan: PrecisionPlan | str) -> tuple[float, float]:
 def predicted_time(
     table: ScoreTable, plan: PrecisionPlan | str, costs: str | Path | Mapping[str, float]
 ) -> float:
-    """Time of all attention under any plan relative to FP16, weighted by each cell's work.
+    """Time of all attention under any plan relative to FP16's.
 
-    A table without scores will do: only its ``work`` is read.
+    A table without scores will do: only the sizes of its calls are read.
 
     Raises:
         CostTableError: the card can't run one of the plan's specs.
     """
-    prices = load_costs(costs)
     parsed = PrecisionPlan.of(plan)
-    work = table.filled_work()
-    total = 0.0
-    for i, (layer, head_dim) in enumerate(zip(table.layers, table.head_dims(), strict=True)):
+    specs = list(dict.fromkeys(str(spec) for _, spec in _resolved(table, parsed)))
+    times = cell_times(table, specs, load_costs(costs))
+    return float(
+        sum(times[cell][specs.index(str(spec))] for cell, spec in _resolved(table, parsed))
+    )
+
+
+def _resolved(
+    table: ScoreTable, plan: PrecisionPlan
+) -> Iterator[tuple[tuple[int, int, int], AttentionSpec]]:
+    """Every cell and what a plan resolves to there."""
+    for i, layer in enumerate(table.layers):
         for step in range(table.steps):
             place = step_progress(step, table.steps)
             for b, branch in enumerate(table.branches):
-                spec = parsed.resolve(layer, place, branch=None if branch == BOTH else branch)
-                total += work[i, step, b] * relative_cost(spec, prices, head_dim)
-    return float(total / work.sum())
+                spec = plan.resolve(layer, place, branch=None if branch == BOTH else branch)
+                yield (i, step, b), spec
 
 
 def plan_index(table: ScoreTable, plan: PrecisionPlan, specs: Sequence[str]) -> np.ndarray:
@@ -403,14 +408,10 @@ def plan_index(table: ScoreTable, plan: PrecisionPlan, specs: Sequence[str]) -> 
         PlanError: it resolves to a spec that is not among ``specs``.
     """
     index = np.zeros(table.shape, dtype=np.int64)
-    for i, layer in enumerate(table.layers):
-        for step in range(table.steps):
-            place = step_progress(step, table.steps)
-            for b, branch in enumerate(table.branches):
-                spec = plan.resolve(layer, place, branch=None if branch == BOTH else branch)
-                if str(spec) not in specs:
-                    raise PlanError(f"nothing is known of {spec}; known are {', '.join(specs)}")
-                index[i, step, b] = specs.index(str(spec))
+    for cell, spec in _resolved(table, plan):
+        if str(spec) not in specs:
+            raise PlanError(f"nothing is known of {spec}; known are {', '.join(specs)}")
+        index[cell] = specs.index(str(spec))
     return index
 
 
@@ -420,14 +421,14 @@ def _provenance(
     damage: float,
     floor: float | None,
     budget: float | None,
-    costs: str | Path | Mapping[str, float],
+    costs: Costs,
 ) -> dict[str, Any]:
     table = task.table
     quality = "psnr_db" if task.peak is not None else "attention_snr_db"
     found: dict[str, Any] = {
         "predicted": {"time": round(time, 4), quality: round(task.quality(damage), 2)},
         "asked": {"floor": floor} if floor is not None else {"budget": budget},
-        "costs": str(costs) if isinstance(costs, (str, Path)) else dict(costs),
+        **_costs_in_words(costs, table),
         "runs": len(table.runs),
         "measured_cells": int(table.measured.sum()),
         "cells": int(table.exists.sum()),
@@ -435,4 +436,16 @@ def _provenance(
         "steps": table.steps,
         "stage": stage_of(table),
     }
+    return found
+
+
+def _costs_in_words(costs: Costs, table: ScoreTable) -> dict[str, Any]:
+    """Whose the times are, and of what."""
+    whole = of_calls(table, costs)
+    found: dict[str, Any] = {
+        "costs": costs.card or dict(costs),
+        "time_of": "calls" if whole else "main loops",
+    }
+    if whole and costs.tokens is not None:
+        found["tokens"] = costs.tokens
     return found

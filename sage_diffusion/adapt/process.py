@@ -34,6 +34,10 @@ _NOISE = math.log(0.05), 2.0
 #: Of the logarithms of the parameters: the parts', the smooth parts' width, the noise's.
 _PRIOR = [_VARIANCE] * 6 + [_WIDTH, _NOISE]
 
+#: So many standard deviations of their prior the parameters keep to: beyond, a matrix that says
+#: nothing more of the values may not be factorized any more.
+_REACH = 4.0
+
 #: Variance of the constants that all layers have in common, relative to the values' own: nothing
 #: is known of them beforehand.
 _VAGUE = 100.0
@@ -262,6 +266,7 @@ class _Posterior:
 def _likeliest(cells: Known, y: Tensor, start: Tensor | None) -> Tensor:
     """The parameters that make the values most likely, weighed with their prior."""
     center, spread = torch.tensor(_PRIOR, dtype=torch.float64).T
+    low, high = center - _REACH * spread, center + _REACH * spread
     theta = (center if start is None else start).clone().requires_grad_()
     search = torch.optim.LBFGS(
         [theta],
@@ -274,10 +279,10 @@ def _likeliest(cells: Known, y: Tensor, start: Tensor | None) -> Tensor:
     def loss() -> Tensor:
         search.zero_grad()
         with torch.enable_grad():
-            found = _Posterior(cells, y, theta).surprise()
+            found = _Posterior(cells, y, theta.clamp(low, high)).surprise()
             found = found + ((theta - center) / spread).square().sum() / 2
             found.backward()
         return found.detach()
 
     search.step(loss)
-    return theta.detach()
+    return theta.detach().clamp(low, high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,8 +44,48 @@ class Tracer(Protocol):
 
 
 @dataclass(frozen=True)
+class ModelCall:
+    """One call of the network in a sampling run, a break in the run's graph.
+
+    Attributes:
+        input: latents that went in, with the graph that leads to them from outputs of other calls.
+        output: what came out, a leaf that the graph of what follows begins with.
+        again: makes the call anew for such an input, differentiably, seen by the session's
+            observers as the call was.
+    """
+
+    input: Tensor
+    output: Tensor
+    again: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Replayer(Protocol):
+    """A :class:`Sampler` that can be differentiated a call of its network at a time: memory holds
+    the graph of one call, whatever the number of steps."""
+
+    def pictures(self, prompt: Any, seed: int) -> list[tuple[Any, int]]:
+        """The (prompt, seed) of every picture of a run."""
+
+    def replay(
+        self, picture: tuple[Any, int], use: Callable[[Tensor, Sequence[ModelCall]], None]
+    ) -> None:
+        """Sample a picture, and call ``use`` with its final latents ``[1, ...]``, whose graph
+        leads to the outputs of the model calls, and these; the graph lives no longer.
+
+        Raises:
+            NoGradient: this can't be differentiated, or not in the memory that there is.
+        """
+
+
+class NoGradient(ValueError):
+    """A host whose sampling can't be differentiated, or not in its memory."""
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Where a calibration stands, given to the progress callback after each run.
+    """Where a calibration stands, given to the progress callback after each run, and where the
+    end-to-end stage begins.
 
     Attributes:
         stage: "measure", "remeasure" or "sensitivity".

@@ -82,6 +82,8 @@ def measure_sensitivity(
     if unfinished is not None and all(unfinished.get(key) == value for key, value in job.items()):
         runs, peak = _loaded(unfinished)
     total = len(pairs) * len(plans)
+    if progress is not None:
+        progress("sensitivity", len(runs), total)
     for number, (prompt, seed) in enumerate(pairs):
         if len(runs) >= (number + 1) * len(plans):
             continue
@@ -243,9 +245,13 @@ def stage_of(table: ScoreTable) -> str:
     pictures = "" if count is None else f", {count} picture{'s' if count != 1 else ''}"
     if found.get("method") == "gradient":
         return f"the end-to-end stage (gradients{pictures})"
+    instead = f"; no gradients: {found['instead']}" if "instead" in found else ""
     if "fit" in found and found["fit"]["ridge"] is None:
-        return f"the local error of attention, which runs of groups did not improve on{pictures}"
-    return f"the end-to-end stage (groups{pictures})"
+        return (
+            "the local error of attention, which runs of groups did not improve on"
+            f"{pictures}{instead}"
+        )
+    return f"the end-to-end stage (groups{pictures}{instead})"
 
 
 def cell_weights(table: ScoreTable) -> np.ndarray:

@@ -47,6 +47,8 @@ class ScoreTable:
         outliers: max over runs of the outlier factor of Q, K and V, ``[L, S, B, 3]``.
         sensitivity: effect on the final latent, see :mod:`sage_diffusion.adapt.sensitivity`.
         unfinished: what that stage has found so far while it is under way.
+        tokens: of a layer's Q and of its K and V, as its last call had them; layers of tables that
+            were made before this was kept are missing.
     """
 
     specs: tuple[str, ...]
@@ -62,6 +64,7 @@ class ScoreTable:
     sensitivity: dict[str, Any] | None = None
     unfinished: dict[str, Any] | None = None
     schedule_unit: str | None = None
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), self.steps, len(self.branches))
@@ -93,10 +96,20 @@ class ScoreTable:
                 setattr(self, key, np.concatenate([array, fresh], axis))
         return self.layers.index(layer), self.branches.index(branch)
 
-    def saw(self, layer: str, step: int, branch: str | None, work: float, calls: int) -> None:
+    def saw(
+        self,
+        layer: str,
+        step: int,
+        branch: str | None,
+        work: float,
+        calls: int,
+        tokens: tuple[int, int] | None = None,
+    ) -> None:
         """A run called this cell ``calls`` times with this much work a call."""
         i, b = self._grow(layer, branch or BOTH)
         self.work[i, step, b], self.calls[i, step, b] = work, calls
+        if tokens is not None:
+            self.tokens[layer] = tokens
 
     def add(
         self,
@@ -188,6 +201,7 @@ class ScoreTable:
             "schedule_unit": self.schedule_unit,
             "layers": list(self.layers),
             "branches": list(self.branches),
+            "tokens": {layer: list(pair) for layer, pair in self.tokens.items()},
             "runs": [list(run) for run in self.runs],
             "extra": [list(cell) for cell in self.extra],
             "extra_runs": [list(run) for run in self.extra_runs],

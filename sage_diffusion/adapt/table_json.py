@@ -99,10 +99,23 @@ def _parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
         "sensitivity": _sensitivity(data["sensitivity"], layers, steps, branches, len(specs)),
         "unfinished": unfinished,
         "schedule_unit": _unit(data.get("schedule_unit")),
+        "tokens": _tokens(data.get("tokens", {}), layers),
     }
     fine = unfinished is None or isinstance(unfinished, Mapping)
     _need(fine, "unfinished", "an object or null", unfinished)
     return fields, arrays
+
+
+def _tokens(data: Any, layers: list[str]) -> dict[str, tuple[int, int]]:
+    """Of every layer's Q and K; tables of before have none."""
+    _need(isinstance(data, Mapping), "tokens", "an object of layer: [of Q, of K]", data)
+    for layer, pair in data.items():
+        at = json_path(("tokens", layer))
+        _need(layer in layers, at, "of a layer of the table", layer)
+        fine = isinstance(pair, list) and len(pair) == 2
+        fine = fine and all(_whole(n) and 1 <= n <= _LARGE for n in pair)
+        _need(fine, at, "two whole numbers, of Q and of K", pair)
+    return {layer: (q_len, k_len) for layer, (q_len, k_len) in data.items()}
 
 
 def _sensitivity(

@@ -10,7 +10,7 @@ import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.files import write_bytes, write_text
-from sage_diffusion.speed.cost_sass import GPUS
+from sage_diffusion.speed.gpus import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table

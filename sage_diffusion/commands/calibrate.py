@@ -11,7 +11,9 @@ from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.commands.options import (
     PICTURES_PER_GRAPH,
+    Tokens,
     check_names,
+    default_tokens,
     parse_option,
     prompts_of,
 )
@@ -77,6 +79,7 @@ def calibrate(
     card: Annotated[
         str, typer.Option(help="Card whose costs count, or a JSON file of spec: cost.")
     ] = "rtx4090",
+    tokens: Tokens = None,
     table: Annotated[
         Path, typer.Option(help="Score table; an unfinished one is continued.")
     ] = Path("scores.json"),
@@ -96,7 +99,7 @@ def calibrate(
 
     if floor is not None and budget is not None:
         raise CommandError("give --floor or --budget, not both")
-    costs = load_costs(card)
+    costs = load_costs(card, default_tokens(model, tokens))
     candidates = tuple(spec or (name for name in SPECS if name in costs))
     if not any(has_cost(name, costs) for name in candidates):
         asked = ", ".join(candidates) or "the default candidates"
@@ -132,8 +135,8 @@ def calibrate(
         times = [
             predicted_time(found, name, costs) for name in found.specs if has_cost(name, costs)
         ]
-        budget = round(1.1 * min(times), 4)
-    made = make_plan(found, floor=floor, budget=budget, costs=card, name=out.stem)
+        budget = min(round(1.1 * min(times), 4), 1.0)
+    made = make_plan(found, floor=floor, budget=budget, costs=costs, name=out.stem)
     made.plan.save(out)
     files = [str(table), str(out)]
     if plots is not None:
@@ -141,6 +144,11 @@ def calibrate(
 
         files += map(str, calibration_plots(found, made.plan, plots))
     data = summary_of(made, files)
+    if data["share"].get("fp16") == 1:
+        data["note"] = (
+            f"no spec is predicted to make these calls faster on {card}: quantizing and launching "
+            "takes what the main loop gains; --tokens N plans for longer ones"
+        )
     emit(as_json, data, text_of(data))
 
 
@@ -166,5 +174,6 @@ def text_of(data: dict[str, Any]) -> str:
         f"predicted: {data['predicted_time']:.3f} of FP16 attention's time (a bound, no timing), "
         f"{data['predicted_quality_db']:.1f} dB",
         f"wrote {', '.join(data['files'])}",
+        *([data["note"]] if "note" in data else []),
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.speed.cost_sass import GPUS
+from sage_diffusion.speed.gpus import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sage_diffusion.speed.cost import KernelCost
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
+
+#: Of the calls whose times are given.
+CALL_HEADS = 24
 
 
 def cost(
@@ -51,6 +54,14 @@ def cost(
         Optional[str], typer.Option(help="Our kernels with a mask: bool or additive.")
     ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Our kernels, causal.")] = False,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help=f"Of the calls of {CALL_HEADS} heads whose times are given, quantization and "
+            "launches included.",
+            min=1,
+        ),
+    ] = 4608,
     latent_dim: Annotated[
         Optional[list[int]],
         typer.Option(
@@ -73,7 +84,8 @@ def cost(
     """Predicted bounds of the kernels on cards that need not be there (no GPU is used).
 
     Cycles of one SM per 262,144 multiply-accumulates in the slowest pipe: lower is faster, and the
-    further the second pipe stays below the first, the closer a real card comes.
+    further the second pipe stays below the first, the closer a real card comes. A call is more than
+    its main loop, the more so the shorter it is.
     """
     from sage_diffusion.kernels.spec import LADDER
     from sage_diffusion.speed.cost import NoKernelError, gpu_named, kernel_costs, library_costs
@@ -112,11 +124,23 @@ def cost(
             bar.advance(task)
     if without and not ours and not theirs:
         raise CommandError("; ".join(without))
-    document = {"kernels": [row.as_dict() for row in (*ours, *theirs)]}
-    emit(as_json, document, *_tables(ours, theirs, gpus), *without)
+    calls = {} if latent_dim else {row: row.call_milliseconds(tokens, CALL_HEADS) for row in ours}
+    rows = []
+    for row in (*ours, *theirs):
+        rows.append(row.as_dict())
+        if row in calls:
+            loop, call = (round(time, 5) for time in calls[row])
+            rows[-1] |= {"tokens": tokens, "loop_milliseconds": loop, "call_milliseconds": call}
+    emit(as_json, {"kernels": rows}, *_tables(ours, theirs, gpus, calls, tokens), *without)
 
 
-def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, ...]) -> list[Table]:
+def _tables(
+    ours: list[KernelCost],
+    theirs: list[KernelCost],
+    gpus: tuple[str, ...],
+    calls: dict[KernelCost, tuple[float, float]],
+    tokens: int,
+) -> list[Table]:
     """Ours with the other packages' beside them, and below what has no counterpart."""
     from rich import box
     from rich.table import Table
@@ -138,8 +162,10 @@ def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, .
 
     packages = list(dict.fromkeys(row.package for row in theirs))
     beyond = [heading for package in packages for heading in (package, "its cycles / ours")]
+    whole = (f"call ms, {tokens:,} tokens", "call / loop") if calls else ()
     found = table(
-        "Predicted bounds (cycles of one SM per 262,144 multiply-accumulates)", "spills", *beyond
+        "Predicted bounds (cycles of one SM per 262,144 multiply-accumulates)",
+        *("spills", *whole, *beyond),
     )
     shown = set()
     for row in sorted(ours, key=lambda r: (gpus.index(r.gpu), r.head_dim or 0)):
@@ -155,7 +181,9 @@ def _tables(ours: list[KernelCost], theirs: list[KernelCost], gpus: tuple[str, .
                 f"{other.second_pipe} {other.second:.2f}",
                 f"{other.cycles / row.cycles:.2f}",
             ]
-        found.add_row(*cells(row), str(row.spills), *compared)
+        loop, call = calls.get(row, (0.0, 0.0))
+        timed = (f"{call:.3f}", f"{call / loop:.2f}") if loop else ()
+        found.add_row(*cells(row), str(row.spills), *timed, *compared)
     rest = [row for row in theirs if row not in shown]
     if not rest:
         return [found]
@@ -213,16 +241,18 @@ def _packed_past(gpus: tuple[str, ...], as_json: bool) -> None:
         )
     rotated = rope_costs(rows)
     second = Table(
-        title="Keys before RoPE at 65,536 tokens: rotated in the kernel, or through a scratch of "
-        "one layer (estimated microseconds)",
+        title="Keys before RoPE at 65,536 tokens: turned in the Triton kernel (machine code), "
+        "or through a scratch of one layer, estimated (microseconds)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for heading in ("GPU", "bits", "rows of Q", "in the kernel", "scratch", "faster"):
+    headings = ("GPU", "bits", "rows of Q", "instructions", "in the kernel", "scratch", "faster")
+    for heading in headings:
         second.add_column(heading, justify="right")
     for one in rotated:
-        figures = (f"{one.kernel:.1f}", f"{one.scratch:.1f}", one.faster)
+        times = (f"{one.instructions:.1f}", f"{one.kernel:.1f}", f"{one.scratch:.1f}")
+        figures = (*times, one.faster)
         second.add_row(one.gpu, f"{one.bits:g}", str(one.rows), *figures)
     document = {
         "decode": [row.as_dict() for row in rows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -36,7 +37,7 @@ SPECS = ("int8/fp8", "int4/fp8-fast")
 #: Uniform specs on the plot of quality against speed.
 PLOTTED = ("int8/fp8", "int8/int8", "int8/fp8-fast", "int4/fp8-fast")
 
-#: Whose predicted times count.
+#: Whose predicted times count, of main loops: the model's pictures are tiny.
 CARD = "rtx4090"
 
 #: Further plans for the plot: share of the way from the time of all 4 bit to that of all 8 bit.
@@ -141,14 +142,16 @@ def _calibrate(sampler: Any, path: Path, pictures: int) -> ScoreTable:
 
 
 def _plans(table: ScoreTable) -> dict[str, Planned]:
+    from sage_diffusion.adapt.costs import card_costs
     from sage_diffusion.adapt.planner import make_plan, predicted_time
 
-    low, high = (predicted_time(table, name, CARD) for name in ("int4/fp8-fast", "int8/fp8-fast"))
+    costs = card_costs(CARD, math.inf)
+    low, high = (predicted_time(table, name, costs) for name in ("int4/fp8-fast", "int8/fp8-fast"))
     budgets = [1.1 * low, *(low + share * (high - low) for share in _ON_THE_WAY)]
     plans = {}
     for i, budget in enumerate(budgets):
         name = "adaptive" if i == 0 else f"adaptive, {budget / low - 1:.0%} over 4 bit"
-        plans[name] = make_plan(table, budget=budget, costs=CARD, name=name)
+        plans[name] = make_plan(table, budget=budget, costs=costs, name=name)
     return plans
 
 
@@ -159,6 +162,7 @@ def _evaluate(
     plans: dict[str, Planned],
     made: dict[str, list[Generation]],
 ) -> Evaluation:
+    from sage_diffusion.adapt.costs import card_costs
     from sage_diffusion.adapt.evaluate import evaluate
 
     with progress() as bar:
@@ -168,7 +172,7 @@ def _evaluate(
             [(list(labels), seed)],
             {name: planned.plan for name, planned in plans.items()},
             uniform=PLOTTED,
-            costs=CARD,
+            costs=card_costs(CARD, math.inf),
             made=made,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total),
         )

@@ -16,13 +16,24 @@ def doctor(
         Optional[str],  # noqa: UP045 (typer reads it on Python 3.10)
         typer.Option(help="Ask about this device. [default: the GPU where there is one]"),
     ] = None,
+    card: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Only what the presets are on a card that need not be here, e.g. rtx4090."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Versions, devices, and every backend's answer to every spec of the ladder."""
+    """Versions, devices, presets, and every backend's answer to every spec of the ladder."""
     from rich.table import Table
 
+    from sage_diffusion.adapt.presets import PRESETS, card_preset, describe_preset
     from sage_diffusion.kernels.spec import LADDER
 
+    if card is not None:
+        lines = [describe_preset(name, card_preset(name, card), card) for name in PRESETS]
+        emit(as_json, {"card": card, "presets": lines}, *lines)
+        return
     document = diagnose(head_dim, tokens, device)
     versions = Table(title="This machine", title_justify="left", show_header=False)
     for key, value in document["environment"].items():
@@ -60,13 +71,15 @@ def doctor(
             listed = "all" if len(specs) == len(LADDER) else ", ".join(specs)
             reasons.add_row(name, listed, reason)
     todo = [f"to do: {line}" for line in document["problems"]]
-    emit(as_json, document, *todo, versions, table, reasons)
+    advice = [f"preset {line}" for line in document["presets"]]
+    emit(as_json, document, *todo, versions, *advice, table, reasons)
 
 
 def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str, Any]:
     """The answers as plain data."""
     import torch
 
+    from sage_diffusion.adapt.presets import PRESETS, describe_preset, preset, this_card
     from sage_diffusion.attend import backends
     from sage_diffusion.machine import environment, version
 
@@ -83,6 +96,9 @@ def diagnose(head_dim: int, tokens: int, device: str | None = None) -> dict[str,
         "problems": backends.problems(),
         "devices": [_gpu(i) for i in range(torch.cuda.device_count())] if gpu else [],
         "device": str(target),
+        "presets": [
+            describe_preset(name, preset(name, str(target)), this_card(target)) for name in PRESETS
+        ],
         "backends": [{"name": b.name, "describes": b.describes} for b in backends.BACKENDS],
         "specs": {
             name: answer._asdict()

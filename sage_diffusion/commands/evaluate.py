@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.commands.options import check_names, parse_option, prompts_of
+from sage_diffusion.commands.options import (
+    Tokens,
+    check_names,
+    default_tokens,
+    parse_option,
+    prompts_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +56,7 @@ def evaluate(
     card: Annotated[
         str, typer.Option(help="Card whose costs count, or a JSON file of spec: cost.")
     ] = "rtx4090",
+    tokens: Tokens = None,
     out: Annotated[
         Optional[Path],
         typer.Option(help="Folder for plots: quality against speed, latents after each step."),
@@ -88,8 +95,9 @@ def evaluate(
         if model != "bundled":
             raise CommandError("name at least one plan to evaluate")
         plans = {"bundled": bundled_plan()}
+    costs = load_costs(card, default_tokens(model, tokens))
     for name in spec or ():
-        relative_cost(name, load_costs(card))  # one that the user names is not left out
+        relative_cost(name, costs)  # one that the user names is not left out
     scores = None if table is None else ScoreTable.load(table)
     extra = dict(parse_option(text) for text in option or ())
     with quiet_stdout(), progress() as bar:
@@ -107,7 +115,7 @@ def evaluate(
             pairs,
             plans,
             uniform=tuple(spec or UNIFORM),
-            costs=card,
+            costs=costs,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total),
         )
     notes = []

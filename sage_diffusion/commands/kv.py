@@ -68,6 +68,9 @@ def calibrate(
     draws: Annotated[
         int, typer.Option(help="Backward passes for each chunk; 0: plain covariance.", min=0)
     ] = 2,
+    train: Annotated[
+        int, typer.Option(help="Steps of training the rotations of `matryoshka`.", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Measure what a model's K, V and gradients are like, for the calibrated presets."""
@@ -80,16 +83,28 @@ def calibrate(
     if tokenizer is None:
         raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
     texts = [path.read_text(encoding="utf-8") for path in text]
-    made = measure(loaded.float(), texts, tokenizer, recipe=Recipe(draws=draws))
+    loaded = loaded.float()
+    made = measure(loaded, texts, tokenizer, recipe=Recipe(draws=draws))
+    if train:
+        from sage_diffusion.integrations.transformers import kv_matryoshka
+
+        training = kv_matryoshka.Training(steps=train)
+        made = kv_matryoshka.train(loaded, made, texts, tokenizer, training=training)
     made.save(out)
     document = {"out": str(out), "bytes": out.stat().st_size, "fingerprint": made.fingerprint}
     about = made.about
-    emit(
-        as_json,
-        document | {"about": about},
+    lines = [
         f"{out}: {document['bytes']} bytes, of {about['tokens']} tokens and "
-        f"{about['gradients']} gradients",
-    )
+        f"{about['gradients']} gradients"
+    ]
+    if train:
+        at = about["matryoshka"]
+        kept = "trained" if at["trained"] else "principal components, training did not help"
+        lines.append(
+            f"rotations at half of the channels, KL on chunks left out: {at['before']:.4f} -> "
+            f"{at['after']:.4f} ({kept})"
+        )
+    emit(as_json, document | {"about": about}, *lines)
 
 
 @app.command("bench")

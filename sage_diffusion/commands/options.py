@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Optional
+
+import typer
 
 from sage_diffusion.commands.common import CommandError
 from sage_diffusion.json_files import JSONError, NotJSON, parse_json
+
+# ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
 #: Pictures per call of a class-conditional model.
 _BATCH = 4
 
 #: Pictures of the bundled model whose gradients share a graph: larger calls, 3 GB instead of 1.5.
 PICTURES_PER_GRAPH = 4
+
+
+#: Option of commands that predict times.
+Tokens = Annotated[
+    Optional[float],
+    typer.Option(
+        help="Times of calls of so many tokens, 4608 for a picture of 1024 x 1024: short ones gain "
+        "less, as they are quantized and launched, too. inf: of the main loop alone. "
+        "[default: of the calls as they are; inf for the bundled model, whose pictures are tiny]"
+    ),
+]
+
+
+def default_tokens(model: str, tokens: float | None) -> float | None:
+    """Tokens that times are predicted for; the bundled model stands for one of long sequences."""
+    return math.inf if tokens is None and model == "bundled" else tokens
 
 
 def call_arguments(pipe: Any, prompts: list[str], steps: int) -> tuple[dict[str, Any], list[str]]:

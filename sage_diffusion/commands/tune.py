@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
-from sage_diffusion.speed.cost_sass import GPUS
+from sage_diffusion.speed.gpus import GPUS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -46,7 +46,8 @@ class Calibration:
             ``heavy [L, H]``: shares of the heavy hitters, of mean 1; ``mass [L, 101]``: attention
             that the best 0, 1, .. 100 % of the older tokens receive; and per head after RoPE
             ``post.mean [L, 2, H, D]``, ``post.basis [L, 2, H, D, D]``, ``post.energy [L, 2, H, D]``
-            of K and V.
+            of K and V; where MatryoshkaKV's rotations were trained ``post.losses
+            [L, 2, H, D + 1]``, nats of a token that the first 0 .. D coordinates of a head cost.
         about: what it was made of, plain data.
     """
 

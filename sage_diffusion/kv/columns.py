@@ -56,8 +56,10 @@ class Columns:
             room[key] = torch.empty(size, device=words.device)
         out: Tensor = room[key][:size].view(shape)
         p = bits(self.width)
-        if len(planes(self.width)) > 1 or p == 8:
+        if p == 8:
             return out.copy_(self.split(words))
+        if p == 3:
+            return _three(words, out)
         octets = words.contiguous().view(torch.uint8)
         for part, shift in zip(out.chunk(8 // p, -1), range(0, 8, p), strict=True):
             shifted = octets >> shift if shift else octets
@@ -86,6 +88,19 @@ def _split(words: Tensor, width: Width) -> Tensor:
     codes = _parts(low, 2).unflatten(-1, (4, blocks, 2, 4))
     single = _parts(high, 1).unflatten(-1, (4, 2, blocks, 4)).transpose(-3, -2)
     return (codes + single * 4).flatten(-4)
+
+
+def _three(words: Tensor, out: Tensor) -> Tensor:
+    """Codes of 3 bits in the order of :func:`_split`, four bytes at a time."""
+    blocks = words.shape[-1] // 3
+    low, high = words.split([2 * blocks, blocks], -1)
+    low = low.contiguous()
+    high = torch.stack((high, high >> 1), -1).flatten(-2)  # a bit beside each pair of bits
+    for n, part in enumerate(out.chunk(4, -1)):
+        top = high << 2 if n == 0 else high >> (2 * n - 2)
+        codes = ((low >> (2 * n)) & 0x03030303).bitwise_or_(top & 0x04040404)
+        part.copy_(codes.view(torch.uint8))
+    return out
 
 
 def _parts(words: Tensor, p: int) -> Tensor:

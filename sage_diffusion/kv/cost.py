@@ -16,18 +16,20 @@ from typing import NamedTuple
 import torch
 
 from sage_diffusion.kernels.kv.layout import Width, bits, row_words
-from sage_diffusion.kernels.kv.sides import Side
+from sage_diffusion.kernels.kv.sides import Side, Turn
+from sage_diffusion.kernels.kv.tuning import portable_tile, portable_warps, tiles
 from sage_diffusion.speed.cost import CostError, NoKernelError, gpu_named
 from sage_diffusion.speed.cost_sass import (
     SCHEDULERS,
     WARP,
     Bound,
-    Gpu,
+    Function,
     bound,
     functions,
     is_spill,
     main_loop,
 )
+from sage_diffusion.speed.gpus import Gpu
 
 #: Bytes a second that the cards' memory gives, by data sheet.
 BANDWIDTH = {
@@ -138,8 +140,8 @@ def _cost(name: str, gpu: Gpu, setting: Setting, length: int) -> DecodeCost:
     partial = 2 * loop.splits * HEADS * GROUP * (DIM + 1) * 4  # written and read
     memory = (2 * HEADS * length * DIM * setting.bits / 8 + partial) / BANDWIDTH[name]
     warps = HEADS * loop.splits * loop.warps
-    tiles = -(-length // loop.tile)
-    trips = -(-tiles // (loop.splits * loop.warps))
+    each = -(-length // loop.tile)  # tiles of a head
+    trips = -(-each // (loop.splits * loop.warps))
     busy = -(-warps // (gpu.sms * SCHEDULERS))  # warps of the scheduler that has most
     cycles = max(loop.bound.cycles.values()) * SCHEDULERS * busy * trips
     pipe = max(loop.bound.cycles, key=lambda one: loop.bound.cycles[one])
@@ -167,7 +169,9 @@ class RopeCost(NamedTuple):
 
     Attributes:
         gpu, bits, rows: a card's name, bits of an element, rows of Q of a KV head.
-        kernel: rotated within the decode kernel, which reads the codes once for 16 rows.
+        instructions: of the kernel's loop, lane-instructions of an element.
+        kernel: turned within the Triton decode kernel, which reads the codes once for 16 rows; by
+            its machine code.
         scratch: K and V of the layer decoded to bfloat16 once, then attention on that.
         faster: "kernel" or "scratch".
     """
@@ -175,6 +179,7 @@ class RopeCost(NamedTuple):
     gpu: str
     bits: float
     rows: int
+    instructions: float
     kernel: float
     scratch: float
     faster: str
@@ -190,29 +195,38 @@ _ROWS = (GROUP, 1560)
 
 
 def rope_costs(costs: Sequence[DecodeCost], length: int = 65536) -> list[RopeCost]:
-    """Estimates for keys stored before RoPE, from bounds of keys stored after it.
+    """Keys stored before RoPE, beside bounds of keys stored after it.
 
-    The kernel's instructions are counted by hand here; the scratch costs its bytes, written and
-    read, unpacking with the same loop, and two products on the tensor cores.
+    The kernel's time is that of its machine code or its bytes; of the scratch, which no kernel
+    writes yet, instructions are counted by hand: it costs its bytes, written and read, unpacking
+    with the loop of keys after RoPE and a rotation, and two products on the tensor cores.
+
+    Raises:
+        CostError: triton is not installed.
     """
     found = []
+    known = {round(setting.bits, 3): setting for setting in SETTINGS}
     for cost in costs:
         if cost.length != length:
             continue
         gpu, elements = gpu_named(cost.gpu), 2 * HEADS * length * DIM
         clock = gpu.sms * gpu.ghz * 1e9
         packed, bandwidth = elements * cost.bits / 8, BANDWIDTH[cost.gpu]
+        turned = _turned(gpu, known[cost.bits])
+        trips = HEADS * tiles(length, known[cost.bits].k_group, turned.tile) * turned.warps
+        work = trips * max(turned.bound.cycles.values()) / clock
         unpacking = elements * cost.instructions / (SCHEDULERS * WARP * clock)
-        rotation = elements / 2 * (_ROTATION + _TABLE) / (SCHEDULERS * WARP * clock)
+        unpacking += elements / 2 * (_ROTATION + _TABLE) / (SCHEDULERS * WARP * clock)
         for rows in _ROWS:
             passes = -(-rows // 16)
             products = 2 * HEADS * length * DIM * rows / (gpu.tensor["f16/f32"] * clock)
-            kernel = max(products, passes * max(packed / bandwidth, unpacking + rotation))
-            scratch = max((packed + 2 * elements) / bandwidth, unpacking + rotation)
+            kernel = max(products, passes * max(packed / bandwidth, work))
+            scratch = max((packed + 2 * elements) / bandwidth, unpacking)
             scratch += max(2 * elements / bandwidth, products)
             faster = "kernel" if kernel <= scratch else "scratch"
             times = round(kernel * 1e6, 1), round(scratch * 1e6, 1)
-            found.append(RopeCost(cost.gpu, cost.bits, rows, *times, faster))
+            each = round(turned.instructions * turned.warps * WARP / (2 * turned.tile * DIM), 1)
+            found.append(RopeCost(cost.gpu, cost.bits, rows, each, *times, faster))
     return found
 
 
@@ -241,14 +255,7 @@ def _compiled(gpu: Gpu, setting: Setting, length: int) -> _Loop:
     q = torch.zeros(1, HEADS * GROUP, 1, DIM, dtype=torch.bfloat16)
     with compiling_for(gpu.arch) as driver:
         gluon.decode(q, k, v, 1.0, config=config, split=4)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(driver.kernels[0].cubin)
-        (function,) = functions(path)
-    body = main_loop(function)
-    found = bound(body, gpu)
-    if found.unknown:
-        raise CostError(f"the kernel has instructions of unknown cost: {sorted(found.unknown)}")
+    body, function, found = _loop(driver.kernels[0].cubin, gpu)
     return _Loop(
         found,
         len(body),
@@ -258,3 +265,35 @@ def _compiled(gpu: Gpu, setting: Setting, length: int) -> _Loop:
         splits,
         config.num_warps,
     )
+
+
+def _turned(gpu: Gpu, setting: Setting) -> _Loop:
+    """The Triton kernel that turns keys, for one query and :data:`GROUP` heads."""
+    try:
+        from sage_diffusion.kernels.kv import triton
+        from sage_diffusion.speed.cost_compile import compiling_for
+    except ImportError as error:
+        raise CostError(f"compiling a kernel needs triton (pip install triton): {error}") from None
+    k = _side(setting.k, "channel", setting.k_group, setting.k_group * 64)
+    v = _side(setting.v, "token", setting.v_group, setting.k_group * 64)
+    q = torch.zeros(1, HEADS * GROUP, 1, DIM, dtype=torch.bfloat16)
+    turn = Turn(torch.zeros(DIM // 2).double(), 1.0, torch.zeros(1, dtype=torch.int64))
+    with compiling_for(gpu.arch) as driver:
+        triton.decode(q, k, v, 1.0, None, turn, split=4)
+    body, function, found = _loop(driver.kernels[0].cubin, gpu)
+    spills, tile = sum(map(is_spill, body)), portable_tile(gpu.arch)
+    warps = portable_warps(gpu.arch, True)
+    return _Loop(found, len(body), function.registers, spills, tile, 4, warps)
+
+
+def _loop(cubin: bytes, gpu: Gpu) -> tuple[tuple[str, ...], Function, Bound]:
+    """The main loop of a kernel's machine code, and what a trip of a warp costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        (function,) = functions(path)
+    body = main_loop(function)
+    found = bound(body, gpu)
+    if found.unknown:
+        raise CostError(f"the kernel has instructions of unknown cost: {sorted(found.unknown)}")
+    return body, function, found

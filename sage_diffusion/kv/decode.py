@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage_diffusion.kernels.kv import reference
 from sage_diffusion.kernels.kv.quantize import decode as decode_steps
-from sage_diffusion.kernels.kv.sides import Side, check
+from sage_diffusion.kernels.kv.sides import Side, Turn, check
 from sage_diffusion.kv.parts import Part
 
 #: Rows of Q (query heads of a KV head times queries) beyond which reading the codes once more for
@@ -36,6 +36,7 @@ def attend(
     v: Side,
     scale: float,
     mask: Tensor | None = None,
+    turn: Turn | None = None,
     *,
     backend: str = "auto",
 ) -> Part:
@@ -46,6 +47,7 @@ def attend(
         k, v: packed sides (:class:`~sage_diffusion.kernels.kv.sides.Side`) of as many tokens.
         scale: of the scores.
         mask: boolean (true: seen) or additive, broadcastable to ``[B, Hq, L, tokens]``.
+        turn: RoPE of k, where k was stored before it.
         backend: "gluon" (NVIDIA), "triton", "torch", or "auto": the first that can.
 
     Returns:
@@ -56,35 +58,43 @@ def attend(
         ValueError: shapes, devices or backend do not fit (the message says why).
     """
     _check(q, k, v, mask)
-    chosen = choose(q, k, v, backend)
+    if turn is not None and turn.angles.shape != (k.dim // 2,):
+        raise ValueError(
+            f"turn must have {k.dim // 2} angles, of half of the channels, got "
+            f"{tuple(turn.angles.shape)}"
+        )
+    chosen = choose(q, k, v, backend, before_rope=turn is not None)
     if chosen == "torch":
-        return Part(*reference.decode(q, k, v, scale, mask))
+        return Part(*reference.decode(q, k, v, scale, mask, turn))
     from sage_diffusion.kernels.kv import triton
 
     if chosen == "triton":
-        return Part(*triton.merge(*triton.decode(q, k, v, scale, mask)))
+        return Part(*triton.merge(*triton.decode(q, k, v, scale, mask, turn)))
     from sage_diffusion.kernels.kv import gluon
 
     return Part(*triton.merge(*gluon.decode(q, k, v, scale, mask)))
 
 
-def choose(q: Tensor, k: Side, v: Side, backend: str = "auto") -> str:
+def choose(q: Tensor, k: Side, v: Side, backend: str = "auto", *, before_rope: bool = False) -> str:
     """Name of the backend that computes a call.
+
+    Args:
+        before_rope: whether k must be turned.
 
     Raises:
         ValueError: there is no such backend, or it can't compute this.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if refuse(name, q, k, v) is None)
+        return next(name for name in BACKENDS if refuse(name, q, k, v, before_rope) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = refuse(backend, q, k, v)
+    reason = refuse(backend, q, k, v, before_rope)
     if reason is not None:
         raise ValueError(f"{backend} can't attend to this on {q.device}: {reason}")
     return backend
 
 
-def refuse(backend: str, q: Tensor, k: Side, v: Side) -> str | None:
+def refuse(backend: str, q: Tensor, k: Side, v: Side, before_rope: bool = False) -> str | None:
     """Why a backend can't compute a call, or None."""
     if backend == "torch":
         return None
@@ -97,7 +107,21 @@ def refuse(backend: str, q: Tensor, k: Side, v: Side) -> str | None:
         return "Triton needs sm_80 or newer"
     if backend == "gluon" and amd:
         return "needs an NVIDIA card"
+    if before_rope:
+        reason = _refuse_turn(backend, q, k)
+        if reason is not None:
+            return reason
     return refuse_shapes(backend, q, k, v)
+
+
+def _refuse_turn(backend: str, q: Tensor, k: Side) -> str | None:
+    """Why keys before RoPE can't be turned."""
+    if backend == "gluon":
+        return "takes keys after RoPE"
+    from sage_diffusion.kernels.attention.tuning import architecture
+    from sage_diffusion.kernels.kv import tuning
+
+    return tuning.refuse_turn(architecture(q.device), k.group, k.dim)
 
 
 def refuse_shapes(backend: str, q: Tensor, k: Side, v: Side) -> str | None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.kv.sides import Turn
 from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.kept import QUERIES, Exact, Heavy, Kept, importance, pick, unfit, without
-from sage_diffusion.kv.method import TILE, Body, ChoosesHeavy, Method, Place, Rope, Rotate
+from sage_diffusion.kv.method import TILE, Body, ChoosesHeavy, Method, Place, Rope, Rotation
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.store import Store, select, to
+from sage_diffusion.kv.turning import angles_of
 
 
 class Layer:
@@ -227,8 +229,20 @@ class Layer:
         return self._rope.rotate(k, positions, inverse)
 
     @property
-    def _rotate(self) -> Rotate | None:
-        return self._rotated if self.method.pre_rope else None
+    def _rotate(self) -> Rotation | None:
+        return Rotation(self._rotated, self._turn) if self.method.pre_rope else None
+
+    def _turn(self) -> Turn | None:
+        """How the body's K is rotated, in numbers, or None where that is not known."""
+        assert self._rope is not None
+        place = self.filled().place
+        key = "angles", place.head_dim, str(place.device)
+        if key not in self.shared:
+            self.shared[key] = angles_of(self._rope, place.head_dim, place.device)
+        if self.shared[key] is None:
+            return None
+        first = torch.full((self.batch,), self._sink["k"].length, device=place.device)
+        return Turn(*self.shared[key], first if self._offset is None else first + self._offset)
 
     def tiles(self, size: int = TILE) -> Iterator[tuple[Tensor, Tensor]]:
         """All K and V in order, at most ``size`` tokens of the body at a time."""

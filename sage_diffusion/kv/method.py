@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sage_diffusion.kernels.kv.sides import Turn
 from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.store import Store, select, to
@@ -18,6 +19,23 @@ from sage_diffusion.kv.store import Store, select, to
 #: K ``[B, H, n, D]`` as it was before RoPE -> after it; the first token's index in the body, or the
 #: index of each ``[B, n]``.
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A :data:`Rotate` that may also be known in numbers.
+
+    Attributes:
+        keys: rotates.
+        turn: the same for a kernel, or None where it is not known.
+    """
+
+    keys: Rotate
+    turn: Callable[[], Turn | None]
+
+    def __call__(self, k: Tensor, start: int | Tensor) -> Tensor:
+        return self.keys(k, start)
+
 
 #: Tokens that are read at once where a body is attended to without a kernel.
 TILE = 1024

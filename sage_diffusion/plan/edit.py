@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
-from sage_diffusion.plan.fingerprint import mismatch
+from sage_diffusion.plan.fingerprint import fingerprint, mismatch
 from sage_diffusion.plan.lookup import without_shadowed
 from sage_diffusion.plan.noise import NoiseScale
 from sage_diffusion.plan.plan import PrecisionPlan
@@ -28,6 +28,31 @@ def check_fingerprint(plan: PrecisionPlan, found: Mapping[str, Any]) -> None:
     reason = mismatch(plan.fingerprint, found)
     if reason is not None:
         raise PlanError(f"the plan does not belong to this model: {reason}")
+
+
+def misfits(plan: PrecisionPlan, layers: Sequence[str], model: str, strict: bool) -> list[str]:
+    """Why a plan may not be for a model, in words for whoever runs it.
+
+    Args:
+        plan: any.
+        layers: the model's.
+        model: class of the model.
+        strict: refuse instead.
+
+    Raises:
+        PlanError: strict, and it does not fit.
+    """
+    try:
+        if plan.fingerprint:
+            check_fingerprint(plan, fingerprint(layers, model=model))
+        words = custom_globs_that_miss(plan, layers)
+        if words is not None:
+            raise PlanError(words)
+        return plan.check(layers, strict=strict)
+    except PlanError as error:
+        if strict:
+            raise
+        return [str(error)]
 
 
 def merge_plans(first: PrecisionPlan, second: PrecisionPlan) -> PrecisionPlan:

@@ -17,9 +17,7 @@ from pathlib import Path
 from sage_diffusion.attend.execution import compiler_errors
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.speed.cost_sass import (
-    GPUS,
     Function,
-    Gpu,
     bound,
     functions,
     is_spill,
@@ -27,7 +25,9 @@ from sage_diffusion.speed.cost_sass import (
     main_loop,
     opcode,
 )
+from sage_diffusion.speed.gpus import GPUS, Gpu
 from sage_diffusion.speed.libraries import libraries
+from sage_diffusion.speed.traffic import call_milliseconds
 
 #: Multiply-accumulates that ``cycles`` counts: 16 queries, 64 keys, head dim 128, both products.
 UNIT = 262_144
@@ -38,7 +38,7 @@ class KernelCost:
     """The predicted bound of one compiled kernel on one card.
 
     Attributes:
-        gpu: a name of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
+        gpu: a name of :data:`~sage_diffusion.speed.gpus.GPUS`.
         spec: what it computes; of someone else's kernel, the formats of its tensor-core products.
         head_dim: None if it can't be told from a foreign kernel's name.
         cycles: of one SM per 262,144 multiply-accumulates, in the slowest pipe.
@@ -68,6 +68,16 @@ class KernelCost:
         """Tera-operations per second of the whole card at its boost clock: an upper bound."""
         gpu = GPUS[self.gpu]
         return 2 * UNIT / self.cycles * gpu.sms * gpu.ghz / 1000
+
+    def call_milliseconds(self, tokens: int, heads: int) -> tuple[float, float]:
+        """Predicted time of the main loop of a call of ours, and of the whole call.
+
+        Self-attention; what quantization and launches add is :mod:`.traffic`'s.
+        """
+        assert self.head_dim is not None and not self.package
+        loop = 4 * heads * tokens**2 * self.head_dim / self.tops / 1e9
+        spec, gbs = AttentionSpec.parse(self.spec), GPUS[self.gpu].gbs
+        return loop, call_milliseconds(gbs, spec, tokens, self.head_dim, heads, loop=loop)
 
     def as_dict(self) -> dict[str, object]:
         """The fields of the JSON output; ``package`` only of someone else's."""
@@ -142,7 +152,7 @@ def kernel_costs(
     What a card can't run is left out.
 
     Args:
-        gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
+        gpus: names of :data:`~sage_diffusion.speed.gpus.GPUS`.
         specs: any specs.
         head_dims: 1 .. 256.
         mask: None, "bool" or "additive": compile the variant that takes such a mask.
@@ -232,7 +242,7 @@ def library_costs(
     Args:
         target: path of a cubin, a shared library or a wheel, or a package's name; its files are
             read (:mod:`.libraries`), its code is never imported.
-        gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
+        gpus: names of :data:`~sage_diffusion.speed.gpus.GPUS`.
         head_dims: leave out others, where the head dim is known.
         match: part of the kernels' mangled names.
         wheels: folder to look for the wheel of a package that is not installed.

@@ -215,7 +215,7 @@ def quantize_milliseconds(
     spec: AttentionSpec,
     length: int,
     head_dim: int,
-    heads: int,
+    heads: float,
     sums: bool = False,
 ) -> float:
     """Predicted time of a call's quantizers.
@@ -236,18 +236,21 @@ def call_milliseconds(
     spec: AttentionSpec,
     length: int,
     head_dim: int,
-    heads: int,
+    heads: float,
     *,
     loop: float,
-    in_columns: bool,
+    in_columns: bool | None = None,
 ) -> float:
     """Predicted time of a whole call; a bound as far as its main loop is one.
 
     Args:
         gbs, spec, length, head_dim, heads: as of :func:`quantize_milliseconds`.
         loop: milliseconds of the main loop.
-        in_columns: the kernel wants K's scales in column order (Gluon, Hopper).
+        in_columns: the kernel wants K's scales in column order (Gluon, Hopper); None: as the kernel
+            that a card has for the spec, where V is quantized.
     """
+    if in_columns is None:
+        in_columns = spec.pv is not Precision.FP16
     # Delta-S reads K, and means of Q that the L2 cache holds, again and again: K counts once.
     other = 0
     if spec.smooth_q:
@@ -260,5 +263,5 @@ def call_milliseconds(
     return loop + quantizers + _milliseconds(gbs, other * heads, launches)
 
 
-def _milliseconds(gbs: float, moved: int, launches: int) -> float:
+def _milliseconds(gbs: float, moved: float, launches: int) -> float:
     return moved / (gbs * BANDWIDTH_SHARE * 1e6) + launches * LAUNCH_MICROSECONDS / 1e3

@@ -16,7 +16,7 @@ def search_costs(gpus: Sequence[str], dims: Sequence[int]) -> list[KernelCost]:
     """Bounds of the main loop for BF16 latents and the metric l2.
 
     Args:
-        gpus: names of :data:`~sage_diffusion.speed.cost_sass.GPUS`.
+        gpus: names of :data:`~sage_diffusion.speed.gpus.GPUS`.
         dims: of the latents, 1 .. 2048; the result has them as head dims.
 
     Raises:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from adapt_host import TinySampler
+from adapt_host import LOOPS, TinySampler
 
 from sage_diffusion.adapt.calibrate import CalibrationError, Calibrator, calibrate
 from sage_diffusion.adapt.complete import complete
@@ -268,7 +268,7 @@ def test_further_seeds_are_taken_and_another_count_is_run_again(tmp_path):
     assert run(sampler, sensitivity=1, **options).sensitivity["asked"] == 1
     kept = ScoreTable.load(options["path"])
     kept.sensitivity["fit"]["ridge"] = None
-    made = make_plan(kept, budget=0.9)
+    made = make_plan(kept, budget=0.9, costs=LOOPS)
     assert "which runs of groups did not improve on" in made.plan.calibration["stage"]
 
 

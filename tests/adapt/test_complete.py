@@ -133,6 +133,35 @@ def test_a_cell_that_a_step_cache_skipped_is_unknown_not_zero():
     assert (table.filled_work()[3] == 1).all()
 
 
+def test_a_layer_or_a_step_that_was_never_measured_is_completed_with_wider_bars():
+    truth = low_rank(8)
+    mask = quarter(*truth.shape[:2])
+    mask[:, 9] = False
+    mask[5] = False
+    filled, bar = complete_log(np.where(mask[..., None], truth, 0), mask)
+    rest = ~mask[..., 0]
+    rest[5], rest[:, 9] = False, False
+    assert np.isfinite(filled).all()
+    assert bar[5].mean() > 2 * bar[:, :, 0][rest].mean()
+    assert np.mean(np.abs(filled - truth)[5] <= bar[5]) >= 0.9
+    others = np.delete(np.arange(8), 5)
+    assert np.mean(np.abs(filled - truth)[others, 9] <= bar[others, 9]) >= 0.8
+    assert np.abs(filled - truth)[others, 9].max() < 1.5  # its neighbours tell
+
+
+@pytest.mark.parametrize("seed", [141, 201])
+def test_a_likelihood_without_a_maximum_is_no_trouble(seed):
+    """Few of some cells stand out by a million: anything explains them."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, [7, 13, 3]))
+    specs = rng.integers(1, 4)
+    values = rng.normal(size=(*shape, specs))
+    values = np.where(rng.random(values.shape) < 0.05, 1e6, 0.0)
+    mask = rng.random(shape) < rng.choice([0.1, 0.3, 0.9])
+    filled, bar = complete_log(np.where(mask[..., None], values, 0), mask)
+    assert np.isfinite(filled).all() and np.isfinite(bar).all() and (bar > 0).all()
+
+
 def test_too_little_is_refused():
     truth = low_rank(6, 8)
     mask = np.zeros((6, 8, 1), dtype=bool)

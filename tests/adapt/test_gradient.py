@@ -3,81 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from adapt_host import TinySampler
+from adapt_host import LOOPS, ReplayingSampler, TinySampler, TracingSampler
 from tiny_emoji import tiny_emoji
 
 from sage_diffusion.adapt.calibrate import CalibrationError, calibrate
-from sage_diffusion.adapt.gradient import (
-    NoGradient,
-    _effects,
-    _Errors,
-    cell_effects,
-    measure_gradient,
-    smooth,
-)
+from sage_diffusion.adapt.gradient import cell_effects, measure_gradient, smooth
 from sage_diffusion.adapt.planner import make_plan
-from sage_diffusion.adapt.sampling import planned
-from sage_diffusion.adapt.sensitivity import cell_damage
+from sage_diffusion.adapt.sampling import NoGradient
+from sage_diffusion.adapt.sensitivity import cell_damage, stage_of
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.integrations.diffusers.sampler import PipelineSampler
-from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan, Rule
 
 SPECS = ("int8/int8", "int4/fp8-fast")
-
-
-class TracingSampler(TinySampler):
-    """A host with autograd."""
-
-    batch = 1
-
-    def pictures(self, prompt, seed):
-        return [(prompt, seed)]
-
-    def trace(self, pictures):
-        ((prompt, seed),) = pictures
-        self.weights = [w.requires_grad_() for w in self.weights]
-        return self.sample(prompt, seed)
 
 
 def calibrated(sampler, **options):
     options = {"specs": SPECS, "rows": 16, "share": 1} | options
     return calibrate(sampler, ["a", "bb"], (0, 1), **options)
-
-
-def test_errors_of_a_run_are_those_of_its_steps_signs():
-    """Neighbouring steps of a sequence err less alike than with one rotation for all."""
-
-    def correlation(sign_seed):
-        sampler = TracingSampler(layers=1, steps=6)
-        watcher = _Errors([AttentionSpec.parse("int4/fp8-fast")])
-        sampler.session.observers.append(watcher)
-        sampler.session.plan = PrecisionPlan("fp16", sign_seed=sign_seed)
-        sampler.trace([("a", 0)])
-        errors = torch.stack([e.flatten() for e in watcher.errors])
-        return np.corrcoef(errors.double().numpy())[0, 1:].mean()
-
-    alike, apart = correlation(None), correlation(0)
-    assert alike > 0.1 and abs(apart) < 0.05
-
-
-def test_a_cells_effect_is_what_running_it_in_that_spec_does():
-    sampler = TracingSampler(layers=2, steps=3)
-    table = calibrated(sampler, sensitivity=0)
-    watcher = _Errors([AttentionSpec.parse(name) for name in SPECS])
-    sampler.session.observers.append(watcher)
-    final = sampler.trace([("a", 0)])
-    sampler.session.observers.clear()
-    (effects,) = _effects(final, watcher, table, 1, 48, torch.Generator().manual_seed(0))
-    predicted = np.square(effects).mean(0)[:, :, 0]
-    for i, layer in enumerate(sampler.names):
-        for step in range(3):
-            start, end = step / 2 - 0.1, step / 2 + 0.1
-            rule = Rule(SPECS[0], layer, max(start, 0.0), min(end, 1.0))
-            with planned(sampler.session, PrecisionPlan("fp16", (rule,))), torch.no_grad():
-                changed = sampler.sample("a", 0)
-            measured = float((changed - final.detach()).square().sum())
-            assert abs(10 * np.log10(predicted[i, step, 0] / measured)) < 2.5
 
 
 def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path):
@@ -106,11 +48,11 @@ def test_calibration_takes_gradients_where_there_are_some():
     damage = cell_damage(copy, table.metric("error"))
     assert (damage > 0).all()
     assert damage[..., 1].sum() > 10 * damage[..., 0].sum()
-    plan = make_plan(table, budget=0.2)
+    plan = make_plan(table, budget=0.2, costs=LOOPS)
     assert plan.plan.calibration["predicted"]["psnr_db"] == pytest.approx(plan.quality, abs=0.01)
     groups = calibrated(TracingSampler(), sensitivity=1, method="groups")
     assert "weight" in groups.sensitivity
-    with pytest.raises(CalibrationError, match=r"needs a sampler with trace\(\), got TinySampler"):
+    with pytest.raises(CalibrationError, match=r"trace\(\) or replay\(\), got TinySampler"):
         calibrated(TinySampler(), sensitivity=1, method="gradient")
     with pytest.raises(CalibrationError, match="auto, gradient or groups, got 'magic'"):
         calibrated(TinySampler(), sensitivity=1, method="magic")
@@ -167,6 +109,27 @@ def test_a_host_without_a_graph_is_refused():
     assert not sampler.session.observers
 
 
+def test_where_memory_is_short_groups_are_run_if_the_caller_left_it_open():
+    def replay(picture, use):
+        raise NoGradient("one step needs about 31.2 GiB, 8.0 GiB are free")
+
+    def short(**options):
+        sampler = ReplayingSampler(layers=2, steps=3)
+        sampler.replay = replay
+        return calibrated(sampler, sensitivity=1, **options)
+
+    with pytest.raises(NoGradient, match=r"31\.2 GiB, 8\.0 GiB are free"):
+        short(method="gradient")
+    table = ScoreTable.from_dict(short().to_dict())
+    assert table.sensitivity["method"] == "groups"
+    assert stage_of(table).endswith(
+        "no gradients: one step needs about 31.2 GiB, 8.0 GiB are free)"
+    )
+    assert "no gradients" not in stage_of(short(method="groups"))
+    by_gradients = calibrated(ReplayingSampler(layers=2, steps=3), sensitivity=1)
+    assert by_gradients.sensitivity["method"] == "gradient"
+
+
 def test_a_pipeline_is_differentiated_as_it_samples():
     pipe = tiny_emoji()
     sampler = PipelineSampler(pipe, {"num_inference_steps": 3})
@@ -190,7 +153,7 @@ def test_pictures_of_one_graph_are_rated_as_apart():
         measure_gradient(sampler, table, pairs, progress=lambda *p: told.append(p[1:]))
         for sampler in samplers
     )
-    assert told == [(1, 3), (2, 3), (3, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3), (0, 3), (2, 3), (3, 3)]
     assert np.allclose(together["effect"], apart["effect"], rtol=0.01)
     assert np.allclose(together["factor"], apart["factor"], rtol=0.01)
     assert together["peak"] == pytest.approx(apart["peak"], rel=1e-4)

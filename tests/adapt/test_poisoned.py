@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from adapt_host import LOOPS
 
 from sage_diffusion import AttentionSession, Guard, enable
 from sage_diffusion.adapt.calibrate import calibrate
@@ -40,7 +41,7 @@ def test_calibration_finds_the_layer_and_the_plan_spares_it(poisoned):
     at = table.layers.index(LAYER)
     assert score[at] < np.delete(score, at).min() - 0.3
     assert table.outliers[..., 1].max((1, 2)).argmax() == at
-    planned = make_plan(table, budget=0.22)
+    planned = make_plan(table, budget=0.22, costs=LOOPS)
     chosen = planned.index[at]
     assert (np.array(planned.specs)[chosen] != LOW).all()
     low = np.delete(planned.index, at, 0) == planned.specs.index(LOW)

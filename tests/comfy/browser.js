@@ -24,7 +24,7 @@ async function main() {
   const pack = page.getByText('sage_diffusion', { exact: false }).first();
   await pack.waitFor({ timeout: 120000 });
   await pack.click();
-  const card = page.getByText('sd15_first_try', { exact: false }).first();
+  const card = page.getByText('First try - SD 1.5', { exact: false }).first();
   await card.waitFor({ timeout: 120000 });
   await page.waitForTimeout(1500);
   await shot('templates');

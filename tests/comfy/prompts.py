@@ -96,6 +96,31 @@ def autotune(family: str) -> dict[str, Any]:
     return prompt
 
 
+def calibrated(family: str, **more: Any) -> dict[str, Any]:
+    """Sage Attention with a plan that is made first, end-to-end stage included, and previewed."""
+    prompt = sampling(family, **{"preset": "plan input", "preset.plan": ["20", 0]})
+    common = {k: v for k, v in prompt["6"]["inputs"].items() if k != "model"}
+    given = {
+        "positive_2": ["4", 0],
+        "negative": ["21", 0],
+        "runs": 1,
+        "share": 0.5,
+        "goal": "most time",
+        "goal.time": 0.6,
+        "card": "rtx4090",
+        "name": "tiny",
+        "end_to_end": 1,
+        "method": "gradients",
+    }
+    width, tokens, pooled, _, _ = PARTS[family]
+    prompt["20"] = node("SageDiffusionCalibrate", model=["1", 0], **(common | given | more))
+    prompt["21"] = node("TinyConditioning", width=width, tokens=tokens, pooled=pooled, seed=3)
+    prompt["22"] = node(
+        "SageDiffusionPlanPreview", plan=["20", 0], steps=3, branch="cond", tokens=64, layers="*"
+    )
+    return prompt
+
+
 def custom(spec: str, **more: Any) -> dict[str, Any]:
     """Sage Attention's inputs for the preset "custom"."""
     inputs = {

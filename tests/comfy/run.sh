@@ -15,11 +15,12 @@ echo "ComfyUI 0.30.0"
 pytest tests/comfy --comfy .cache/comfyui-0.30.0 -p no:cacheprovider "$@" || failed=1
 
 echo "ComfyUI 0.24.0"
-pytest tests/comfy/test_in_process.py tests/comfy/test_server.py \
+pytest tests/comfy/test_in_process.py tests/comfy/test_neighbours.py tests/comfy/test_server.py \
   --comfy .cache/comfyui-0.24.0 -p no:cacheprovider \
   -k "pass_through or within_a_bound or untouched or decide_as_the_plan or previous_override \
 or stays_on_top or come_and_go or between_two or never_moved or samples_and_says \
-or words_on_everything or goes_round or accuracy_check_proves or doctor" || failed=1
+or words_on_everything or goes_round or accuracy_check_proves or doctor or neighbours_result \
+or regional or two_stages" || failed=1
 
 echo "everything took $((SECONDS - start)) s"
 exit $failed

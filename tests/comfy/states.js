@@ -4,7 +4,7 @@ const { open, finish } = require('./page.js');
 const fs = require('fs');
 
 const [url, folder] = process.argv.slice(2);
-const { sampling, check, planned, tuned } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
+const { sampling, check, planned, tuned, calibrated } = JSON.parse(fs.readFileSync(`${folder}/prompts.json`));
 const result = { errors: [], states: {} };
 
 async function main() {
@@ -80,7 +80,7 @@ async function main() {
   await set('SageDiffusionAttention', { enabled: true, mode: 4 });
   await run('bypassed');
   await set('SageDiffusionAttention', { mode: 0 });
-  await set('KSampler', { steps: 2000 });
+  await set('KSampler', { steps: 10000 });
   await queue();
   await page.waitForFunction(() => window.app.graph._nodes.find((n) => n.type === 'SageDiffusionAttention')
     .widgets.find((w) => w.name === 'sage_text').element.dataset.state === 'sampling', null, { timeout: 180000 });
@@ -115,6 +115,25 @@ async function main() {
   await load(check, 'workflow-c');
   await run('elsewhere');
 
+  // Its two pictures, one over the other: the line follows the mouse, pressing shows one whole.
+  await page.waitForFunction(() => document.querySelector('img.with')?.naturalWidth > 0);
+  result.compare = await page.evaluate(() => {
+    const [without, plan] = ['img.without', 'img.with'].map((name) => document.querySelector(name));
+    const box = plan.parentElement;
+    const { left, top, width, height } = box.getBoundingClientRect();
+    const at = (type, share, buttons) => {
+      const place = { clientX: left + share * width, clientY: top + height / 2, buttons };
+      box.dispatchEvent(new PointerEvent(type, { ...place, bubbles: true }));
+      return plan.style.clipPath;
+    };
+    return {
+      sizes: [without.naturalWidth, plan.naturalWidth],
+      apart: without.src !== plan.src,
+      clips: [at('pointermove', 0.25, 0), at('pointerdown', 0.25, 1), at('pointerup', 0.75, 0)],
+    };
+  });
+  await page.screenshot({ path: `${folder}/compare.png` });
+
   // Auto-tune: a bar while it measures; workflow and picture carry the plan that it made.
   const listen = () => page.evaluate(() => {
     window.told = [];
@@ -141,6 +160,21 @@ async function main() {
   }, picture);
   await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionAutoTune'));
   result.tuned.received = await embedded();
+
+  // A plan that is calibrated, end-to-end stage included, and previewed before it runs.
+  await load(calibrated, 'workflow-f');
+  await listen();
+  await queue();
+  const finished = await ended();
+  await page.waitForTimeout(700);
+  result.calibrated = {
+    end: finished,
+    node: await read('SageDiffusionCalibrate'),
+    preview: await read('SageDiffusionPlanPreview'),
+    ran: await read('SageDiffusionAttention'),
+    told: await page.evaluate(() => window.told),
+  };
+  await page.screenshot({ path: `${folder}/calibrated.png` });
   await browser.close();
 }
 

@@ -79,12 +79,13 @@ def states(server):
     planned = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "int8 everywhere"})
     tuned = prompts.autotune("sd3")
     told = {"sampling": sampling, "check": check, "planned": planned, "tuned": tuned}
+    told["calibrated"] = prompts.calibrated("sd3")
     (SHOTS / "prompts.json").write_text(json.dumps(told))
     return drive(server, "states.js", "states.json")
 
 
 def test_templates_are_offered(visit):
-    assert "sd15_first_try" in visit["templates"]
+    assert "First try - SD 1.5" in visit["templates"]
     assert len(visit["templates"]) == len(list((ROOT / "workflows").glob("*.json")))
 
 
@@ -197,6 +198,13 @@ def test_the_plan_of_a_file_travels_in_workflow_and_prompt(states):
     assert states["not_kept"] == ""
 
 
+def test_the_check_lays_its_two_pictures_over_each_other(states):
+    compare = states["compare"]
+    assert compare["sizes"] == [64, 64] and compare["apart"]
+    shares = [float(re.search(r"([\d.]+)(?:%|px)\)$", clip)[1]) for clip in compare["clips"]]
+    assert shares == [pytest.approx(25, abs=1), 0, pytest.approx(75, abs=1)]
+
+
 def test_auto_tune_has_a_bar_and_its_picture_carries_the_plan(states):
     from sage_diffusion.plan.embed import read_embedded
 
@@ -209,6 +217,16 @@ def test_auto_tune_has_a_bar_and_its_picture_carries_the_plan(states):
     assert re.search(r"^measure: step \d of 3, run 2 of 2\n\d+ s left$", told, re.M)
     assert read_embedded(tuned["plan"]).plan.calibration["predicted"]["time"] < 0.25
     assert tuned["received"] == tuned["plan"]
+
+
+def test_a_calibration_ends_in_a_plan_whose_preview_says_its_stage(states):
+    found = states["calibrated"]
+    assert found["end"] == "execution_success"
+    stage = "calibrated on the end-to-end stage (gradients, 1 picture)"
+    assert stage in found["node"]["text"] and stage in found["preview"]["text"]
+    assert found["ran"]["state"] == "done" and "plan tiny (hash" in found["ran"]["text"]
+    told = "\n".join(found["told"])
+    assert re.search(r"^sensitivity: step [4-6] of 6, run 1 of 1", told, re.M)  # the way back
 
 
 def test_no_state_broke_the_page(states):

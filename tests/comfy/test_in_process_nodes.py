@@ -77,7 +77,9 @@ def accuracy(families, tmp_path, monkeypatch, **more):
         "filename_prefix": "checks/a",
         "rows": 8,
     }
-    return SageAccuracyCheck.execute(**(given | more)).args
+    done = SageAccuracyCheck.execute(**(given | more))
+    accuracy.shown = done.ui
+    return done.args
 
 
 def test_the_check_shows_a_bar_previews_and_the_time_left(families, page, tmp_path, monkeypatch):
@@ -92,6 +94,15 @@ def test_the_check_shows_a_bar_previews_and_the_time_left(families, page, tmp_pa
     assert page.states[-1] == "done"
     assert page.texts[-1].startswith("PASSED: cosine 0.9\n20 of 20 quantized calls compared")
     assert out[5] is True
+
+
+def test_the_check_gives_both_pictures_to_the_page(families, page, tmp_path, monkeypatch):
+    vae = SimpleNamespace(decode=lambda latent: latent[:, :3].movedim(1, -1).sigmoid())
+    accuracy(families, tmp_path, monkeypatch, vae=vae, steps=2)
+    pairs = [accuracy.shown[name] for name in ("a_images", "b_images")]
+    assert all((tmp_path / one["filename"]).exists() for (one,) in pairs)
+    accuracy(families, tmp_path, monkeypatch, steps=2)
+    assert len(accuracy.shown["images"]) == 1  # the heat map alone
 
 
 def test_cancelling_keeps_what_was_compared(families, page, tmp_path, monkeypatch):
@@ -181,6 +192,35 @@ def test_a_name_that_exists_is_never_silently_another_calibration(
     assert (folder / "tiny.json").read_bytes() == first
     calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="replace it")
     assert json.loads((folder / "tiny.json").read_text())["steps"] == 2
+
+
+def test_where_memory_is_short_the_node_says_what_is_needed(families, page, tmp_path, monkeypatch):
+    from sage_diffusion.adapt.sampling import NoGradient
+    from sage_diffusion.integrations.comfy import gradients
+
+    monkeypatch.setattr(gradients, "_PART", 1e-9)
+    needs = r"the graph of one step needs about 0\.\d GiB, \d+\.\d GiB of cpu are free"
+    with pytest.raises(NoGradient, match=needs):
+        calibrate(families, tmp_path / "a", monkeypatch, end_to_end=1, method="gradients")
+    plan, text = calibrate(families, tmp_path / "b", monkeypatch, end_to_end=1)
+    assert "groups, 1 picture; no gradients: the graph of one step needs about" in text
+    assert "0.0 GiB" in plan.calibration["stage"]
+
+
+def test_the_way_back_is_shown_and_can_be_cancelled(families, page, tmp_path, monkeypatch):
+    from comfy.model_management import InterruptProcessingException
+
+    page.cancel_at = 6 + 5  # of the second picture the second step on the way back
+    with pytest.raises(InterruptProcessingException):
+        calibrate(families, tmp_path, monkeypatch, end_to_end=2, method="gradients")
+    assert "sensitivity had 1 of 2 runs\nthey are kept" in page.texts[-1]
+    assert all(preview is not None for _, _, preview in page.bars)
+    assert page.bars[-1][:2] == (11, 12)
+    page.cancel_at = None
+    page.bars.clear()
+    _, text = calibrate(families, tmp_path, monkeypatch, end_to_end=2, method="gradients")
+    assert page.bars[0][:2] == (7, 12)  # it goes on after the first picture
+    assert "the end-to-end stage (gradients, 2 pictures)" in text
 
 
 def autotune(families, tmp_path, monkeypatch, **more):

@@ -221,39 +221,22 @@ def test_the_accuracy_check_proves_a_plan(server):
     report = json.loads(Path(shown.splitlines()[-1]).read_text())
     assert len(report["rows"]) == 12  # 3 layers, 2 steps, each branch of guidance
     assert done["outputs"]["12"]["text"] == ["true"] or done["outputs"]["12"]["text"] == ["True"]
-    picture = done["outputs"]["6"]["images"][0]["filename"]
-    width = int.from_bytes((server.out / "temp" / picture).read_bytes()[16:20], "big")
-    assert width == 2 * 64
+    for name in ("a_images", "b_images"):  # without and with the plan, for the page's slider
+        (picture,) = done["outputs"]["6"][name]
+        data = (server.out / "temp" / picture["filename"]).read_bytes()
+        assert int.from_bytes(data[16:20], "big") == 64
     assert done["outputs"]["13"]["images"]
     assert "int4/int8" in done["outputs"]["11"]["text"][0]
 
 
 def test_a_calibrated_plan_is_made_and_runs(server):
-    prompt = prompts.sampling("sd3", **{"preset": "plan input", "preset.plan": ["20", 0]})
-    common = {k: v for k, v in prompt["6"]["inputs"].items() if k != "model"}
-    prompt["20"] = prompts.node(
-        "SageDiffusionCalibrate",
-        model=["1", 0],
-        positive_2=["4", 0],
-        **(common | {"negative": ["21", 0]}),
-        runs=1,
-        share=0.5,
-        goal="most time",
-        **{"goal.time": 0.6},
-        card="rtx4090",
-        name="tiny",
-        end_to_end=1,
-    )
-    prompt["22"] = prompts.node(
-        "SageDiffusionPlanPreview", plan=["20", 0], steps=2, branch="cond", tokens=64, layers="*"
-    )
-    prompt["21"] = prompts.node("TinyConditioning", width=4096, tokens=154, pooled=2048, seed=3)
-    done = server.run(prompt)
+    done = server.run(prompts.calibrated("sd3"))
     assert done["status"]["status_str"] == "success", done["status"]["messages"][-1]
     assert "predicted bound on rtx4090" in server.last_text("20")
     told = "".join(text for _, text in server.texts)
-    assert "measure: 2 of 2" in told and "sensitivity: 1 of " in told
-    assert "1 picture" in server.last_text("20") and "calibrated on the " in server.last_text("22")
+    assert "measure: 2 of 2" in told and "sensitivity: 1 of 1" in told
+    stage = "calibrated on the end-to-end stage (gradients, 1 picture)"
+    assert stage in server.last_text("20") and stage in server.last_text("22")
     assert "0 declined" in server.last_text("2")
     assert "WARNING" not in server.last_text("2")
     assert (server.out / "output" / "sage_calibrations" / "tiny.json").exists()
@@ -386,6 +369,11 @@ def test_every_node_has_a_help_page(server, name):
     page = server.text(f"/extensions/sage_diffusion/docs/{name}.md")
     assert page.startswith("# ")
     assert len(page) > 300
+
+
+def test_help_is_served_in_the_pages_language(server):
+    page = server.text("/extensions/sage_diffusion/docs/SageDiffusionAutoTune/de.md")
+    assert page.startswith("# Attention selbst abstimmen")
 
 
 def test_every_language_names_every_node_and_input(server, info):

@@ -49,7 +49,7 @@ def test_importing_the_pack_costs_little_and_compiles_nothing(request):
     assert done.returncode == 0, done.stderr
     seconds = float(done.stdout.split("import seconds ")[1].split()[0])
     print(f"importing the pack: {seconds:.3f} s of CPU time")
-    assert seconds <= 0.3
+    assert seconds <= 0.25  # 0.18 to 0.19 were seen, on a machine with other work
 
 
 def test_a_node_that_leaves_every_call_alone_costs_one_percent(families):
@@ -120,3 +120,53 @@ def test_the_bookkeeping_of_a_call_is_microseconds():
     )
     print(f"bookkeeping: {added * 1e6:.1f} microseconds a call")
     assert added < 100e-6
+
+
+def test_timing_every_call_costs_one_percent_of_a_run(families):
+    """Marks around calls and model calls, and reading them: what they take, of a run at 512 x 512.
+
+    On a GPU a mark is an event that is put into the stream; here it is a look at the clock.
+    """
+    from sage_diffusion.integrations.comfy.timing import HostClock, Stopwatch
+
+    sd3, rounds = families("sd3"), 2000
+    q = torch.ones(1)
+    steps, layers = 4, 2
+
+    def seconds(function):
+        start = time.process_time()
+        for _ in range(rounds):
+            function()
+        return (time.process_time() - start) / rounds
+
+    def best(function):
+        return min(seconds(function) for _ in range(5))
+
+    def bare():
+        return q
+
+    watch = Stopwatch(HostClock(), True)
+
+    def model_call():
+        with watch.forward(0):
+            pass
+
+    calls = best(lambda: watch.ours("kind", "int8/fp16", bare, bare)) - best(bare)
+    forwards = best(model_call)
+    start = time.process_time()
+    watch.read()
+    reading = (time.process_time() - start) / (5 * rounds)  # of a call
+    before = sd3.latent, sd3.noise
+    sd3.latent, sd3.noise = torch.zeros(1, 16, 64, 64), torch.ones(1, 16, 64, 64)
+    try:
+        start = time.process_time()
+        sd3.sample(steps=steps)
+        whole = time.process_time() - start
+    finally:
+        sd3.latent, sd3.noise = before
+    added = steps * (layers * (calls + reading) + forwards)
+    print(
+        f"\ntiming: {(calls + reading) * 1e6:.1f} microseconds a call, {forwards * 1e6:.1f} a "
+        f"model call: {added / whole:.3%} of a run of {whole * 1e3:.0f} ms CPU time"
+    )
+    assert added / whole <= 0.01

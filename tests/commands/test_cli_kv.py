@@ -71,6 +71,9 @@ def test_calibrated_on_one_text_and_judged_on_another(model, written, tmp_path, 
     assert main(given) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"] == out.stat().st_size and found["about"]["tokens"] == 900
+    assert "matryoshka" not in found["about"]
+    assert main([*given[:-1], "--train", "1"]) == 1  # 900 letters have one chunk
+    assert "two chunks of 512 tokens" in capsys.readouterr().err
     bench = ["kv", "bench", str(model), "--text", str(written), "--calibration", str(out)]
     bench += ["--tokens", "512", "--scored", "64", "--preset", "lossless", "--preset", "k4v4"]
     assert main([*bench, "--preset", "calibrated-2.25", "--json"]) == 1  # heads of 32 channels
@@ -78,6 +81,17 @@ def test_calibrated_on_one_text_and_judged_on_another(model, written, tmp_path, 
     assert main([*bench, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["presets"]
     assert rows["lossless"]["kl"] < 1e-9 < rows["k4v4"]["kl"] and rows["k4v4"]["body_bits"] == 5
+
+
+def test_rotations_are_trained_on_request(model, written, tmp_path, capsys):
+    written.write_text(written.read_text() * 2)
+    out = tmp_path / "kv.safetensors"
+    given = ["kv", "calibrate", str(model), "--text", str(written), "--out", str(out)]
+    assert main([*given, "--draws", "0", "--train", "1"]) == 0
+    assert "rotations at half of the channels, KL on chunks left out" in capsys.readouterr().out
+    from sage_diffusion.kv.calibration import Calibration
+
+    assert "post.losses" in Calibration.load(out).tensors
 
 
 def test_bench_refuses_what_it_cannot_judge(model, written, capsys):

@@ -1,6 +1,7 @@
 """Plans and calibrations from the command line: files in, files out, one clear error each."""
 
 import json
+import math
 
 import diffusers
 import numpy as np
@@ -14,7 +15,8 @@ from sage_diffusion.cli import main
 from sage_diffusion.integrations.diffusers import pipelines
 
 SPECS = ("--spec", "int8/fp8-fast", "--spec", "int4/fp8-fast")
-QUICK = ("--steps", "3", "--share", "1", "--rows", "4", "--sensitivity", "0", *SPECS)
+LOOPS = ("--tokens", "inf")  # the model is tiny
+QUICK = ("--steps", "3", "--share", "1", "--rows", "4", "--sensitivity", "0", *LOOPS, *SPECS)
 PROMPTS = ("--prompt", "cat", "--prompt", "dog")
 
 
@@ -193,13 +195,26 @@ def test_calibrate_errors(run, calibrated, model, arguments, message):
 
 def test_a_floor_that_no_plan_meets_says_the_best_reachable():
     from sage_diffusion import make_plan
+    from sage_diffusion.adapt.costs import card_costs
     from sage_diffusion.adapt.planner import Unreachable
 
+    specs = ["int8/fp8-fast", "int4/fp8-fast"]
     assert main(["calibrate", "tiny", *QUICK, *PROMPTS]) == 0
-    table = ScoreTable.load("scores.json")
-    best = make_plan(table, budget=1, specs=["int8/fp8-fast", "int4/fp8-fast"]).quality
+    table, costs = ScoreTable.load("scores.json"), card_costs("rtx4090", math.inf)
+    best = make_plan(table, budget=1, costs=costs, specs=specs).quality
     with pytest.raises(Unreachable, match=f"no plan keeps 90.0 dB, the best .* is {best:.1f} dB"):
-        make_plan(table, floor=90, specs=["int8/fp8-fast", "int4/fp8-fast"])
+        make_plan(table, floor=90, costs=costs, specs=specs)
+
+
+def test_calls_too_short_to_gain_are_said_to_be(run):
+    """The model's have 64 tokens."""
+    short = [text for text in QUICK if text not in LOOPS]
+    code, document = run("calibrate", "tiny", *short, *PROMPTS)
+    assert code == 0 and document["share"]["fp16"] == 1
+    assert document["note"].startswith("no spec is predicted to make these calls faster on rtx4090")
+    code, document = run("calibrate", "tiny", *short, *PROMPTS, "--tokens", "16384")
+    assert code == 0 and document["share"]["fp16"] < 1 and "note" not in document
+    assert document["calibration"]["tokens"] == 16384
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import diffusers
 import numpy as np
 import pytest
+from adapt_host import LOOPS
 from tiny_pipelines import build
 
 from sage_diffusion.adapt.calibrate import calibrate
@@ -39,7 +40,7 @@ def test_first_block_cache(flux, method):
     assert table.exists.all()
     assert (table.filled_work() > 0).all()
     assert (complete(table).error > 0).all()
-    planned = make_plan(table, budget=0.3)
+    planned = make_plan(table, budget=0.3, costs=LOOPS)
     assert 0 < planned.time <= 0.3
     assert np.isfinite(planned.quality)
 
@@ -53,4 +54,4 @@ def test_a_schedule_with_repeated_sigmas_is_not_kept():
     sampler = PipelineSampler(tiny.pipe, arguments | {"num_inference_steps": 3}, "prompt_embeds")
     table = calibrate(sampler, [embeds, embeds / 2], specs=SPECS, share=1, rows=8)
     assert (table.steps, table.schedule) == (5, None)
-    assert make_plan(table, budget=0.3).plan.schedule is None
+    assert make_plan(table, budget=0.3, costs=LOOPS).plan.schedule is None

@@ -451,3 +451,14 @@ def test_a_negative_prompt_that_is_asked_for_alone_is_known():
     halves.forget()
     with halves.asked([negative]):
         assert halves.corrected(single) is single
+
+
+def test_a_second_attention_of_a_block_keeps_its_number():
+    block = {"block_type": "double", "block_index": 0}
+    cursor = LayerCursor()
+    for _ in range(2):
+        cursor.reset()
+        assert cursor.name(block, False, (64, 64)) == "double.00"
+        assert cursor.name(block, True, (64, 16)) == "double.00.1"  # cross
+        assert cursor.name(block, False, (16, 64)) == "double.00.2"  # sound that looks at frames
+        assert cursor.name(block, False, (16, 80)) == "double.00.3"

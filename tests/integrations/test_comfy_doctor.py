@@ -10,5 +10,5 @@ def test_the_doctor_answers_for_every_spec():
     assert "CUDA" in found["int8/fp16"].refusals["triton"]
     text = diagnosis("cpu", mask="bool")
     assert "int8/fp16       reference" in text
-    assert "preset fast: int8/fp8, int4/fp8-fast" in text
+    assert "preset fast: int8/int8 from 128 tokens, int4/fp8-fast from 128 tokens (4-bit" in text
     assert "slower than ordinary attention" in text

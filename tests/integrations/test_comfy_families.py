@@ -44,7 +44,7 @@ def test_video_keeps_cross_attention_and_the_ends():
 
     assert spec("double.07.1") == "fp16"
     assert spec("double.00") == spec("double.29") == "int8/fp16"
-    assert spec("double.07") == "int8/fp8"
+    assert spec("double.07") == "int8/int8"
     assert spec("double.07", 0.05) == spec("double.07", 1.0) == "int8/fp16"
     assert spec("double.07", tokens=512) == "fp16"
 
@@ -52,12 +52,12 @@ def test_video_keeps_cross_attention_and_the_ends():
 def test_a_unets_cross_attention_is_left_alone():
     plan = family_plan(named("SDXL"), UNET, "cpu")
     assert str(plan.resolve("input.01.0.attn2", 0.5, tokens=4096)) == "fp16"
-    assert str(plan.resolve("input.01.0.attn1", 0.5, tokens=4096)) == "int8/fp8"
+    assert str(plan.resolve("input.01.0.attn1", 0.5, tokens=4096)) == "int8/int8"
 
 
 def test_keys_that_concentrate_are_rotated():
     plan = family_plan(named("MiniMax"), CROSSING, "cpu")
-    assert str(plan.resolve("double.29", 0.5, tokens=4096)) == "int8/fp8"
+    assert str(plan.resolve("double.29", 0.5, tokens=4096)) == "int8/int8"
     assert plan.resolve("double.29", 0.5, tokens=4096).rotate
 
 

@@ -144,6 +144,67 @@ def test_every_help_page_belongs_to_a_node():
     assert pages == set(re.findall(r'node_id="(\w+)"', sources))
 
 
+def test_help_pages_show_pictures_that_are_there():
+    shown = set()
+    for page in (ROOT / "web" / "docs").rglob("*.md"):
+        shown |= set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
+    assert shown == {path.name for path in (ROOT / "web" / "docs").glob("*.png")}
+    assert {"sage_attention.png", "auto_tune.png", "accuracy_check.png"} <= shown
+
+
+@pytest.mark.parametrize("node", ["Attention", "AutoTune", "AccuracyCheck"])
+def test_the_nodes_that_newcomers_meet_have_help_in_every_language(node):
+    folder = ROOT / "web" / "docs" / f"SageDiffusion{node}"
+    languages = {path.name for path in (ROOT / "locales").iterdir()} - {"en"}
+    assert {path.stem for path in folder.glob("*.md")} == languages
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.md")]
+    assert all(text.startswith("# ") and len(text) > 300 for text in texts)
+    assert len(set(texts)) == len(languages)
+
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("* - *.json"))
+FILE_WIDGETS = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name")
+
+
+def test_the_families_of_today_have_a_template():
+    names = " ".join(path.stem for path in WORKFLOWS)
+    for family in ("Flux.1", "Flux.2", "Z-Image", "Qwen-Image", "Wan 2.2", "HunyuanVideo 1.5"):
+        assert family in names
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_templates_name_their_models_and_explain_themselves(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    loaders = 0
+    for node in graph["nodes"]:
+        named = [slot["name"] for slot in node["inputs"] if slot["name"] in FILE_WIDGETS]
+        if not named:
+            continue
+        loaders += 1
+        given = {model["name"]: model for model in node["properties"]["models"]}
+        files = [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
+        assert set(given) == set(files)  # what the page's panel of missing models offers
+        for name, model in given.items():
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{name}")
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "checkpoints")
+    assert loaders
+    boxes = [group["bounding"] for group in graph["groups"]]
+    assert len(boxes) >= 3 and all(group["title"][0].isdigit() for group in graph["groups"])
+    (note,) = (n for n in graph["nodes"] if n["type"] == "MarkdownNote")
+    assert "**Next:**" in note["widgets_values"][0]
+    if "specs" not in path.stem:
+        assert "predicted bound" in note["widgets_values"][0]
+        assert "| H200 |" in note["widgets_values"][0] and "measured" in note["widgets_values"][0]
+    for node in graph["nodes"]:
+        if node is not note:
+            (x, y), (width, height) = node["pos"], node["size"]
+            assert any(
+                a <= x and b <= y and x + width <= a + c and y + height <= b + d
+                for a, b, c, d in boxes
+            ), node["type"]
+
+
 def test_templates_have_ids_of_their_own():
     """Texts go to the workflow whose id the prompt names."""
     ids = [json.loads(path.read_text())["id"] for path in (ROOT / "workflows").glob("*.json")]

@@ -51,6 +51,19 @@ def test_a_mark_is_the_same_for_the_same_and_another_for_all_else():
     assert not mark.is_of(others[0].name)
 
 
+def test_weights_that_are_quantized_or_not_loaded_have_a_mark():
+    away = model()
+    for block in away.model.diffusion_model.joint_blocks:
+        block.to("meta")
+    assert mark_of(away, SETTINGS, "rtx4090") == mark_of(away, SETTINGS, "rtx4090")
+    coded, other = model(), model()
+    for one, code in ((coded, 2), (other, 3)):
+        weight = one.model.diffusion_model.joint_blocks[0].weight
+        weight._qdata = torch.full((9,), code, dtype=torch.int8)
+    marks = {mark_of(one, SETTINGS, "rtx4090").digest for one in (coded, other, model())}
+    assert len(marks) == 3
+
+
 def test_the_workflows_plan_comes_first_then_the_one_that_was_kept(tmp_path):
     here, away = Mark("SD3", "0" * 12, "rtx3090"), Mark("SD3", "0" * 12, "rtx4090")
     path = tmp_path / "kept.json"

@@ -8,7 +8,8 @@ from helpers import card
 from kv_sides import assert_close, data, exact, far, side
 from test_kv_decode import SCALE, masks
 
-from sage_diffusion.kernels.kv import layout, reference
+from sage_diffusion.kernels.kv import layout, reference, tuning
+from sage_diffusion.kernels.kv.sides import Turn
 
 triton = pytest.importorskip("sage_diffusion.kernels.kv.triton")
 
@@ -72,3 +73,38 @@ def test_merging_splits_of_which_some_saw_nothing():
     natural = lse * math.log(2)
     want = reference.merge(list(zip(parts, natural, strict=True)))
     assert_close(got, want, 1e-6)
+
+
+def turning(dim, batch):
+    angles = 1e5 ** -(torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+    return Turn(angles, 1.1, torch.tensor([40, -7])[:batch])
+
+
+ROPE_CASES = {
+    "sm80-96": (80, (1, 1, 3, 1, 96, 150), (3, 4), (32, 32), 2, "keys", "fp8"),
+    "sm90-group-of-24": (90, (2, 1, 2, 2, 64, 200), (2, 2), (24, 64), 3, "additive", "fp16"),
+    "sm120-long-group": (120, (1, 2, 1, 1, 64, 300), (4, 2), (128, 32), 2, "", "fp16"),
+}
+
+
+@pytest.mark.parametrize("name", ROPE_CASES)
+def test_keys_before_rope_are_turned_in_the_kernel(name):
+    cc, shape, widths, groups, split, kind, form = ROPE_CASES[name]
+    batch, heads, group, queries, dim, tokens = shape
+    q, k, v = data(*shape)
+    turn = turning(dim, batch)
+    ks = side(k, widths[0], "channel", groups[0], form)
+    vs = side(v, widths[1], "token", groups[1], form)
+    mask = masks(batch, heads * group, queries, tokens)[kind] if kind else None
+    with card(cc):
+        got = triton.merge(*triton.decode(q, ks, vs, SCALE, mask, turn, split=split))
+    keys = turn.keys(ks.read(0, tokens), 0)
+    assert_close(got, exact(q, keys, vs.read(0, tokens), SCALE, mask), 2e-3)
+
+
+def test_groups_that_tiles_do_not_divide_are_not_turned():
+    said = "tiles of 32 tokens must divide K's groups, got 40"
+    assert tuning.refuse_turn("sm_90", 40, 64) == said
+    assert tuning.refuse_turn("sm_90", 24, 64) is None is tuning.refuse_turn("sm_90", 64, 64)
+    assert tuning.refuse_turn("gfx1201", 48, 64) is None  # tiles of 16
+    assert "registers of RDNA 3" in tuning.refuse_turn("gfx1100", 32, 64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kv_sides import assert_close, data, exact, side
 
+from sage_diffusion.kernels.kv.sides import Turn
 from sage_diffusion.kv import decode
 
 SCALE = 0.125
@@ -20,6 +21,16 @@ def test_a_cpu_has_the_twin():
     mask = (torch.arange(48) < 40)[None, None, None]
     got = decode.attend(q, k, v, SCALE, mask)
     assert_close(got, exact(q, k.read(0, 48), v.read(0, 48), SCALE, mask), 1e-5)
+
+
+def test_keys_before_rope_are_turned():
+    q, k, v = sides()
+    angles = 0.1 ** torch.arange(32, dtype=torch.float64)
+    turn = Turn(angles, 1.0, torch.tensor([5]))
+    got = decode.attend(q, k, v, SCALE, None, turn)
+    assert_close(got, exact(q, turn.keys(k.read(0, 48), 0), v.read(0, 48), SCALE), 1e-5)
+    with pytest.raises(ValueError, match=r"turn must have 32 angles, .* got \(16,\)"):
+        decode.attend(q, k, v, SCALE, None, turn._replace(angles=angles[:16]))
 
 
 def test_a_kernel_that_was_asked_for_says_why_it_does_not_run():

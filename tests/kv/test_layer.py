@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sage_diffusion.kv.layer import Layer
-from sage_diffusion.kv.methods.kivi import Kivi
+from sage_diffusion.kv.methods.kivi import Kivi, PackedBody
 from sage_diffusion.kv.methods.lossless import Lossless
 from sage_diffusion.kv.report import bytes_at
 
@@ -234,6 +234,31 @@ def test_k_before_rope_is_rotated_by_each_tokens_position():
     torch.testing.assert_close(layer.read()[0], want, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="compresses K before RoPE, and how layer 0 rotates"):
         Layer(Spy())
+
+
+def test_a_kernel_is_told_how_k_before_rope_turns(monkeypatch):
+    class Turning:
+        def rotate(self, x, positions, inverse=False):
+            angle = positions[:, None, :, None] * 0.5 ** torch.arange(16) * (1 - 2 * inverse)
+            a, b = x.float().chunk(2, 3)
+            cos, sin = angle.cos(), angle.sin()
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), 3)
+
+    given = []
+    attend = PackedBody.attend
+    monkeypatch.setattr(
+        PackedBody, "attend", lambda *args: (given.append(args[-1]), attend(*args))[1]
+    )
+    k, v = past(300)
+    positions = torch.arange(300) - torch.tensor([[0], [20]])  # left padding of one sequence
+    layer = Layer(Kivi(8, 8, pre_rope=True), window=40, rope=Turning())
+    layer.append(k, v, positions)
+    layer.settle()
+    layer.attend(k[:, :, -1:], 0.2)
+    (rotation,) = given
+    x, turn = k[:, :, :50], rotation.turn()
+    torch.testing.assert_close(turn.keys(x, 7), rotation(x, 7), atol=1e-3, rtol=0)
+    assert turn.first.tolist() == [32, 12]
 
 
 def test_lossless_is_bit_exact():

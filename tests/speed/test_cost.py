@@ -15,7 +15,8 @@ from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.kernels.versions import TRITON
 from sage_diffusion.speed import cost, cost_sass
 from sage_diffusion.speed.cost_compile import compile_attention
-from sage_diffusion.speed.cost_sass import GPUS, Function, bound, functions, macs, main_loop, opcode
+from sage_diffusion.speed.cost_sass import Function, bound, functions, macs, main_loop, opcode
+from sage_diffusion.speed.gpus import GPUS
 
 
 def test_cycles_of_a_loop():
@@ -225,7 +226,8 @@ def test_command(int4, capsys, monkeypatch):
     assert cli.main([*options, "--against", str(cubin), "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     assert [k["spec"] for k in kernels] == ["int4/fp8-fast", "int4/fp8"]
-    assert [list(k) for k in kernels] == [FIELDS.split(), [*FIELDS.split(), "package"]]
+    timed = ["tokens", "loop_milliseconds", "call_milliseconds"]
+    assert [list(k) for k in kernels] == [FIELDS.split() + timed, [*FIELDS.split(), "package"]]
     assert (kernels[1]["package"], kernels[1]["head_dim"]) == ("kernel", None)
     assert cli.main(options) == 0
     table = capsys.readouterr().out
@@ -258,6 +260,13 @@ def test_every_card_by_default(monkeypatch, capsys):
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     cards = [name for name in GPUS if name != "rtx2080ti"]
     assert [k["gpu"] for k in kernels] == [name for name in cards for _ in range(2)]
+    assert all(k["call_milliseconds"] > k["loop_milliseconds"] > 0 for k in kernels)
+    assert cli.main(["cost", "--json", "--tokens", "32768"]) == 0
+    long = json.loads(capsys.readouterr().out)["kernels"]
+    assert all(k["tokens"] == 32768 for k in long)
+    for few, many in zip(kernels, long, strict=True):
+        share = [k["call_milliseconds"] / k["loop_milliseconds"] for k in (few, many)]
+        assert 1 < share[1] < share[0]
     assert cli.main(["cost"]) == 0
     assert "runs on rtx2080ti: too old" in capsys.readouterr().out
 

@@ -10,7 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy.layers import HiddenCall, LayerCursor, ModulePatch
+from sage_diffusion.integrations.comfy.layers import (
+    HiddenCall,
+    LayerCursor,
+    ModulePatch,
+    blocks_of,
+)
+from sage_diffusion.integrations.comfy.overrides import preferred_of
 from sage_diffusion.integrations.comfy.timing import Stopwatch
 from sage_diffusion.plan import BRANCHES, progress
 
@@ -99,6 +105,7 @@ class DeviceState:
         unreached: why attention was not reached -> modules in which it happened.
         watch: times calls.
         context: tokens of the prompt that the model is called with, None if unknown.
+        preferred: layer -> function that the checkpoint names for it.
     """
 
     def __init__(self, session: AttentionSession, watch: Stopwatch):
@@ -110,6 +117,7 @@ class DeviceState:
         self.inside = False
         self.context: int | None = None
         self.unreached: dict[str, set[str]] = {}
+        self.preferred: dict[str, Callable[..., Any]] = {}
         self._patch: ModulePatch | None = None
         self._sigmas: Callable[[], Tensor | None] = _nothing
         self._schedule: Callable[[], Tensor | None] = _nothing
@@ -182,6 +190,7 @@ class DeviceState:
         if isinstance(network, nn.Module):
             if self._patch is None or not self._patch.fits(network):
                 self._patch = ModulePatch(network, self.cursor, self.unreached)
+                self.preferred = preferred_of(blocks_of(network))
             patched = self._patch.applied(call)
         self.inside = True
         try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from sage_diffusion.adapt.presets import PRESETS, describe_preset, preset, this_card
 from sage_diffusion.attend import verdicts
 from sage_diffusion.attend.backends import answers, problems
-from sage_diffusion.integrations.comfy.presets import PRESETS, preset
 from sage_diffusion.machine import card_name, device_arch, environment
 
 
@@ -38,10 +38,8 @@ def diagnosis(device: str, head_dim: int = 128, mask: str | None = None) -> str:
             if reason is not None:
                 reasons.setdefault(backend, {}).setdefault(reason, []).append(spec)
     lines.append("")
-    for name, chosen in PRESETS.items():
-        plan = preset(name, device)
-        specs = ", ".join(dict.fromkeys(str(rule.spec) for rule in plan.rules))
-        lines.append(f"preset {name}: {specs} ({chosen.describes})")
+    known = this_card(where)
+    lines += [f"preset {describe_preset(x, preset(x, device), known)}" for x in PRESETS]
     lines.append("")
     for backend, by_reason in reasons.items():
         for reason, refused in by_reason.items():

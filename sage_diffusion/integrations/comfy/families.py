@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sage_diffusion.adapt.presets import EIGHT_BIT, first_native, preset
 from sage_diffusion.integrations.comfy.carried import Chosen
 from sage_diffusion.integrations.comfy.layers import layer_names
-from sage_diffusion.integrations.comfy.presets import first_native, preset
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 from sage_diffusion.plan import PrecisionPlan, Rule
 
@@ -22,7 +22,7 @@ Part = Literal["first", "last", "cross", "begin", "end", "rest"]
 #: Calls with fewer keys cost little time: small maps of a UNet, refiners of the prompt.
 MIN_TOKENS = 1024
 
-BODY = ("int8/fp8", "int8/int8", "int8/fp16")
+BODY = EIGHT_BIT
 CAREFUL = ("int8/fp16",)
 OWN = ("fp16",)
 
@@ -164,5 +164,6 @@ def advice_table() -> str:
     for family in FAMILIES:
         for i, advice in enumerate(family.advice):
             name = family.name if i == 0 else ""
-            lines.append(f"| {name} | {what[advice.part]}: `{advice.specs[0]}` | {advice.reason} |")
+            runs = "8 bit" if advice.specs == BODY else f"`{advice.specs[0]}`"
+            lines.append(f"| {name} | {what[advice.part]}: {runs} | {advice.reason} |")
     return "\n".join(lines)

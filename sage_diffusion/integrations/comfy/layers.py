@@ -1,10 +1,11 @@
 """Which attention layer of a ComfyUI model is being called, and reaching those that hide.
 
 Names are the same in every run and every ComfyUI version: ``double.07`` is the first attention
-call of the eighth block of kind "double", ``double.07.1`` the second (a cross-attention, say),
-``input.04.0.attn1`` a UNet's.  ComfyUI tells them in ``transformer_options`` for some models and
-versions only; elsewhere the same names come from hooks on the block modules.  Only calls outside
-every block are numbered.
+of the eighth block of kind "double", ``double.07.1`` the second (a cross-attention, say),
+``input.04.0.attn1`` a UNet's.  Parts of one attention that a model calls one after the other share
+its name, so that it stays the same when a cache spares the earlier ones.  ComfyUI tells names in
+``transformer_options`` for some models and versions only; elsewhere the same names come from hooks
+on the block modules.  Only calls outside every block are numbered.
 
 PixArt, HunyuanDiT and a few others call ``optimized_attention`` without ``transformer_options``, so
 that no override is asked.  Their ``forward`` is rebuilt with another name in that one's place.
@@ -55,19 +56,27 @@ class LayerCursor:
     """Where one model call stands.  One per device: they run in threads of their own."""
 
     block: str | None = None  # from the modules, None outside blocks
-    nth: dict[str, int] = field(default_factory=dict)  # calls so far, by block
+    nth: dict[str, int] = field(default_factory=dict)  # attentions so far, by block
+    queries: dict[str, int] = field(default_factory=dict)  # of the block's first attention so far
 
     def reset(self) -> None:
         """A model call begins."""
         self.block = None
         self.nth.clear()
+        self.queries.clear()
 
-    def name(self, options: Mapping[str, Any], cross: bool = False) -> str:
+    def name(
+        self,
+        options: Mapping[str, Any],
+        cross: bool = False,
+        tokens: tuple[int, int] | None = None,
+    ) -> str:
         """The layer of the call that happens now; counts it.
 
         Args:
             options: the call's ``transformer_options``, may be empty.
             cross: the keys are other tokens than the queries.
+            tokens: queries and keys of the call.
         """
         unet = options.get("block")
         if isinstance(unet, (tuple, list)) and len(unet) == 2:
@@ -79,8 +88,22 @@ class LayerCursor:
             block = self.block
         if block is None:
             return f"call.{self._count('call'):02d}"
+        if tokens is not None and self._continues(block, *tokens):
+            return block
         n = self._count(block)
         return block if n == 0 else f"{block}.{n}"
+
+    def _continues(self, block: str, queries: int, keys: int) -> bool:
+        """Is the call a further part of the block's first attention?
+
+        Of one that is causal by parts - text, references, then the picture (Qwen-Image 2.1) - each
+        has the keys of all parts up to its own.
+        """
+        before = self.queries.get(block, 0)
+        if self.nth.get(block, 0) > 1 or (before and keys != before + queries):
+            return False
+        self.queries[block] = before + queries
+        return before > 0
 
     def _unet(self, unet: Any, options: Mapping[str, Any], cross: bool) -> str:
         block = f"{unet[0]}.{int(unet[1]):02d}.{options.get('block_index', 0)}"

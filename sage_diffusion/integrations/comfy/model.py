@@ -46,10 +46,11 @@ from sage_diffusion.integrations.comfy.headline import (
     ready,
     sampling,
 )
+from sage_diffusion.integrations.comfy.overrides import beside
 from sage_diffusion.integrations.comfy.report import RunReport, merged
 from sage_diffusion.integrations.comfy.timing import PARTS, Stopwatch, Timing, clock_of, kind_of
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PlanError, PrecisionPlan
+from sage_diffusion.plan import PrecisionPlan
 
 log = logging.getLogger("sage_diffusion")
 
@@ -138,6 +139,8 @@ class ModelAttention:
             return func(*args, **kwargs)
 
         override.sage_attention = self  # type: ignore[attr-defined]
+        # Cores that ask reserve memory for whole score matrices otherwise.
+        override.memory_efficient = True  # type: ignore[attr-defined]
         return override
 
     def _state(self, device: torch.device) -> DeviceState:
@@ -172,10 +175,12 @@ class ModelAttention:
             # An override below ours has put itself on top as well and handed the call back.
             return func(*args, **kwargs)
 
+        own = func
+
         def host() -> Any:
             state.watch.fall_back()
             if self.previous is None or name is not None:
-                return func(*args, **kwargs)
+                return own(*args, **kwargs)
             state.in_previous = True
             try:
                 return self.previous(func, *args, **kwargs)
@@ -192,7 +197,9 @@ class ModelAttention:
             session.layer(name or state.cursor.name(options)).decline(str(error))
             return host()
         cross = call.cross(state.context)
-        layer = session.layer(name or state.cursor.name(options, cross))
+        tokens = call.q.shape[2], call.k.shape[2]
+        layer = session.layer(name or state.cursor.name(options, cross, tokens))
+        own = state.preferred.get(layer.name, func)
         quantized = session.quantizes(layer.name, call.k.shape[2])
         if quantized and call.full_precision:
             layer.keep(FULL_PRECISION)
@@ -317,19 +324,17 @@ class ModelAttention:
         for state in self.devices.values():
             for why, names in state.unreached.items():
                 unreached[why] = tuple(sorted({*unreached.get(why, ()), *names}))
-        warnings = list(self._warnings)
-        if self.previous is not None:
-            other = getattr(self.previous, "__qualname__", type(self.previous).__name__)
-            warnings.append(f"calls left alone here go to another node's override ({other})")
+        alarms, notes = beside(self.previous, [len(s.preferred) for s in self.devices.values()])
         return RunReport(
             merged([state.session.summary() for state in self.devices.values()]),
             self.title,
             self.model_name,
             sum(state.forwards for state in self.devices.values()),
-            tuple(warnings),
+            (*self._warnings, *alarms),
             unreached,
             self._nothing,
             self._timing,
+            notes,
         )
 
     @contextlib.contextmanager
@@ -362,24 +367,10 @@ class ModelAttention:
 
     def _check_plan(self, layers: list[str]) -> None:
         """After the first model call every layer has been met: does the plan fit?"""
-        if not layers:
-            return
-        try:
-            if self.plan.fingerprint:
-                from sage_diffusion.plan.edit import check_fingerprint
-                from sage_diffusion.plan.fingerprint import fingerprint
+        if layers:
+            from sage_diffusion.plan.edit import misfits
 
-                check_fingerprint(self.plan, fingerprint(layers, model=self.model_name))
-            from sage_diffusion.plan.edit import custom_globs_that_miss
-
-            words = custom_globs_that_miss(self.plan, layers)
-            if words is not None:
-                raise PlanError(words)
-            self._warnings += self.plan.check(layers, strict=self.strict)
-        except PlanError as error:
-            if self.strict:
-                raise
-            self._warnings.append(str(error))
+            self._warnings += misfits(self.plan, layers, self.model_name, self.strict)
 
     def install_on_top(self, options: dict[str, Any]) -> None:
         """Put our override into ``transformer_options``, above whatever came after us."""

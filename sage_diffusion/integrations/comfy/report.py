@@ -52,6 +52,7 @@ class RunReport:
         unreached: why no override reached some attention -> the modules that computed it.
         nothing: why a plan that quantizes did so nowhere.
         timing: seconds, None where none were taken.
+        notes: what the user may want to know.
     """
 
     summary: SessionSummary
@@ -62,6 +63,7 @@ class RunReport:
     unreached: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     nothing: Nothing | None = None
     timing: Timing | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def trouble(self) -> Nothing | None:
@@ -141,6 +143,7 @@ class RunReport:
             shares = ", ".join(f"{spec} {share:.0%}" for spec, share in summary.shares.items())
             declined = sum(summary.declined.values())
             lines.append(f"{declined} declined" + (f"; share: {shares}" if shares else ""))
+        lines += self.notes
         raised = [layer for layer in summary.layers if layer.stepped_up]
         lines += [f"{layer.name} stepped up: {'; '.join(layer.stepped_up)}" for layer in raised]
         lines += [f"declined {n} times: {reason}" for reason, n in summary.declined.items()]
@@ -161,4 +164,5 @@ class RunReport:
             "seconds": None if self.timing is None else self.timing.to_dict(),
             **self.summary.to_dict(),
             "warnings": list(self.alarms),
+            "notes": list(self.notes),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,31 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.adapt.costs import CYCLES, SMALL, card_costs, relative_cost
+from sage_diffusion.adapt.costs import CYCLES, SMALL, Costs, card_costs
+from sage_diffusion.adapt.presets import EIGHT_BIT, FOUR_BIT
+from sage_diffusion.adapt.sampling import ModelCall
 from sage_diffusion.adapt.table import ScoreTable
+from sage_diffusion.adapt.times import cell_times
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.gradients import Replay, replayed
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
-from sage_diffusion.integrations.comfy.presets import PRESETS
-from sage_diffusion.machine import device_arch
 
 #: Cards that a plan's time can be predicted for.
 CARDS = tuple(CYCLES)
-
-#: Compute capability -> the card of its architecture.
-_CARD_OF = {
-    (8, 0): "a100",
-    (8, 6): "rtx3090",
-    (8, 9): "rtx4090",
-    (9, 0): "h100",
-    (12, 0): "rtx5090",
-}
-
-
-def this_card(device: torch.device) -> str | None:
-    """The card that stands for a device's architecture, None where none does."""
-    capability, _ = device_arch(device)
-    return None if capability is None else _CARD_OF.get(capability)
 
 
 def candidates(card: str) -> tuple[str, ...]:
@@ -43,26 +31,40 @@ def candidates(card: str) -> tuple[str, ...]:
     return tuple(name for name in CYCLES[card] if name != "fp16" and not name.endswith(SMALL))
 
 
-def fast_time(card: str, table: ScoreTable) -> float:
-    """Predicted time of the preset *fast* on a card, relative to FP16 attention; that of
-    *balanced* where it is faster, as on cards without 4-bit products.
+def costs_of(card: str, table: ScoreTable) -> tuple[Costs, str]:
+    """Costs of a card for a model's calls, and a note where they are not those of whole calls.
+
+    Calls may be so short that quantizing and launching takes what the main loop gains.  A plan for
+    them would be FP16 everywhere; what is asked for is one for larger pictures, so the main loops
+    count, and the note says so.
 
     Args:
         card: one of :data:`CARDS`.
-        table: has the model's head dims, and the work of each layer.
+        table: has the sizes of the model's calls.
     """
-    costs = card_costs(card)
-    work = table.filled_work().sum((1, 2))
-    layers = list(zip(work / work.sum(), table.head_dims(), strict=True))
-
-    def first(specs: Sequence[str]) -> float:
-        spec = next(spec for spec in specs if spec in costs)
-        return float(sum(share * relative_cost(spec, costs, dim) for share, dim in layers))
-
-    return min(
-        0.9 * first(PRESETS[name].body) + 0.1 * first(PRESETS[name].edges)
-        for name in ("fast", "balanced")
+    costs, loops = card_costs(card), card_costs(card, math.inf)
+    if fast_time(costs, table) < 1 or fast_time(loops, table) >= 1:
+        return costs, ""
+    longest = max(q_len for q_len, _ in table.tokens.values())
+    return loops, (
+        f" (of main loops: whole calls of {longest:,} tokens are not predicted to be faster than "
+        "FP16's; plan for larger pictures)"
     )
+
+
+def fast_time(costs: Costs, table: ScoreTable) -> float:
+    """Predicted time of the preset *fast*, relative to FP16 attention.
+
+    Args:
+        costs: of one of :data:`CARDS`.
+        table: has the sizes of the model's calls.
+    """
+
+    def least(specs: Sequence[str]) -> float:
+        known = [spec for spec in specs if spec in costs]
+        return float(cell_times(table, known, costs).sum((0, 1, 2)).min())
+
+    return 0.9 * least((*EIGHT_BIT, *FOUR_BIT)) + 0.1 * least(EIGHT_BIT)
 
 
 def free_path(path: Path) -> Path:
@@ -102,7 +104,7 @@ def settings_of(sampling: KSampling) -> dict[str, Any]:
 
 
 class ComfySampler:
-    """See :class:`sage_diffusion.adapt.sampling.Sampler`.
+    """See :class:`sage_diffusion.adapt.sampling.Sampler` and ``Replayer``.
 
     Args:
         model: a ``ModelPatcher``; its own Sage Attention is left out.
@@ -119,7 +121,8 @@ class ComfySampler:
             before.sampled_by(node)
         self.session = AttentionSession("fp16")
         attention = ModelAttention(self.session)
-        self.patched = attach(without(model), attention)
+        self._replay = Replay()
+        self.patched = attach(replayed(without(model), self._replay), attention)
         self.model: str | None = attention.model_name
         self.sampling = sampling
         self.heartbeat: Callable[[], None] = lambda: None
@@ -133,3 +136,16 @@ class ComfySampler:
         if run.samples is None:
             raise RuntimeError("the sampler returned nothing")
         return run.samples
+
+    def pictures(self, prompt: Prompt, seed: int) -> list[tuple[Prompt, int]]:
+        """A run's first picture stands for its batch."""
+        return [(prompt, seed)]
+
+    def replay(
+        self, picture: tuple[Prompt, int], use: Callable[[Tensor, Sequence[ModelCall]], None]
+    ) -> None:
+        """See :class:`sage_diffusion.adapt.sampling.Replayer`."""
+        prompt, seed = picture
+        run = replace(self.sampling, positive=prompt.conditioning, seed=seed)
+        self._replay.run(self.patched, run, use)
+        self.heartbeat()

@@ -94,9 +94,12 @@ def find(mark: Mark, embedded: str, path: Path) -> Chosen | None:
 
 
 def _some(weight: Tensor) -> bytes:
-    """A few numbers of a tensor."""
-    few = weight.detach().reshape(-1)[:_NUMBERS]
-    return few.to("cpu", torch.float32).numpy().tobytes()
+    """A few numbers of a tensor, of its codes where ComfyUI keeps it quantized; none of one that
+    is not loaded yet."""
+    codes = getattr(weight, "_qdata", weight)
+    if codes.is_meta:
+        return b""
+    return codes.detach().reshape(-1)[:_NUMBERS].to("cpu", torch.float32).numpy().tobytes()
 
 
 def _tensors(patch: Any) -> Iterator[Tensor]:

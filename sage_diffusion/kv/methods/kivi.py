@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sage_diffusion.kernels.kv.layout import Width
 from sage_diffusion.kernels.kv.quantize import Form
+from sage_diffusion.kernels.kv.sides import Turn
 from sage_diffusion.kv import parts as _parts
 from sage_diffusion.kv.decode import attend as attend_packed
 from sage_diffusion.kv.decode import choose
-from sage_diffusion.kv.method import Method, Place, Rotate, TwoSided
+from sage_diffusion.kv.method import Method, Place, Rotate, Rotation, TwoSided
 from sage_diffusion.kv.packed import Grouping, PackedSide
 from sage_diffusion.kv.parts import Part
 from sage_diffusion.kv.split import SplitSide
@@ -23,8 +24,9 @@ _TILE = 2048
 class PackedBody(TwoSided):
     """K and V as two packed sides; with ``widths``, shares of K's channels have these.
 
-    On a GPU the decode kernel attends to them.  Elsewhere attention to K in channel groups and V in
-    token groups multiplies codes as they are: steps go into the queries and the weights.
+    On a GPU the decode kernel attends to them, and turns K that was stored before RoPE.  Elsewhere
+    attention to K in channel groups and V in token groups multiplies codes as they are: steps go
+    into the queries and the weights.
     """
 
     k: PackedSide | SplitSide
@@ -51,12 +53,13 @@ class PackedBody(TwoSided):
         self, q: Tensor, scale: float, mask: Tensor | None = None, rotate: Rotate | None = None
     ) -> Part:
         axes = self.k.grouping.axis, self.v.grouping.axis
+        if q.device.type != "cpu" and isinstance(self.k, PackedSide):
+            k, v, turn = self.k.side(), self.v.side(), _turn(rotate)
+            known = rotate is None or turn is not None
+            if known and choose(q, k, v, before_rope=turn is not None) != "torch":
+                return attend_packed(q, k, v, scale, mask, turn)
         if rotate is not None or axes != ("channel", "token"):
             return super().attend(q, scale, mask, rotate)
-        if q.device.type != "cpu" and isinstance(self.k, PackedSide):
-            k, v = self.k.side(), self.v.side()
-            if choose(q, k, v) != "torch":
-                return attend_packed(q, k, v, scale, mask)
         rows = _parts.grouped(q, self.place.heads) * scale
         found = []
         step = _TILE // self.unit * self.unit or self.unit
@@ -70,6 +73,10 @@ class PackedBody(TwoSided):
             seen = _parts.columns(mask, start, stop)
             found.append(_parts.weigh(scores, seen, q.shape[1], values))
         return _parts.merge(found)
+
+
+def _turn(rotate: Rotate | None) -> Turn | None:
+    return rotate.turn() if isinstance(rotate, Rotation) else None
 
 
 @dataclass(frozen=True)

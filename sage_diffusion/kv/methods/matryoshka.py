@@ -19,12 +19,13 @@ from sage_diffusion.kv.store import Store
 class Matryoshka(Method):
     """Orthogonal projections of K (after RoPE) and V, a rank for each layer, head and side.
 
-    The rotations are the calibration's principal components, one for each KV head, so that GQA's
-    saving stays.  Ranks take energy by one level over all layers, heads and sides.
+    The rotations are the calibration's principal components, or what training made of them, one for
+    each KV head, so that GQA's saving stays.  Ranks are dealt out by one level over all layers,
+    heads and sides: of energy, or of a trained calibration's estimate of what each rank costs.
 
     Attributes:
         kept: mean share of the channels that are kept.
-        adaptive: ranks by energy; False: the same rank everywhere.
+        adaptive: ranks by what they lose; False: the same rank everywhere.
         width: bits of a coordinate, one of 2, 3, 4, 5, 6, 8, min-max over up to 128 tokens; None:
             in the model's dtype.
     """
@@ -49,15 +50,22 @@ class Matryoshka(Method):
 
 @lru_cache(maxsize=32)
 def _ranks(calibration: Calibration, kept: float, adaptive: bool) -> Tensor:
-    energy = calibration.tensors["post.energy"].double()
-    layers, sides, heads, dim = energy.shape
+    layers, sides, heads, dim = calibration.tensors["post.energy"].shape
     if not adaptive:
         return torch.full((layers, sides, heads), round(kept * dim))
-    energy = energy / energy.sum((2, 3), keepdim=True)  # a side of a layer counts 1
-    left = energy.flip(-1).cumsum(-1).flip(-1)  # what ranks 0 .. D - 1 lose
-    losses = torch.cat([left, torch.zeros_like(left[..., :1])], -1).flatten(0, 2)
+    losses = _losses(calibration).flatten(0, 2)
     costs = torch.arange(dim + 1.0)
     return allocate(losses, costs, kept * dim * len(losses)).view(layers, sides, heads)
+
+
+def _losses(calibration: Calibration) -> Tensor:
+    """What the first 0 .. D coordinates of a head lose, ``[L, 2, H, D + 1]`` float64."""
+    if "post.losses" in calibration.tensors:
+        return calibration.tensors["post.losses"].double()
+    energy = calibration.tensors["post.energy"].double()
+    energy = energy / energy.sum((2, 3), keepdim=True)  # a side of a layer counts 1
+    left = energy.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([left, torch.zeros_like(left[..., :1])], -1)
 
 
 class MatryoshkaBody(Body):
