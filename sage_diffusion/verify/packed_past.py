@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sage_diffusion.attend.execution import compiler_errors
-from sage_diffusion.kernels.kv import layout, reference
+from sage_diffusion.kernels.kv import layout, reference, tuning
 from sage_diffusion.kernels.kv.layout import Width
 from sage_diffusion.kernels.kv.quantize import Axis, Form, quantize
-from sage_diffusion.kernels.kv.sides import Side
+from sage_diffusion.kernels.kv.sides import Side, Turn
 from sage_diffusion.verify import places
 from sage_diffusion.verify.checks import poisoned, relative_l1
 from sage_diffusion.verify.places import Place
@@ -34,7 +34,10 @@ _MARK = "packed past: "
 
 
 class Case(NamedTuple):
-    """One call: widths of K and V, tokens that share a step of K, channels that share one of V."""
+    """One call: widths of K and V, tokens that share a step of K, channels that share one of V.
+
+    ``turned``: K is from before RoPE, which the kernel in Triton alone takes.
+    """
 
     name: str
     shape: tuple[int, int, int, int, int, int]  # batch, KV heads, query heads of each, L, D, tokens
@@ -42,6 +45,7 @@ class Case(NamedTuple):
     groups: tuple[int, int]
     form: Form = "fp16"
     masked: bool = False
+    turned: bool = False
 
 
 #: Shapes that both kernels know.
@@ -52,9 +56,11 @@ CARD_CASES = (
     Case("video", (1, 2, 1, 2, 128, 3120), (4, layout.TERNARY), (312, 64), "fp8", True),
     Case("head dim 256", (1, 2, 8, 1, 256, 777), (2, 1), (24, 256)),
     Case("one token", (1, 1, 1, 1, 64, 1), (2, 2), (1, 64)),
+    Case("keys before RoPE", (2, 4, 4, 1, 128, 1000), (3, 2), (64, 64), masked=True, turned=True),
 )
 EMULATED_CASES = (
     Case("odd lengths, grouped heads", (1, 1, 3, 2, 64, 70), (3, 2), (40, 32), "fp8", True),
+    Case("keys before RoPE", (2, 1, 2, 1, 64, 70), (2, 2), (24, 64), turned=True),
 )
 
 
@@ -132,14 +138,14 @@ def _check_decode(device: torch.device, backend: str, cases: tuple[Case, ...]) -
     name, ran = NAMES[backend], 0
     twin = exact = 0.0
     try:
-        for case in cases:
-            q, k, v, mask = _inputs(case, device)
+        for case in (case for case in cases if _takes(backend, device, case)):
+            given = _inputs(case, device)
             with poisoned():
-                out, lse = _run(backend, q, k, v, mask)
+                out, lse = _run(backend, *given)
             ran += 1
-            want, want_lse = reference.decode(q, k, v, 0.1, mask)
+            want, want_lse = reference.decode(*given[:3], 0.1, *given[3:])
             distance = relative_l1(out, want)
-            twin, exact = max(twin, distance), max(exact, relative_l1(out, _exact(q, k, v, mask)))
+            twin, exact = max(twin, distance), max(exact, relative_l1(out, _exact(*given)))
             hidden = want_lse == -torch.inf
             off = (lse - want_lse)[~hidden].abs().max().item()
             if not (distance <= DISTANCE and off <= LSE and bool((out[hidden] == 0).all())):
@@ -150,17 +156,31 @@ def _check_decode(device: torch.device, backend: str, cases: tuple[Case, ...]) -
     return Verdict(name, "right", "", (), ran, twin, exact)
 
 
-def _run(backend: str, q: Tensor, k: Side, v: Side, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _takes(backend: str, device: torch.device, case: Case) -> bool:
+    if not case.turned:
+        return True
+    if backend != "triton":
+        return False
+    from sage_diffusion.kernels.attention.tuning import architecture
+
+    return tuning.refuse_turn(architecture(device), case.groups[0], case.shape[4]) is None
+
+
+def _run(
+    backend: str, q: Tensor, k: Side, v: Side, mask: Tensor | None, turn: Turn | None
+) -> tuple[Tensor, Tensor]:
     from sage_diffusion.kernels.kv import triton
 
     if backend == "triton":
-        return triton.merge(*triton.decode(q, k, v, 0.1, mask))
+        return triton.merge(*triton.decode(q, k, v, 0.1, mask, turn))
     from sage_diffusion.kernels.kv import gluon
 
     return triton.merge(*gluon.decode(q, k, v, 0.1, mask))
 
 
-def _inputs(case: Case, device: torch.device) -> tuple[Tensor, Side, Side, Tensor | None]:
+def _inputs(
+    case: Case, device: torch.device
+) -> tuple[Tensor, Side, Side, Tensor | None, Turn | None]:
     batch, heads, group, queries, dim, tokens = case.shape
     generator = torch.Generator(device).manual_seed(tokens)
 
@@ -180,13 +200,19 @@ def _inputs(case: Case, device: torch.device) -> tuple[Tensor, Side, Side, Tenso
     if case.masked:
         mask = normal(batch, 1, queries, tokens) < 0.5
         mask[:, :, 1:2] = False  # sees nothing
-    return q, k, v, mask
+    turn = None
+    if case.turned:
+        angles = 1e4 ** -(torch.arange(dim // 2, device=device).double() * 2 / dim)
+        turn = Turn(angles, 1.0, torch.arange(batch, device=device) * 900)
+    return q, k, v, mask, turn
 
 
-def _exact(q: Tensor, k: Side, v: Side, mask: Tensor | None) -> Tensor:
+def _exact(q: Tensor, k: Side, v: Side, mask: Tensor | None, turn: Turn | None) -> Tensor:
     """Attention in float64 on what the codes stand for."""
     group = q.shape[1] // k.words.shape[1]
-    keys, values = (s.read(0, s.tokens).double().repeat_interleave(group, 1) for s in (k, v))
+    keys, values = (s.read(0, s.tokens) for s in (k, v))
+    keys = keys if turn is None else turn.keys(keys, 0)
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     scores = q.double() @ keys.transpose(2, 3) * 0.1
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -17,7 +17,7 @@ def test_right_kernels_on_the_emulator():
     assert [(v.status, v.reason, v.cases) for v in found] == [
         ("right", "", 6),
         ("right", "", 1),
-        ("right", "", 1),
+        ("right", "", 2),
     ]
     assert all(0 < v.twin < 1e-3 for v in found[1:])
 
