@@ -37,15 +37,15 @@ class Training:
         seed: of chunks, ranks and labels.
     """
 
-    steps: int = 50
-    chunk: int = 512
+    steps: int = 24
+    chunk: int = 384
     rate: float = 5e-3
     sink: int = 32
     window: int = 128
     levels: int = 8
     draws: int = 2
     held: int = 8
-    measured: int = 16
+    measured: int = 8
     seed: int = 0
 
 
