@@ -11,13 +11,12 @@ from sage_diffusion.kernels.kv.layout import (
     TERNARY,
     Width,
     levels,
-    pack_checked,
     pack_trits,
     row_words,
-    unpack,
     unpack_trits,
 )
 from sage_diffusion.kernels.kv.quantize import decode, minmax
+from sage_diffusion.kv.codes import pack, unpack
 from sage_diffusion.kv.store import Store
 
 #: Bits that a direction may have, 0 for one that is dropped.
@@ -133,7 +132,7 @@ def _pack(codes: Tensor, width: int) -> Tensor:
     codes = codes.unflatten(1, (-1, BLOCK)).transpose(2, 3)
     words, low = [], 0
     for p in _PLANES[width]:
-        words.append(pack_checked((codes >> low) & ((1 << p) - 1), p))
+        words.append(pack((codes >> low) & ((1 << p) - 1), p))
         low += p
     return torch.cat(words, -1)
 
@@ -172,7 +171,7 @@ class TokenCodes:
         parts = x.float().unflatten(-1, (-1, self.group))
         codes, step, zero = quantize(parts, levels(self.width) - 1, -1)
         codes, trits = codes.flatten(-2), self.width == TERNARY
-        self.stores["codes"].append(pack_trits(codes) if trits else pack_checked(codes, self.width))
+        self.stores["codes"].append(pack_trits(codes) if trits else pack(codes, self.width))
         self.stores["steps"].append(step)
         self.stores["zeros"].append(zero)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.kernels.kv.layout import BLOCK, Width, bits, pack, planes, row_words
+from sage_diffusion.kernels.kv.layout import Width, bits, pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,10 @@ class Columns:
         p = bits(self.width)
         if p == 8:
             return out.copy_(self.split(words))
-        if p == 3:
-            return _three(words, out)
-        octets = words.contiguous().view(torch.uint8)
-        for part, shift in zip(out.chunk(8 // p, -1), range(0, 8, p), strict=True):
-            shifted = octets >> shift if shift else octets
-            part.copy_(shifted if shift == 8 - p else shifted & ((1 << p) - 1))
+        for part, codes in zip(
+            out.chunk(4 if p == 3 else 8 // p, -1), _parts(words, p), strict=True
+        ):
+            part.copy_(codes)
         return out
 
     def spread(self, x: Tensor) -> Tensor:
@@ -78,35 +77,28 @@ class Columns:
 
 def _split(words: Tensor, width: Width) -> Tensor:
     """Parts of each byte, one behind the other: all lowest, then all next, .."""
-    parts = planes(width)
-    per_block = row_words(BLOCK, width)
-    if len(parts) == 1:
-        return _parts(words, bits(width))
-    blocks = words.shape[-1] // per_block
-    low, high = words.split([blocks * parts[0], blocks * parts[1]], -1)
-    # A word of single bits holds two words of pairs, their bits in turn.
-    codes = _parts(low, 2).unflatten(-1, (4, blocks, 2, 4))
-    single = _parts(high, 1).unflatten(-1, (4, 2, blocks, 4)).transpose(-3, -2)
-    return (codes + single * 4).flatten(-4)
+    p = bits(width)
+    return words.contiguous().view(torch.uint8) if p == 8 else torch.cat(list(_parts(words, p)), -1)
 
 
-def _three(words: Tensor, out: Tensor) -> Tensor:
-    """Codes of 3 bits in the order of :func:`_split`, four bytes at a time."""
+def _parts(words: Tensor, p: int) -> Iterator[Tensor]:
+    """``[.., W]`` int32 -> the uint8 parts of :func:`_split`."""
+    if p == 3:
+        yield from _three(words)
+        return
+    octets = words.contiguous().view(torch.uint8)
+    for shift in range(0, 8, p):
+        shifted = octets >> shift if shift else octets
+        yield shifted if shift == 8 - p else shifted & ((1 << p) - 1)
+
+
+def _three(words: Tensor) -> Iterator[Tensor]:
+    """Codes of 3 bits, four bytes at a time; a word of single bits holds two words of pairs'."""
     blocks = words.shape[-1] // 3
     low, high = words.split([2 * blocks, blocks], -1)
     low = low.contiguous()
     high = torch.stack((high, high >> 1), -1).flatten(-2)  # a bit beside each pair of bits
-    for n, part in enumerate(out.chunk(4, -1)):
+    for n in range(4):
         top = high << 2 if n == 0 else high >> (2 * n - 2)
         codes = ((low >> (2 * n)) & 0x03030303).bitwise_or_(top & 0x04040404)
-        part.copy_(codes.view(torch.uint8))
-    return out
-
-
-def _parts(words: Tensor, p: int) -> Tensor:
-    """``[.., W]`` int32 -> ``[.., 32 / p W]`` uint8."""
-    octets = words.contiguous().view(torch.uint8)
-    if p == 8:
-        return octets
-    mask = (1 << p) - 1
-    return torch.cat([(octets >> shift) & mask for shift in range(0, 8, p)], -1)
+        yield codes.view(torch.uint8)

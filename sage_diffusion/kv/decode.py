@@ -98,20 +98,27 @@ def refuse(backend: str, q: Tensor, k: Side, v: Side, before_rope: bool = False)
     """Why a backend can't compute a call, or None."""
     if backend == "torch":
         return None
-    if q.device.type != "cuda":
-        return "needs a CUDA or ROCm device"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    amd = torch.version.hip is not None
-    if not amd and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "Triton needs sm_80 or newer"
-    if backend == "gluon" and amd:
+    reason = refuse_device(q.device)
+    if reason is not None:
+        return reason
+    if backend == "gluon" and torch.version.hip is not None:
         return "needs an NVIDIA card"
     if before_rope:
         reason = _refuse_turn(backend, q, k)
         if reason is not None:
             return reason
     return refuse_shapes(backend, q, k, v)
+
+
+def refuse_device(device: torch.device) -> str | None:
+    """Why no kernel in Triton runs on a device, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA or ROCm device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton needs sm_80 or newer"
+    return None
 
 
 def _refuse_turn(backend: str, q: Tensor, k: Side) -> str | None:

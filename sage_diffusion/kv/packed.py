@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.kernels.kv.layout import Width, bits, pack_checked, unpack
+from sage_diffusion.kernels.kv.layout import Width, bits
 from sage_diffusion.kernels.kv.quantize import Axis, Form, decode, quantize
 from sage_diffusion.kernels.kv.sides import Side
+from sage_diffusion.kv.codes import pack, unpack
 from sage_diffusion.kv.columns import Columns
 from sage_diffusion.kv.store import Store
 
@@ -72,7 +73,7 @@ class PackedSide:
         if x.shape[2]:  # larger steps have larger codes in 8 bits, too
             step, _ = decode(made.step.amax(), None, g.width)
             self.largest = max(self.largest, float(step))
-        self.stores["codes"].append(pack_checked(made.codes, g.width))
+        self.stores["codes"].append(pack(made.codes, g.width))
         self.stores["steps"].append(made.step)
         if made.zero is not None:
             self.stores["zeros"].append(made.zero)
@@ -110,6 +111,9 @@ class PackedSide:
             grouped = codes.unflatten(3, (-1, g.size))
             return grouped.mul_(step[..., None]).add_(zero[..., None]).flatten(3)
         lead = start % g.size
+        if lead == 0 and (stop - start) % g.size == 0:  # whole groups
+            grouped = codes.unflatten(2, (-1, g.size))
+            return grouped.mul_(step[:, :, :, None]).add_(zero[:, :, :, None]).flatten(2, 3)
         step, zero = (
             x.repeat_interleave(g.size, 2)[:, :, lead : lead + stop - start] for x in (step, zero)
         )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sage_diffusion.kernels.kv.layout import Width, pack_checked, unpack
+from sage_diffusion.kernels.kv.layout import Width
 from sage_diffusion.kernels.kv.quantize import Groups, dequantize, quantize
 from sage_diffusion.kv.calibration import GROUP, Calibration, CalibrationError, Joint
+from sage_diffusion.kv.codes import pack, unpack
 from sage_diffusion.kv.coefficients import (
     BLOCK,
     Coefficients,
@@ -154,7 +155,7 @@ class HeavyRows:
         for side, x in (("k", k), ("v", v)):
             groups = quantize(x[batch, heads, tokens], 8, "token", self.dims[side], "fp8")
             assert groups.zero is not None  # 8 bits are not symmetric
-            self.stores[f"heavy.{side}.codes"].append(pack_checked(groups.codes, 8))
+            self.stores[f"heavy.{side}.codes"].append(pack(groups.codes, 8))
             self.stores[f"heavy.{side}.steps"].append(groups.step)
             self.stores[f"heavy.{side}.zeros"].append(groups.zero.view(torch.uint8))
         self.stores["heavy.tokens"].append((tokens + start).to(torch.int32))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sage_diffusion.kernels.kv import layout
+from sage_diffusion.kv.codes import pack, unpack
 from sage_diffusion.kv.method import Method, Place, TwoSided
 from sage_diffusion.kv.store import Store
 
@@ -109,7 +109,7 @@ class _Side:
         width = (step.float() * unit).clamp(min=torch.finfo(torch.float32).tiny)
         scaled = blocks / width[..., None]
         codes = (scaled + outermost).round_().clamp_(0, 2 * outermost).to(torch.uint8)
-        self.stores["codes"].append(layout.pack_checked(codes.flatten(3), method.bits))
+        self.stores["codes"].append(pack(codes.flatten(3), method.bits))
         self.stores["steps"].append(step)
         self.stores["units"].append(unit)
         self.stores["indices"].append(nearest[..., None].to(torch.uint8))
@@ -123,7 +123,7 @@ class _Side:
         span = torch.arange(start, stop, device=steps.device) // method.span - first
         steps = steps * self.stores["units"].read(first, last)[:, :, span]
         dim = steps.shape[3] * method.block
-        codes = layout.unpack(self.stores["codes"].read(start, stop), method.bits, dim)
+        codes = unpack(self.stores["codes"].read(start, stop), method.bits, dim)
         outermost = (2**method.bits - 1) / 2
         residual = (codes.float() - outermost).unflatten(3, (-1, method.block)) * steps[..., None]
         centroids = self.stores["centroids"].read(first * method.centroids, last * method.centroids)
