@@ -100,3 +100,14 @@ def test_samplers_are_differentiated_as_they_are(families, name):
     sampler.replay((Prompt(family.positive), 1), use)
     wanted = family.model.model.process_latent_in(exact)
     assert torch.allclose(found[0], wanted, rtol=2e-3, atol=1e-3)  # uni_pc ends at a sigma of 0.001
+
+
+def test_a_masked_latent_is_rated_too(families):
+    family = families("sd3")
+    sampler = sampler_of(family)
+    with torch.inference_mode():
+        mask = torch.zeros(1, 8, 8)
+        mask[:, :4] = 1
+        sampler.sampling.latent = {"samples": family.latent.clone(), "noise_mask": mask}
+    table = measured(family, sampler, sensitivity=1, method="gradient")
+    assert (np.array(table.sensitivity["effect"], dtype=float) > 0).all()

@@ -236,7 +236,7 @@ def training() -> Iterator[None]:
     """ComfyUI takes operations that have a gradient, as in its own training nodes."""
     import comfy.model_management
 
-    before = comfy.model_management.in_training
+    before = getattr(comfy.model_management, "in_training", False)  # older ones have none
     comfy.model_management.in_training = True
     try:
         yield
