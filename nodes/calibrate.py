@@ -137,7 +137,7 @@ class SageCalibrate(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip="Measure what errors do to the result, on so many runs, eight or more; "
-                    "0 is off. Each costs as much as about 7 sampling runs by gradients, and 19 to "
+                    "0 is off. Each costs as much as about 12 sampling runs by gradients, and 19 to "
                     "21 by groups.",
                 ),
                 io.Combo.Input(
