@@ -10,6 +10,24 @@ const COLOURS = { nothing: "#ff5555", failed: "#ff5555", warning: "#ffb347", can
 const BYPASSED = { state: "off", text: "bypassed: it did nothing in this run" };
 const MUTED = { state: "off", text: "muted: it did not run" };
 
+/** What the server says -> the page's language; what is not listed stays English. */
+let words = [];
+fetch(new URL("./words.json", import.meta.url))
+  .then((answer) => answer.json())
+  .then((list) => {
+    words = list.map((one) => ({ ...one, pattern: new RegExp(`^${one.en}$`) }));
+  });
+
+function translated(line) {
+  const language = app.extensionManager?.setting?.get("Comfy.Locale");
+  for (const word of language === "en" ? [] : words) {
+    const found = word[language] && line.match(word.pattern);
+    // A part may be a sentence of its own: a cause after "NOT QUANTIZED".
+    if (found) return word[language].replace(/\$(\d)/g, (_, n) => translated(found[n]));
+  }
+  return line;
+}
+
 /** Workflow id -> node id -> message, for workflows that are not open. */
 const waiting = new Map();
 
@@ -57,7 +75,7 @@ function show(node, message, old = false) {
   const colour = COLOURS[message.state];
   const [first, second = "", ...rest] = message.text.split("\n");
   const head = document.createElement("div");
-  head.textContent = `${first}\n${second}`;
+  head.textContent = `${translated(first)}\n${translated(second)}`;
   head.style.color = colour ?? "";
   head.style.fontWeight = colour ? "600" : "";
   const more = document.createElement("div");
@@ -65,7 +83,7 @@ function show(node, message, old = false) {
   element.replaceChildren(head, more);
   element.dataset.state = message.state;
   element.style.opacity = old ? "0.5" : "1";
-  if (old) head.prepend(`of an earlier run\n`);
+  if (old) head.prepend(`${translated("of an earlier run")}\n`);
   const red = message.state === "nothing" && !old;
   fit(node, widget, head);
   node.strokeStyles ??= {};

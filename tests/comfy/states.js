@@ -175,6 +175,16 @@ async function main() {
     told: await page.evaluate(() => window.told),
   };
   await page.screenshot({ path: `${folder}/calibrated.png` });
+
+  // The page's own language.
+  result.french = await page.evaluate(async () => {
+    await window.app.extensionManager.setting.set('Comfy.Locale', 'fr');
+    const node = window.app.graph._nodes.find((n) => n.type.startsWith('SageDiffusion'));
+    const detail = { node: String(node.id), state: 'cancelled', text: 'cancelled while sampling\nno figures of this run' };
+    window.app.api.dispatchEvent(new CustomEvent('sage_diffusion.text', { detail }));
+    await window.app.extensionManager.setting.set('Comfy.Locale', 'en'); // the server keeps it
+    return node.widgets.find((w) => w.name === 'sage_text').element.firstChild.textContent;
+  });
   await browser.close();
 }
 

@@ -72,8 +72,10 @@ def visit(server):
 
 
 @pytest.fixture(scope="module")
-def states(server):
+def states(server, request):
     """What Sage Attention said in each of its states."""
+    kept = request.config.getoption("--models") / "sage_plans" / "auto"
+    shutil.rmtree(kept, ignore_errors=True)  # Auto-tune measures
     sampling = prompts.sampling("sd3", **prompts.custom("int8/fp16"))
     check = prompts.check("sd3", **prompts.custom("int8/fp16"))
     planned = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "int8 everywhere"})
@@ -227,6 +229,11 @@ def test_a_calibration_ends_in_a_plan_whose_preview_says_its_stage(states):
     assert found["ran"]["state"] == "done" and "plan tiny (hash" in found["ran"]["text"]
     told = "\n".join(found["told"])
     assert re.search(r"^sensitivity: step [4-6] of 6, run 1 of 1", told, re.M)  # the way back
+
+
+def test_a_headline_is_said_in_the_pages_language(states):
+    text = "annulé pendant l'échantillonnage\npas de chiffres pour cette exécution"
+    assert states["french"] == text
 
 
 def test_no_state_broke_the_page(states):

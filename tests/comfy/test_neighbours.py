@@ -171,3 +171,30 @@ def test_two_stages_with_a_model_each(families):
         late = "int8/int8" if model is low else "int8/fp16"
         for branch in ("cond", "uncond"):
             assert calls.seen[0, branch, "int8/fp16"] == calls.seen[1, branch, late] == 4
+
+
+def test_a_cache_skips_the_same_steps(families):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    flux = families("flux")
+
+    def cached(model):
+        return result(EasyCacheNode.execute(model, 10.0, 0.15, 0.95, False))
+
+    theirs = sample(flux, cached(flux.model), steps=6)
+    exact = cached(patch(flux.model, "fp16"))
+    assert torch.equal(sample(flux, exact, steps=6), theirs)
+    calls = Calls()
+    quantized = cached(patch(flux.model, "int8/fp16", observers=[calls]))
+    assert 0 < error(sample(flux, quantized, steps=6), theirs) < 0.03
+    made = [attached(model).last.summary.calls for model in (exact, quantized)]
+    assert 0 < made[0] == made[1] < 6 * CALLS["flux"]
+    assert len({step for step, *_ in calls.seen}) * CALLS["flux"] == made[1]
+
+
+def test_a_sampler_with_steps_of_its_own_is_left_as_it_is(families):
+    sd3 = families("sd3")
+    theirs = sample(sd3, sd3.model, steps=4, sampler="dpm_adaptive")
+    patched = patch(sd3.model, "fp16")
+    assert torch.equal(sample(sd3, patched, steps=4, sampler="dpm_adaptive"), theirs)
+    assert not attached(patched).last.alarms
