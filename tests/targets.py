@@ -183,7 +183,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         ("gluon", "int8/int8", 128, "plain"): _ADA,
         ("triton", "int8/int8", 64, "plain"): ("sm_100",),
         ("triton", "int8/int8", 64, "causal"): ("sm_100",),
-        ("triton", "int8/int8", 128, "plain"): ("sm_100", "sm_120", "gfx1201"),
+        ("triton", "int8/int8", 128, "plain"): ("sm_120", "gfx1201"),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_100", "sm_120"),
         ("triton", "int8/int8", 128, "keys"): ("sm_100",),
         ("triton", "int8/int8", 128, "bool"): ("sm_80",),
@@ -214,7 +214,8 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
 
 #: The same of quantizers, by their names.
 _QUANTIZER_SPILLS = {
-    (3, 7): {"smoothed rows fp4": ("sm_100",)},
+    (3, 6): {"rope sample": ("gfx1100", "gfx1201"), "rope rows int8": ("sm_90",)},
+    (3, 7): {"rope sample": ("gfx1100", "gfx1201")},
 }
 
 
