@@ -307,3 +307,36 @@ def hunyuan(t: Template) -> None:
         scheduler="simple",
     )
     shown(t, drawn, sage, vae[0], "HunyuanVideo video")
+
+
+def minimax(t: Template) -> None:
+    """Video with sound."""
+    model, clip, vae = loaded(
+        t,
+        "minimax_h3_fl2va_pruned_int8_convrot.safetensors",
+        {"clip_name": "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors", "type": "minimax"},
+        "minimax_h3_video_vae_fp16.safetensors",
+    )
+    sound = t.add("VAELoader", vae_name="minimax_h3_audio_vae_fp32.safetensors")
+    t.group("Prompt and size")
+    asked = t.add("MiniMaxH3ImageToVideo", clip=clip[0], vae=vae[0], prompt=MOVING)
+    t.group("Sampling")
+    sage = t.add("SageDiffusionAttention", model=model[0], preset="by model")
+    guider = t.add("BasicGuider", model=sage[0], conditioning=asked[0])
+    noise = t.add("RandomNoise", noise_seed=42)
+    sampler = t.add("KSamplerSelect", sampler_name="res_multistep")
+    sigmas = t.add("BasicScheduler", model=sage[0], scheduler="simple", steps=20)
+    drawn = t.add(
+        "SamplerCustomAdvanced",
+        noise=noise[0],
+        guider=guider[0],
+        sampler=sampler[0],
+        sigmas=sigmas[0],
+        latent_image=asked[1],
+    )
+    t.group("Result")
+    report = t.add("SageDiffusionReport", after=drawn[0], model=sage[0])
+    images = t.add("VAEDecode", samples=report[0], vae=vae[0])
+    heard = t.add("VAEDecodeAudio", samples=report[0], vae=sound[0])
+    video = t.add("CreateVideo", images=images[0], audio=heard[0], fps=24.0)
+    t.add("SaveVideo", video=video[0], filename_prefix="sage/MiniMax H3")

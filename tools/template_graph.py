@@ -14,7 +14,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 
 #: Modules of ``comfy_extras`` whose nodes the workflows use.
 EXTRAS = ("flux", "hunyuan", "images", "model_advanced", "sd3", "custom_sampler", "preview_any")
-EXTRAS += ("image_compare", "video")
+EXTRAS += ("audio", "image_compare", "minimax_h3", "video")
 
 _PAD, _TITLE, _LINE, _GAP = 20, 30, 24, 40
 

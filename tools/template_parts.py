@@ -14,7 +14,8 @@ from sage_diffusion.kernels.spec import LADDER
 
 _SPLIT = "split_files/"
 
-#: File -> folder of models, repository, folder in it.
+#: File -> folder of models, repository, what stands before that folder's name in it; empty where
+#: the file lies at its top.
 FILES = {
     "flux1-dev.safetensors": ("diffusion_models", "Comfy-Org/flux1-dev", ""),
     "clip_l.safetensors": ("text_encoders", "comfyanonymous/flux_text_encoders", ""),
@@ -72,6 +73,18 @@ FILES = {
         "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
         _SPLIT,
     ),
+    "minimax_h3_fl2va_pruned_int8_convrot.safetensors": (
+        "diffusion_models",
+        "Comfy-Org/MiniMax-H3",
+        "./",
+    ),
+    "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors": (
+        "text_encoders",
+        "Comfy-Org/MiniMax-H3",
+        "./",
+    ),
+    "minimax_h3_video_vae_fp16.safetensors": ("vae", "Comfy-Org/MiniMax-H3", "./"),
+    "minimax_h3_audio_vae_fp32.safetensors": ("vae", "Comfy-Org/MiniMax-H3", "./"),
     "hunyuanvideo1.5_720p_t2v_fp16.safetensors": (
         "diffusion_models",
         "Comfy-Org/HunyuanVideo_1.5_repackaged",
@@ -105,7 +118,7 @@ def addresses() -> dict[str, tuple[str, str]]:
     """File -> folder of models, and where it is to be had."""
     found = {}
     for name, (folder, repository, inside) in FILES.items():
-        path = f"{inside}{folder}/{name}" if inside else name
+        path = f"{inside.removeprefix('./')}{folder}/{name}" if inside else name
         found[name] = (folder, f"https://huggingface.co/{repository}/resolve/main/{path}")
     return found
 
@@ -158,7 +171,7 @@ def gains(kind: str, calls: Calls) -> str:
     lines = [f"| card | {head} | |", "|---|---|---|"]
     for card, time in attention_times(kind, calls).items():
         how = "predicted from a measured main loop" if card in MEASURED else "predicted bound"
-        how += ": no gain" if time > 0.99 else ""
+        how += ": slower, leave it off" if time > 1.02 else ": no gain" if time > 0.98 else ""
         lines.append(f"| {CARDS[card]} | {time:.2f} | {how} |")
     lines.append("\nHow much of a step that is, the node measures: its second line after a run.")
     return "\n".join(lines)

@@ -184,6 +184,16 @@ ENTRIES = {
         "*Auto-tune Attention* in its place, at a smaller size first: it samples twice.",
         Calls(111600, 32),
     ),
+    "MiniMax H3 - by model": Entry(
+        flows.minimax,
+        "MiniMax H3 by rules of thumb",
+        "Five seconds of video with sound at 1344 x 768. Users of INT8 without rotation report that "
+        "what is seen morphs, as keys of the last blocks concentrate in few channels: Sage "
+        "Attention rotates and balances every 8-bit call. **Not calibrated.**",
+        "by model",
+        "*Auto-tune Attention* in its place measures a plan of this model.",
+        Calls(37600, 40),
+    ),
 }
 
 

@@ -124,6 +124,32 @@ def test_too_little_proves_nothing(families, page, tmp_path, monkeypatch):
     assert out[5] is False
 
 
+def test_a_video_with_sound_is_compared_whole_and_its_video_shown(monkeypatch):
+    """As LTX-2 and MiniMax H3 sample: two tensors in one latent."""
+    import comfy.sample
+    import torch
+    from comfy.nested_tensor import NestedTensor
+
+    from sage_diffusion.integrations.comfy.accuracy import KSampling, one_tensor
+
+    video, sound = torch.ones(1, 4, 2, 3, 3), torch.zeros(1, 8, 2, 5)
+    both = NestedTensor([video, sound])
+
+    def sampled(*args, callback, **kwargs):
+        callback(0, both, both, 1)
+        return both
+
+    monkeypatch.setattr(comfy.sample, "sample", sampled)
+    seen, decoded = [], []
+    vae = SimpleNamespace(decode=lambda latent: decoded.append(latent) or torch.zeros(1, 8, 8, 3))
+    run = KSampling([], [], {"samples": both}, 1, 1, 1.0, "euler", "simple", vae=vae)
+    run.on_step = lambda step, latent, steps: seen.append(latent)
+    (latent,) = run(None).latents
+    assert latent.shape == (1, video.numel() + sound.numel())
+    assert torch.equal(latent, one_tensor(run.result()["samples"]))
+    assert seen[0] is video and decoded[0] is video
+
+
 def test_limits_are_checked_before_anything_runs():
     from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 

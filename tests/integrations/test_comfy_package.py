@@ -168,7 +168,15 @@ FILE_WIDGETS = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"
 
 def test_the_families_of_today_have_a_template():
     names = " ".join(path.stem for path in WORKFLOWS)
-    for family in ("Flux.1", "Flux.2", "Z-Image", "Qwen-Image", "Wan 2.2", "HunyuanVideo 1.5"):
+    for family in (
+        "Flux.1",
+        "Flux.2",
+        "Z-Image",
+        "Qwen-Image",
+        "Wan 2.2",
+        "HunyuanVideo 1.5",
+        "MiniMax H3",
+    ):
         assert family in names
 
 

@@ -259,9 +259,9 @@ def _pictures(found: Generation, exact: Generation) -> tuple[Any, ...]:
 class KSampling:
     """What ComfyUI's KSampler does, as a function of the MODEL alone.
 
-    The latents of a :class:`Generation` are the denoised predictions after each step; ``samples``
-    is the result of the last run.  ``on_step`` is called after each with its number, its prediction
-    and the number of all.
+    The latents of a :class:`Generation` are the denoised predictions after each step, of a video
+    with sound both in one row; ``samples`` is the result of the last run.  ``on_step`` is called
+    after each with its number, its prediction and the number of all.
     """
 
     positive: Any
@@ -274,7 +274,7 @@ class KSampling:
     scheduler: str
     denoise: float = 1.0
     vae: Any = None
-    samples: Tensor | None = None
+    samples: Any = None
     on_step: Callable[[int, Tensor, int], None] | None = None
 
     def __call__(self, model: Any) -> Generation:
@@ -286,9 +286,9 @@ class KSampling:
         seen: list[Tensor] = []
 
         def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-            seen.append(denoised.detach().to("cpu", copy=True))
+            seen.append(one_tensor(denoised).detach().to("cpu", copy=True))
             if self.on_step is not None:
-                self.on_step(step, denoised, total)
+                self.on_step(step, _streams(denoised)[0], total)
 
         self.samples = comfy.sample.sample(
             model,
@@ -306,12 +306,25 @@ class KSampling:
             disable_pbar=True,
             seed=self.seed,
         )
-        images = None if self.vae is None else as_pictures(self.vae.decode(self.samples))
+        images = (
+            None if self.vae is None else as_pictures(self.vae.decode(_streams(self.samples)[0]))
+        )
         return Generation(images, tuple(seen))
 
     def result(self) -> dict[str, Any]:
         """ComfyUI's LATENT of the last run."""
         return {**self.latent, "samples": self.samples}
+
+
+def _streams(latent: Any) -> list[Tensor]:
+    """Tensors of a latent: one, or of a video with sound (LTX-2, MiniMax H3) two, video first."""
+    return list(latent.unbind()) if latent.is_nested else [latent]
+
+
+def one_tensor(latent: Any) -> Tensor:
+    """A latent as it is, or a video and its sound in one row, ``[B, N]``."""
+    streams = _streams(latent)
+    return streams[0] if len(streams) == 1 else torch.cat([x.flatten(1) for x in streams], 1)
 
 
 def as_pictures(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from sage_diffusion.adapt.sampling import ModelCall
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.times import cell_times
 from sage_diffusion.attend.session import AttentionSession
-from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.accuracy import KSampling, one_tensor
 from sage_diffusion.integrations.comfy.gradients import Replay, replayed
 from sage_diffusion.integrations.comfy.model import ModelAttention, attach, attached, without
 
@@ -135,7 +135,7 @@ class ComfySampler:
         self.heartbeat()
         if run.samples is None:
             raise RuntimeError("the sampler returned nothing")
-        return run.samples
+        return one_tensor(run.samples)
 
     def pictures(self, prompt: Prompt, seed: int) -> list[tuple[Prompt, int]]:
         """A run's first picture stands for its batch."""
