@@ -137,8 +137,8 @@ class SageCalibrate(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip="Measure what errors do to the result, on so many runs, eight or more; "
-                    "0 is off. Each costs as much as about 12 sampling runs by gradients, and 19 to "
-                    "21 by groups.",
+                    "0 is off. Each costs as much as about 12 sampling runs by gradients, and 19 "
+                    "to 21 by groups.",
                 ),
                 io.Combo.Input(
                     "if_name_exists",
@@ -282,7 +282,7 @@ def measured(
         raise
 
 
-def wanted(goal: dict[str, Any], costs: Costs, table: ScoreTable) -> dict[str, float]:
+def wanted(goal: dict[str, Any], costs: Costs, table: ScoreTable) -> dict[str, Any]:
     """The planner's goal, of the values of :func:`goal_input`."""
     if goal["goal"] == _AS_FAST:
         return {"budget": fast_time(costs, table)}

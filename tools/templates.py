@@ -187,8 +187,8 @@ ENTRIES = {
     "MiniMax H3 - by model": Entry(
         flows.minimax,
         "MiniMax H3 by rules of thumb",
-        "Five seconds of video with sound at 1344 x 768. Users of INT8 without rotation report that "
-        "what is seen morphs, as keys of the last blocks concentrate in few channels: Sage "
+        "Five seconds of video with sound at 1344 x 768. Users of INT8 without rotation report "
+        "that what is seen morphs, as keys of the last blocks concentrate in few channels: Sage "
         "Attention rotates and balances every 8-bit call. **Not calibrated.**",
         "by model",
         "*Auto-tune Attention* in its place measures a plan of this model.",
