@@ -233,7 +233,7 @@ def smooth(effect: np.ndarray) -> np.ndarray:
     and 0 stay as they are, and so does the sum of every spec.
     """
     with np.errstate(invalid="ignore"):
-        known = (effect > 0).all(-1)
+        known = np.all(effect > 0, -1)
     if not known.any():
         return effect
     some = effect[known]

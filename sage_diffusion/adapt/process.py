@@ -166,7 +166,7 @@ def fit_together(
         starts: where the searches begin, ``thetas`` of a fit to similar values.
     """
     along = np.where(known[..., None], values, 0.0) @ directions
-    begin = starts or [None] * along.shape[-1]
+    begin: Sequence[Tensor | None] = starts or [None] * along.shape[-1]
     fits = [fit(along[..., q], known, start) for q, start in enumerate(begin)]
     mean = np.stack([each.mean for each in fits], -1) @ directions.T
     variance = np.stack([each.deviation**2 for each in fits], -1) @ (directions.T**2)

@@ -86,7 +86,8 @@ class Replay:
         Raises:
             NoGradient: the model or the sampler can't be differentiated, or memory is short.
         """
-        self._calls = calls = []
+        calls: list[ModelCall] = []
+        self._calls = calls
         way = _ThereAndBack(sampling.on_step)
 
         def with_calls(final: Tensor) -> None:
@@ -253,30 +254,35 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     none of the activations that the gradient of a matrix would need.
     """
     aliases: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-    asking: list[nn.Parameter] = []
     try:
         for module in model.modules():
-            for kept in (module._parameters, module._buffers):
+            for kept in _kept(module):
                 for name, value in kept.items():
-                    if value is None or type(value.data) is not Tensor:
-                        continue
-                    if value.is_inference():
+                    if value is not None and type(value.data) is Tensor and value.is_inference():
                         aliases.append((kept, name, value, _alias(value)))
-                        kept[name] = value = aliases[-1][-1]
-                    if (
-                        isinstance(value, nn.Parameter)
-                        and value.ndim == 1
-                        and value.is_floating_point()
-                        and not value.requires_grad
-                    ):
-                        asking.append(value.requires_grad_())
-        yield
-    finally:
+                        kept[name] = aliases[-1][-1]
+        asking = [p for p in model.parameters() if _is_vector(p) and not p.requires_grad]
         for parameter in asking:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_()
+        try:
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(False)
+    finally:
         for kept, name, value, alias in aliases:
             if kept.get(name) is alias and alias.data_ptr() == value.data_ptr():
                 kept[name] = value
+
+
+def _kept(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's own parameters and buffers, to be replaced."""
+    return module._parameters, module._buffers
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    plain = type(parameter.data) is Tensor and parameter.is_floating_point()
+    return plain and parameter.ndim == 1
 
 
 def _alias(value: Tensor) -> Tensor:
