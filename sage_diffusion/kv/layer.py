@@ -241,8 +241,9 @@ class Layer:
             self.shared[key] = angles_of(self._rope, place.head_dim, place.device)
         if self.shared[key] is None:
             return None
+        angles, gain = self.shared[key]
         first = torch.full((self.batch,), self._sink["k"].length, device=place.device)
-        return Turn(*self.shared[key], first if self._offset is None else first + self._offset)
+        return Turn(angles, gain, first if self._offset is None else first + self._offset)
 
     def tiles(self, size: int = TILE) -> Iterator[tuple[Tensor, Tensor]]:
         """All K and V in order, at most ``size`` tokens of the body at a time."""

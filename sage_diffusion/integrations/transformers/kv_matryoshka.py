@@ -208,7 +208,8 @@ class _Projecting(TorchFunctionMode):
         apart = at[:, None] - at
         exact = (apart < self._training.window) | (at < self._training.sink)
         grouped = q.unflatten(1, (heads, -1))  # [B, H, G, T, D]
-        scores = torch.where(exact, *(grouped @ x[:, :, None].transpose(3, 4) for x in (k, old_k)))
+        near, far = (grouped @ x[:, :, None].transpose(3, 4) for x in (k, old_k))
+        scores = torch.where(exact, near, far)
         p = (scores * scale).masked_fill(apart < 0, -math.inf).softmax(-1)
         out = (p * exact) @ v[:, :, None] + (p * ~exact) @ old_v[:, :, None]
         return out.flatten(1, 2)

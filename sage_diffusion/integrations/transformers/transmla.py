@@ -190,6 +190,8 @@ class LatentAttention(nn.Module):
     The cache keeps ``[B, 1, T, rope]`` as K and ``[B, 1, T, rank]`` as V.
     """
 
+    frequencies: Tensor
+
     def __init__(self, layer: Any, found: LayerMaps, heads: int):
         super().__init__()
         weight, device = layer.k_proj.weight, layer.k_proj.weight.device
