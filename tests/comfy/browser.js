@@ -113,6 +113,16 @@ async function main() {
   await page.keyboard.press('Enter');
   await page.waitForTimeout(1000);
   result.added = await count();
+
+  // Every template, as the page would send it to the server.
+  result.prompts = {};
+  for (const name of result.templates) {
+    result.prompts[name] = await page.evaluate(async (name) => {
+      const answer = await fetch(`/api/workflow_templates/sage_diffusion/${encodeURIComponent(name)}.json`);
+      await window.app.loadGraphData(await answer.json(), true, true, name);
+      return (await window.app.graphToPrompt()).output;
+    }, name);
+  }
   await browser.close();
 }
 

@@ -25,11 +25,14 @@ SHOTS = ROOT / "out" / "comfy"
 PLAYWRIGHT = ROOT / ".cache" / "browser" / "node_modules"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
+#: The model file that this server has.
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+
 #: What ComfyUI's own page logs in a fresh installation without its gallery and its first model.
 HOSTS_OWN = re.compile(
     r"^Failed to load resource: .*404|^Error loading (fuse options|core workflow templates)"
     r"|^ComfyApp graph accessed before initialization"
-    r"|^(Connecting to '|Fetch API cannot load )https://huggingface.co/Comfy-Org/"
+    r"|^(Connecting to '|Fetch API cannot load )https://huggingface.co/"
 )
 
 
@@ -104,6 +107,22 @@ def test_the_template_runs_and_shows_picture_and_report(visit):
         assert shown.startswith("int8/fp16: 6 of 42 attention calls\n")
         assert "\n0 declined;" in shown
     assert visit["visible"]
+
+
+def test_every_template_is_a_prompt_that_lacks_its_models_at_most(server, visit):
+    for name, prompt in visit["prompts"].items():
+        given = [v for n in prompt.values() for v in n["inputs"].values()]
+        files = [v for v in given if str(v).endswith(".safetensors") and v != CHECKPOINT]
+        if not files:  # it would run
+            continue
+        answer = server.post("/prompt", {"prompt": prompt})
+        kinds = {
+            (error["type"], error["extra_info"]["received_value"] in files)
+            for node in answer["node_errors"].values()
+            for error in node["errors"]
+        }
+        assert kinds == {("value_not_in_list", True)}, (name, answer["node_errors"])
+    assert sum(" - " in name for name in visit["prompts"]) >= 15
 
 
 def test_help_opens(visit):
