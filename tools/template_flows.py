@@ -340,3 +340,41 @@ def minimax(t: Template) -> None:
     heard = t.add("VAEDecodeAudio", samples=report[0], vae=sound[0])
     video = t.add("CreateVideo", images=images[0], audio=heard[0], fps=24.0)
     t.add("SaveVideo", video=video[0], filename_prefix="sage/MiniMax H3")
+
+
+def ltx2(t: Template) -> None:
+    """Video with sound, both halves of guidance."""
+    file, frames = "ltx-2-19b-dev-fp8.safetensors", 121
+    t.group("Models")
+    whole = t.add("CheckpointLoaderSimple", ckpt_name=file)
+    encoder = "gemma_3_12B_it_fp4_mixed.safetensors"
+    clip = t.add("LTXAVTextEncoderLoader", text_encoder=encoder, ckpt_name=file)
+    sound = t.add("LTXVAudioVAELoader", ckpt_name=file)
+    t.group("Prompt and size")
+    positive = t.add("CLIPTextEncode", clip=clip[0], text=MOVING)
+    negative = t.add("CLIPTextEncode", clip=clip[0], text="blurry, still, watermark")
+    asked = t.add("LTXVConditioning", positive=positive[0], negative=negative[0], frame_rate=24.0)
+    seen = t.add("EmptyLTXVLatentVideo", width=1280, height=704, length=frames)
+    heard = t.add("LTXVEmptyLatentAudio", audio_vae=sound[0], frames_number=frames, frame_rate=24)
+    latent = t.add("LTXVConcatAVLatent", video_latent=seen[0], audio_latent=heard[0])
+    t.group("Sampling")
+    sage = t.add("SageDiffusionAttention", model=whole[0], preset="by model")
+    guider = t.add("CFGGuider", model=sage[0], positive=asked[0], negative=asked[1], cfg=4.0)
+    noise = t.add("RandomNoise", noise_seed=42)
+    sampler = t.add("KSamplerSelect", sampler_name="euler_ancestral")
+    sigmas = t.add("LTXVScheduler", steps=20, latent=latent[0])
+    drawn = t.add(
+        "SamplerCustomAdvanced",
+        noise=noise[0],
+        guider=guider[0],
+        sampler=sampler[0],
+        sigmas=sigmas[0],
+        latent_image=latent[0],
+    )
+    t.group("Result")
+    report = t.add("SageDiffusionReport", after=drawn[0], model=sage[0])
+    both = t.add("LTXVSeparateAVLatent", av_latent=report[0])
+    images = t.add("VAEDecode", samples=both[0], vae=whole[2])
+    audio = t.add("LTXVAudioVAEDecode", samples=both[1], audio_vae=sound[0])
+    video = t.add("CreateVideo", images=images[0], audio=audio[0], fps=24.0)
+    t.add("SaveVideo", video=video[0], filename_prefix="sage/LTX-2")

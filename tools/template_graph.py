@@ -14,7 +14,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 
 #: Modules of ``comfy_extras`` whose nodes the workflows use.
 EXTRAS = ("flux", "hunyuan", "images", "model_advanced", "sd3", "custom_sampler", "preview_any")
-EXTRAS += ("audio", "image_compare", "minimax_h3", "video")
+EXTRAS += ("audio", "image_compare", "lt", "lt_audio", "minimax_h3", "video")
 
 _PAD, _TITLE, _LINE, _GAP = 20, 30, 24, 40
 
@@ -245,7 +245,7 @@ def _inputs(
         value = given.pop(full, given.pop(name, None))
         if type_ == "IMAGECOMPARE":
             continue  # a view that the page makes
-        if type_ not in WIDGETS or isinstance(value, Link):
+        if not WIDGETS & {*type_.split(",")} or isinstance(value, Link):
             slots.append(slot | {"source": value})
             continue
         if type_ != "STRING" or not options.get("socketless"):

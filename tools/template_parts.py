@@ -85,6 +85,8 @@ FILES = {
     ),
     "minimax_h3_video_vae_fp16.safetensors": ("vae", "Comfy-Org/MiniMax-H3", "./"),
     "minimax_h3_audio_vae_fp32.safetensors": ("vae", "Comfy-Org/MiniMax-H3", "./"),
+    "ltx-2-19b-dev-fp8.safetensors": ("checkpoints", "Lightricks/LTX-2", ""),
+    "gemma_3_12B_it_fp4_mixed.safetensors": ("text_encoders", "Comfy-Org/ltx-2", _SPLIT),
     "hunyuanvideo1.5_720p_t2v_fp16.safetensors": (
         "diffusion_models",
         "Comfy-Org/HunyuanVideo_1.5_repackaged",

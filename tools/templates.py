@@ -184,6 +184,15 @@ ENTRIES = {
         "*Auto-tune Attention* in its place, at a smaller size first: it samples twice.",
         Calls(111600, 32),
     ),
+    "LTX-2 - by model": Entry(
+        flows.ltx2,
+        "LTX-2 by rules of thumb",
+        "Five seconds of video with sound at 1280 x 704, in one stage. Attention between picture "
+        "and sound, and to the text, stays as it is. **Not calibrated.**",
+        "by model",
+        "*Auto-tune Attention* in its place measures a plan of this model.",
+        Calls(14080, 64),
+    ),
     "MiniMax H3 - by model": Entry(
         flows.minimax,
         "MiniMax H3 by rules of thumb",

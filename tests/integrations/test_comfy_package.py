@@ -164,6 +164,7 @@ def test_the_nodes_that_newcomers_meet_have_help_in_every_language(node):
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("* - *.json"))
 FILE_WIDGETS = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name")
+FILE_WIDGETS += ("text_encoder",)
 
 
 def test_the_families_of_today_have_a_template():
