@@ -84,6 +84,8 @@ class QuantizedTensor(NamedTuple):
         precision: the format of ``data``.
         block: tokens per scale; it travels with the data, so kernels cannot disagree with it.
         micro: FP4 only, ``[B, H, L, Dp / 16]`` float8_e4m3fn, the scales of 16 neighbouring values.
+        columns: K's scales as its attention kernel reads them, if it does
+            (``attention.gluon_columns.key_scales``).
     """
 
     data: Tensor
@@ -91,6 +93,7 @@ class QuantizedTensor(NamedTuple):
     precision: Precision
     block: int
     micro: Tensor | None = None
+    columns: Tensor | None = None
 
 
 class QuantizedValue(NamedTuple):
@@ -159,6 +162,11 @@ def padded_dim(head_dim: int) -> int:
 def padded_length(length: int) -> int:
     """Tokens of a transposed 8-bit V: a multiple of 64, so that rows start aligned."""
     return -(-length // TILE_N) * TILE_N
+
+
+def columns_length(k_len: int) -> int:
+    """Length of a list of columns: the kernel may read the tile after the last pair of tiles."""
+    return padded_length(k_len) + 2 * TILE_N
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

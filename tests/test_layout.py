@@ -84,7 +84,7 @@ ALSO_TESTS = {
     ),
     "kernels/test_quantize_triton.py": (
         "kernels.quantize.stats kernels.quantize.triton kernels.quantize.triton_fp4 "
-        "kernels.quantize.triton_value kernels.tiles"
+        "kernels.quantize.triton_rows kernels.quantize.triton_value kernels.tiles"
     ),
     "plan/test_edit.py": "sage_diffusion.plan.fingerprint",
     "plan/test_library.py": "sage_diffusion.plan.catalog",
@@ -221,6 +221,7 @@ MANY_ARGUMENTS = {
     "kernels.attention.triton": "attend_quantized attention",
     "kernels.attention.triton_fp4": "attend_quantized attention",
     "kernels.quantize.reference": "quantize_rows",
+    "kernels.quantize.together": "quantize_together",
     "kernels.quantize.triton": "quantize_rows",
     "kernels.quantize.triton_value": "quantize_value",
     "nodes.accuracy": "execute",

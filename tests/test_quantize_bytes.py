@@ -35,14 +35,14 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
         "fp4/fp8-fast",
         "fp4/fp4",
     }
-    assert all(1 < row["ratio"] <= 1.15 for row in found)
+    assert all(1 < row["ratio"] <= 1.105 for row in found)
 
 
 def test_what_statistics_add_to_the_traffic(quantize_bytes):
     rows = {(row["spec"], row["head_dim"]): row for row in quantize_bytes.measure(4096)}
     row = rows["int4/fp8-fast", 128]
     shares = {n: x / (row["read"] + row["written"]) for n, x in row["statistics"].items()}
-    assert shares == pytest.approx({"k": 0.0418, "v": 0.0}, abs=1e-3)
+    assert shares == pytest.approx({"k": 0.0436, "v": 0.0}, abs=1e-3)
 
 
 @pytest.fixture
@@ -102,10 +102,10 @@ def test_the_compiled_kernels_move_what_is_counted(traffic, cc, name, head_dim):
     kernels = {kernel for kernel, _ in traffic}
     ours = {k for k in kernels if any(name in k for name in ("quantize", "stats", "sample"))}
     assert kernels - ours == (
-        {"attention_kernel", "_bias_kernel", "_scales_kernel"}
-        if spec.smooth_q
-        else {"_attention_fwd_kernel"}
+        {"attention_kernel", "_bias_kernel"} if spec.smooth_q else {"_attention_fwd_kernel"}
     )
-    want = launches(spec, length, head_dim, sums=spec.unsigned_p and not spec.smooth_q)
+    in_columns = spec.smooth_q
+    sums = spec.unsigned_p and not in_columns
+    want = launches(spec, length, head_dim, sums, in_columns)
     assert sum(traffic[kernel, "read"] for kernel in ours) == want.read
     assert sum(traffic[kernel, "written"] for kernel in ours) == want.written

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Q_BLOCK, QuantizedTensor, cdiv, padded_dim
+from ..formats import Q_BLOCK, QuantizedTensor, cdiv, columns_length, padded_dim
 from ..rope import Rope
 from ..spec import AttentionSpec
-from .gluon_columns import as_columns, columns_length, key_bias
+from .gluon_columns import as_columns, key_bias
 from .operands import Operands, quantize_operands
 from .record import Kernels, Tuned
 from .terms import smoothed_lse
@@ -72,6 +72,7 @@ def attention_of(kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor | None]
             spec,
             scale,
             permuted=kernels.permuted(spec),
+            column_factor=kernels.column_factor(spec),
             rope_q=rope_q,
             rope_k=rope_k,
             sign_seed=sign_seed,

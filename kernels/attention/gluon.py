@@ -9,9 +9,9 @@ from ..formats import Precision, QuantizedTensor, QuantizedValue, padded_length
 from ..start import start_kernel
 from .entry import Bias, attention_of, in_columns, in_parts, outputs
 from .gluon_columns import key_scales
-from .gluon_kernel import SCALE_SHIFT, attention_kernel
+from .gluon_kernel import attention_kernel
 from .gluon_masks import pack_mask
-from .gluon_support import KERNELS, MAX_REGISTERS, GluonLaunch
+from .gluon_support import KERNELS, MAX_REGISTERS, GluonLaunch, column_factor
 from .gluon_support import launch as launch_for
 
 #: Blocks of 128 query rows of a launch at least, however large their delta-S is.
@@ -78,8 +78,7 @@ def attend_quantized(
     if delta_s is not None:
         bias = in_columns(delta_s)
     out, lse = outputs(q, head_dim, out_dtype, return_lse)
-    sign = 1.0 if q.precision is Precision.FP4 else -1.0  # that of MAGIC_BITS
-    scales = key_scales(k, sign / SCALE_SHIFT)
+    scales = key_scales(k, column_factor(q.precision)) if k.columns is None else k.columns
     parts = in_parts(q, k_len, config.block_m, bias, _MIN_BIAS_BLOCKS)
     with torch.cuda.device_of(q.data):
         for first, count, added, strides in parts:

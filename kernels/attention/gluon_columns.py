@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, cdiv, padded_dim, padded_length
+from ..formats import LOG2E, Q_BLOCK, TILE_N, QuantizedTensor, cdiv, columns_length, padded_dim
 from ..quantize.permute import column_order
 from ..quantize.rope import Tables, load_rotated_rows, rope_arguments
 from ..rope import Rope
@@ -27,11 +27,6 @@ _LOG2E, _MASK_FLOOR = tl.constexpr(LOG2E), tl.constexpr(MASK_FLOOR)
 _BLOCKS = 16
 #: Channels of K that it holds at a time: three parts of a float32 tile are in shared memory.
 _CHANNELS = tl.constexpr(64)
-
-
-def columns_length(k_len: int) -> int:
-    """Length of a list of columns: the kernel may read the tile after the last pair of tiles."""
-    return padded_length(k_len) + 2 * TILE_N
 
 
 @triton.jit

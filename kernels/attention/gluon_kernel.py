@@ -33,13 +33,11 @@ from .gluon_program import (
     program_number,
     to_output,
 )
+from .gluon_support import SCALE_SHIFT
 from .gluon_tile import RANGE_FP8, RANGE_INT8, RANGE_UINT8, State, attend_tile, copied
 
 _TILE_N, _LOG2E = gl.constexpr(TILE_N), gl.constexpr(LOG2E)
 
-#: Moved from K's scales to Q's: what the kernel leaves unscaled, because a mask hides it, is then
-#: beyond every score.
-SCALE_SHIFT = 2.0**60
 _SCALE_SHIFT = gl.constexpr(SCALE_SHIFT)
 
 #: Below every score and mask, and finite, so that the online softmax's differences are defined.

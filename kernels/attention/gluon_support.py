@@ -32,6 +32,10 @@ class GluonLaunch(NamedTuple):
 #: By padded head dim.  ``stages`` is a power of two, which makes a ring's slot one instruction.
 _LAUNCHES = {64: GluonLaunch(8, 1, 4), 128: GluonLaunch(8, 1, 4), 256: GluonLaunch(8, 1, 2)}
 
+#: Moved from K's scales to Q's: what the kernel leaves unscaled, because a mask hides it, is then
+#: beyond every score.
+SCALE_SHIFT = 2.0**60
+
 #: What a thread may have.  Said aloud, ptxas spends them on hiding latency; silent, it saves some.
 MAX_REGISTERS = 255
 
@@ -40,6 +44,12 @@ MAX_INT8_HEAD_DIM = 128
 
 #: Triton's first version whose Gluon tells layouts apart as :mod:`..versions` needs for assembly.
 TRITON_VERSION = (3, 6)
+
+
+def column_factor(qk: Precision) -> float:
+    """What K's scales are multiplied by in the lists that the kernel reads."""
+    sign = 1.0 if qk is Precision.FP4 else -1.0  # that of gluon_asm.MAGIC_BITS
+    return sign / SCALE_SHIFT
 
 
 def launch(dim: int) -> GluonLaunch:
@@ -106,4 +116,5 @@ KERNELS = Kernels(
     candidates=lambda arch, dim, spec: candidates(),
     knobs=("num_warps", "step", "stages"),
     triton_version=lambda spec: TRITON_VERSION,
+    column_factor=lambda spec: column_factor(spec.qk),
 )

@@ -71,7 +71,7 @@ def attend_quantized(
         mask = mask.expand(batch, heads, q_len, k_len)
         mask_strides = list(mask.stride()[:3])
     out, lse = outputs(q, head_dim, out_dtype, return_lse)
-    scales = key_scales(k)
+    scales = key_scales(k) if k.columns is None else k.columns
     added = None if bias is None else bias(0, 1)
     with torch.cuda.device_of(q.data):
         start_kernel(

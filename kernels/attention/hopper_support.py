@@ -112,5 +112,6 @@ KERNELS = Kernels(
     candidates=lambda arch, dim, spec: candidates(),
     knobs=("num_warps", "stages", "registers"),
     triton_version=lambda spec: TRITON_VERSION,
+    column_factor=lambda spec: 1.0,
     tile_keys=TILE_KEYS,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ..formats import (
     Precision,
     QuantizedTensor,
     QuantizedValue,
+    Sample,
 )
 from ..quantize import triton as quantize
 from ..rope import Rope
@@ -54,6 +55,7 @@ def quantize_operands(
     scale: float | None = None,
     *,
     permuted: bool = False,
+    column_factor: float | None = None,
     rope_q: Rope | None = None,
     rope_k: Rope | None = None,
     sign_seed: Tensor | None = None,
@@ -64,79 +66,105 @@ def quantize_operands(
         q: ``[B, H, Lq, D]``; k, v: ``[B, Hkv, Lk, D]``, any float dtype but float64.
         scale: softmax scale, ``1 / sqrt(D)`` if None.
         permuted: V's tokens in the order of P's registers (:mod:`..quantize.permute`).
+        column_factor: as of :func:`..quantize.together.quantize_together`; the kernel makes those
+            lists itself where a spec has a scale per block, or balances nothing.
         rope_q, rope_k: rotate q and k as they are loaded, in float32.
         sign_seed: as of :func:`.reference.attention`.
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
-    fast = spec.pv_accumulator == "fp16"
-    q_factor = k_factor = v_scale = stats = None
-    if spec.balance:
-        k_mean, v_mean, q_factor, k_factor, v_scale = quantize.sample(
-            q,
-            k,
-            v,
-            spec,
-            rope_q=rope_q,
-            rope_k=rope_k,
-        )
-    else:
-        k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
-        stats = quantize.channel_stats(v) if spec.smooth_v else None
-        v_mean = None if stats is None else stats.mean
     rows = q if sm_scale >= 0 else -q  # the scales stay positive
-    by_block = spec.granularity == "block"
-    q_mean: Tensor | None
-    if spec.smooth_q and not by_block:
-        q_codes, q_mean = quantize.quantize_smoothed_rows(
-            rows,
-            spec.qk,
-            factor=q_factor,
-            rotation=spec.rotate,
-            sign_seed=sign_seed,
-            clip=spec.clip,
-            multiplier=multiplier,
-            rope=rope_q,
+    options: dict[str, Any] = {"rope_q": rope_q, "rope_k": rope_k, "sign_seed": sign_seed}
+    found, stats = _statistics(q, k, v, spec, rope_q, rope_k)
+    if spec.balance and spec.granularity == "token":
+        options |= {"permuted": permuted, "column_factor": column_factor}
+        q_codes, q_mean, k_codes, values = quantize.quantize_together(
+            rows, k, v, spec, found, multiplier=multiplier, **options
         )
     else:
-        q_mean = quantize.block_mean(rows, Q_BLOCK, rope_q) if spec.smooth_q else None
-        q_codes = quantize.quantize_rows(
-            rows,
-            spec.qk,
-            mean=q_mean,
-            factor=q_factor,
-            rotation=spec.rotate,
-            sign_seed=sign_seed,
-            clip=spec.clip,
-            block=Q_SCALE_BLOCK if by_block else 1,
-            multiplier=multiplier,
-            rope=rope_q,
-        )
+        q_codes, q_mean, k_codes = _rows(rows, k, spec, found, multiplier, **options)
+        values = _value(v, spec, found, stats, permuted)
+    return Operands(
+        q_codes,
+        k_codes,
+        values,
+        q_mean,
+        found.k_mean,
+        sm_scale,
+        multiplier,
+        found.q_factor,
+        found.k_factor,
+    )
+
+
+def _statistics(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, rope_q: Rope | None, rope_k: Rope | None
+) -> tuple[Sample, quantize.ChannelStats | None]:
+    """What is taken out and balanced; V's statistics where its mean is that of all tokens."""
+    if spec.balance:
+        return quantize.sample(q, k, v, spec, rope_q=rope_q, rope_k=rope_k), None
+    k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
+    stats = quantize.channel_stats(v) if spec.smooth_v else None
+    return Sample(k_mean, None if stats is None else stats.mean), stats
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    spec: AttentionSpec,
+    found: Sample,
+    multiplier: float,
+    *,
+    rope_q: Rope | None,
+    rope_k: Rope | None,
+    sign_seed: Tensor | None,
+) -> tuple[QuantizedTensor, Tensor | None, QuantizedTensor]:
+    """Codes of Q, its means, and codes of K, in a launch each."""
+    by_block = spec.granularity == "block"
+    options: dict[str, Any] = {
+        "rotation": spec.rotate,
+        "sign_seed": sign_seed,
+        "clip": spec.clip,
+    }
+    of_q = {"factor": found.q_factor, "multiplier": multiplier, "rope": rope_q}
+    q_mean: Tensor | None = None
+    if spec.smooth_q and not by_block:
+        q_codes, q_mean = quantize.quantize_smoothed_rows(q, spec.qk, **of_q, **options)
+    else:
+        if spec.smooth_q:
+            q_mean = quantize.block_mean(q, Q_BLOCK, rope_q)
+        block = Q_SCALE_BLOCK if by_block else 1
+        q_codes = quantize.quantize_rows(q, spec.qk, mean=q_mean, block=block, **of_q, **options)
     k_codes = quantize.quantize_rows(
         k,
         spec.qk,
-        mean=k_mean,
-        factor=k_factor,
-        rotation=spec.rotate,
-        sign_seed=sign_seed,
-        clip=spec.clip,
+        mean=found.k_mean,
+        factor=found.k_factor,
         block=K_SCALE_BLOCK if by_block else 1,
         rope=rope_k,
+        **options,
     )
-    values: Tensor | QuantizedValue = v
-    if spec.pv is not Precision.FP16:
-        values = quantize.quantize_value(
-            v,
-            spec.pv,
-            mean=v_mean,
-            scale=v_scale,
-            fast=fast,
-            clip=spec.clip and spec.pv is Precision.FP4,
-            # With V's tokens in its own order a kernel multiplies P's bytes as they are.
-            sums=spec.unsigned_p and not permuted,
-            permuted=permuted,
-            stats=stats,
-        )
-    return Operands(
-        q_codes, k_codes, values, q_mean, k_mean, sm_scale, multiplier, q_factor, k_factor
+    return q_codes, q_mean, k_codes
+
+
+def _value(
+    v: Tensor,
+    spec: AttentionSpec,
+    found: Sample,
+    stats: quantize.ChannelStats | None,
+    permuted: bool,
+) -> Tensor | QuantizedValue:
+    if spec.pv is Precision.FP16:
+        return v
+    return quantize.quantize_value(
+        v,
+        spec.pv,
+        mean=found.v_mean,
+        scale=found.v_scale,
+        fast=spec.pv_accumulator == "fp16",
+        clip=spec.clip and spec.pv is Precision.FP4,
+        # With V's tokens in its own order a kernel multiplies P's bytes as they are.
+        sums=spec.unsigned_p and not permuted,
+        permuted=permuted,
+        stats=stats,
     )

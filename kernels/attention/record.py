@@ -34,6 +34,8 @@ class Kernels:
         knobs: fields of a launch that are chosen for a card; the rest is its architecture's own.
         triton_version: ``(spec)`` -> Triton's first version that will do.
         permuted: ``(spec)`` -> whether V's tokens are in the order of P's registers.
+        column_factor: ``(spec)`` -> what it wants K's scales in column order multiplied by
+            (:func:`.gluon_columns.key_scales`), or None.
         adds_key_masks: one mask for all queries comes as part of the bias, else as a mask.
         devices: that they run on, in words.
         tile_keys: keys of a tile.
@@ -51,6 +53,7 @@ class Kernels:
     knobs: tuple[str, ...]
     triton_version: Callable[[AttentionSpec], tuple[int, int]]
     permuted: Callable[[AttentionSpec], bool] = lambda spec: True
+    column_factor: Callable[[AttentionSpec], float | None] = lambda spec: None
     adds_key_masks: bool = True
     devices: str = "CUDA"
     tile_keys: int = TILE_N

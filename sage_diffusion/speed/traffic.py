@@ -15,6 +15,7 @@ from sage_diffusion.kernels.formats import (
     Q_BLOCK,
     TILE_N,
     Precision,
+    columns_length,
     padded_dim,
     padded_length,
 )
@@ -88,18 +89,23 @@ def rows(
     precision: Precision,
     mean: str,
     clip: bool,
-    block: int = 1,
     factor: bool = False,
+    span: int = 0,
+    columns: bool = False,
 ) -> Traffic:
-    """``quantize_rows``; ``mean`` is "none", "given" or "own" (``quantize_smoothed_rows``)."""
-    size = Q_BLOCK if mean == "own" else block if block > 1 else CLIPPED_ROWS if clip else ROWS
-    programs = _blocks(length, size)
+    """Rows of Q or K; ``mean`` is "none", "given" or "own" (of every 128 rows).
+
+    ``span``: rows of a program, if other than those that it takes at a time.  ``columns``: it also
+    writes K's scales in column order.
+    """
+    size = Q_BLOCK if mean == "own" else CLIPPED_ROWS if clip else ROWS
+    listed = columns_length(length) if columns else 0
+    programs = _blocks(max(length, listed), span or size)
     means = programs * head_dim * FLOAT
     codes = code_bytes(length * padded_dim(head_dim), precision)
-    scales = (length if block == 1 else programs) * FLOAT
     return Traffic(
         length * head_dim * HALF + means * ((mean == "given") + factor),
-        codes + scales + means * (mean == "own"),
+        codes + length * FLOAT + means * (mean == "own") + 2 * listed * FLOAT,
     )
 
 
@@ -116,14 +122,28 @@ def value(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -
     return Traffic(length * head_dim * HALF + tiles * vectors * vector, written)
 
 
-def launches(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
+def launches(
+    spec: AttentionSpec, length: int, head_dim: int, sums: bool = False, columns: bool = False
+) -> Traffic:
     """Bytes of one head that the launches of a call's quantizers move.
 
-    ``sums``: of V's codes, which the plain kernel needs for an unsigned P.
+    Args:
+        spec, length, head_dim: of the call.
+        sums: of V's codes, which the plain kernel needs for an unsigned P.
+        columns: K's scales in column order, where Q, K and V share a launch.
     """
-    total = Traffic()
-    for mean in ("own" if spec.smooth_q else "none", "given" if spec.smooth_k else "none"):
-        total += rows(length, head_dim, spec.qk, mean, spec.clip, factor=spec.balance)
+    of_q, of_k = "own" if spec.smooth_q else "none", "given" if spec.smooth_k else "none"
+    total = rows(length, head_dim, spec.qk, of_q, spec.clip, factor=spec.balance)
+    total += rows(
+        length,
+        head_dim,
+        spec.qk,
+        of_k,
+        spec.clip,
+        factor=spec.balance,
+        span=TILE_N if together(spec) and spec.clip else 0,
+        columns=columns and together(spec),
+    )
     if spec.balance:
         total += sample(spec, length, head_dim)
     elif spec.smooth_k:
@@ -133,6 +153,11 @@ def launches(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False
     if spec.pv is not Precision.FP16:
         total += value(spec, length, head_dim, sums)
     return total
+
+
+def together(spec: AttentionSpec) -> bool:
+    """Whether Q, K and V are quantized in one launch."""
+    return spec.balance and spec.granularity == "token"
 
 
 def moved(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
@@ -178,7 +203,7 @@ def least(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
 
 
 def beside(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
-    """Delta-S of smoothed Q and K's scales in column order, which only the Gluon kernel has."""
+    """Delta-S of smoothed Q and K's scales in column order, which not all kernels have."""
     if not spec.smooth_q:
         return Traffic()
     columns = padded_length(length) + 2 * TILE_N
@@ -186,7 +211,7 @@ def beside(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     chunks, tiles = _blocks(blocks, chunk), columns // TILE_N
     means = tiles * blocks * head_dim * FLOAT + chunks * tiles * head_dim * FLOAT
     bias = Traffic(chunks * length * head_dim * HALF + means, blocks * columns * FLOAT)
-    return bias + Traffic(length * FLOAT, columns * FLOAT)
+    return bias + Traffic(0, 2 * columns * FLOAT)
 
 
 #: What an H200 measured (``benchmarks/results/h200-2026-11-26.json``, "apart", ``quantize_ms`` at
@@ -198,13 +223,13 @@ BANDWIDTH_SHARE, LAUNCH_MICROSECONDS = 0.75, 4.4
 def starts(spec: AttentionSpec, length: int) -> int:
     """Launches of the quantizers, Triton's and Torch's (``tests/kernels/test_launches.py``)."""
     joins = int(length > STATS_CHUNK)
-    count = 2  # the rows of Q, the rows of K
+    count = 1  # Q, K and V
+    if not together(spec):
+        count = 2 + (spec.pv is not Precision.FP16)
     if spec.balance:
         count += 1
     elif spec.smooth_k:
         count += 1 + joins
-    if spec.pv is not Precision.FP16:
-        count += 1
     if kinds := _value_kinds(spec):
         count += 1 + joins * (kinds - 1)
     return count
@@ -257,7 +282,8 @@ def call_milliseconds(
         other = length * head_dim * HALF + _blocks(length, Q_BLOCK) * padded_length(length) * FLOAT
     if in_columns:
         other += 2 * length * FLOAT
-    launches = 1 + in_columns + spec.smooth_q  # the attention kernel, K's scales, delta-S
+    # The attention kernel, K's scales if they have a launch of their own, delta-S.
+    launches = 1 + (in_columns and not together(spec)) + spec.smooth_q
     sums = spec.unsigned_p and not in_columns
     quantizers = quantize_milliseconds(gbs, spec, length, head_dim, heads, sums)
     return loop + quantizers + _milliseconds(gbs, other * heads, launches)

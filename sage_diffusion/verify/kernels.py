@@ -76,6 +76,7 @@ class Kernel(NamedTuple):
             x.v,
             self.spec,
             permuted=self.permuted,
+            column_factor=self.ours.column_factor(self.spec),
             rope_q=x.rope,
             rope_k=x.rope,
             sign_seed=x.sign_seed,

@@ -65,12 +65,12 @@ def test_long_calls_cost_their_main_loop_and_short_ones_do_not():
 
 def test_four_bit_does_not_pay_in_a_plan_for_a_thousand_tokens():
     short, long = (
-        make_plan(table_of(tokens), budget=1.0 if tokens < 2000 else 0.25, costs="rtx4090")
+        make_plan(table_of(tokens), budget=0.95 if tokens < 2000 else 0.25, costs="rtx4090")
         for tokens in (1024, 32768)
     )
     took = [predicted_time(table_of(1024), spec, "rtx4090") for spec in (*SPECS, "fp16")]
-    assert took[2] == max(took) > 1
-    assert short.share(lambda name: name == "fp16") == 1
+    assert min(took) == took[1] < took[2] and SPECS[1].startswith("int8")
+    assert short.share(lambda name: name.startswith("int4")) == 0
     assert long.share(lambda name: name.startswith("int4")) > 0.2
     assert long.plan.calibration["time_of"] == "calls"
     assert long.plan.calibration["costs"] == "rtx4090"

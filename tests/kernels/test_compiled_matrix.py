@@ -23,7 +23,7 @@ import targets
 from sage_diffusion.attend.backends import BACKENDS, BackendUnavailable, select
 from sage_diffusion.attend.calls import AttentionCall
 from sage_diffusion.kernels.attention import gluon_columns
-from sage_diffusion.kernels.formats import Precision
+from sage_diffusion.kernels.formats import Precision, Sample
 from sage_diffusion.kernels.quantize import triton as quantize
 from sage_diffusion.kernels.rope import Rope
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
@@ -150,7 +150,7 @@ def _x() -> torch.Tensor:
     return torch.zeros(BATCH, LENGTH, 3, HEADS, 128, dtype=torch.float16)[:, :, 1].transpose(1, 2)
 
 
-def prepare(name: str, interleaved: bool = True) -> None:
+def prepare(name: str, interleaved: bool = True, amd: bool = False) -> None:
     """Launch one kernel of :data:`targets.QUANTIZERS`, which must be the last that is launched."""
     x = _x()
     rope = None
@@ -164,6 +164,22 @@ def prepare(name: str, interleaved: bool = True) -> None:
     elif name == "sample":
         spec = AttentionSpec.parse("int4/fp8-fast+smooth_v")
         quantize.sample(x, x[:, :2], x[:, :2], spec, rope_q=rope, rope_k=rope)
+    elif kind == "together":
+        spec = AttentionSpec.parse(precision)
+        some = smooth[:, :2]
+        v_mean, v_scale = some if spec.smooth_v else None, some if spec.sample_v else None
+        found = Sample(some, v_mean, some, some, v_scale)
+        quantize.quantize_together(
+            x,
+            x[:, :2],
+            x[:, :2],
+            spec,
+            found,
+            permuted=not amd,
+            column_factor=None if amd else 1.0,
+            rope_q=rope,
+            rope_k=rope,
+        )
     elif name == "mean":
         quantize.token_mean(x, rope)
     elif kind == "rows":
@@ -204,7 +220,7 @@ def test_quantizers(name, target):
     spills = 0
     for interleaved in (True, False) if name.startswith("rope") else (True,):
         with compiling_for(target) as driver:
-            prepare(name, interleaved)
+            prepare(name, interleaved, target.startswith("gfx"))
         code = read(driver.kernels[-1], target)
         spills += code.spills
         assert code.shared <= targets.SHARED_MEMORY[target]

@@ -24,6 +24,7 @@ import grid
 from helpers import card, fused_view, relative_l1, same_bits
 
 from sage_diffusion.kernels.attention import entry, reference, terms
+from sage_diffusion.kernels.attention.gluon_columns import key_scales
 from sage_diffusion.kernels.attention.hopper_support import TILE_KEYS
 from sage_diffusion.kernels.formats import LOG2E, TILE_N, QuantizedValue
 from sage_diffusion.kernels.quantize import permute
@@ -100,8 +101,41 @@ def recorded(module: Any, *names: str) -> Iterator[list[tuple[str, tuple, dict, 
         yield log
 
 
+def check_together(args: tuple, options: dict, got: tuple) -> None:
+    """The twins of what one launch does, and K's scales as the launch that makes them alone."""
+    q, k, v, spec, found = args
+    q_codes, q_mean, k_codes, values = got
+    given = {"rotation": spec.rotate, "clip": spec.clip, "sign_seed": options["sign_seed"]}
+    assert (q_mean is None) != spec.smooth_q
+    if q_mean is not None:
+        torch.testing.assert_close(q_mean, twin.block_mean(q, 128), rtol=0, atol=1e-5)
+    of_q = {"mean": q_mean, "factor": found.q_factor, "multiplier": options["multiplier"]}
+    same(q_codes, twin.quantize_rows(q, spec.qk, **of_q, **given))
+    of_k = {"mean": found.k_mean, "factor": found.k_factor}
+    same(k_codes._replace(columns=None), twin.quantize_rows(k, spec.qk, **of_k, **given))
+    assert (k_codes.columns is None) == (options["column_factor"] is None)
+    if k_codes.columns is not None:
+        assert same_bits(k_codes.columns, key_scales(k_codes, options["column_factor"]))
+    if not isinstance(values, QuantizedValue):
+        assert values is v
+        return
+    want = twin.quantize_value(
+        v,
+        spec.pv,
+        mean=found.v_mean,
+        scale=found.v_scale,
+        fast=spec.pv_accumulator == "fp16",
+        clip=spec.clip,
+        sums=values.sums is not None,
+    )
+    same(values, permute.permute_value(want) if options["permuted"] else want)
+
+
 def check_quantizer(name: str, args: tuple, options: dict, got: Any) -> None:
     """The twin on the same input and means, bit for bit."""
+    if name == "quantize_together":
+        check_together(args, options, got)
+        return
     options = dict(options)
     rope = options.pop("rope", None)
     if rope is not None:
@@ -117,6 +151,11 @@ def check_quantizer(name: str, args: tuple, options: dict, got: Any) -> None:
         permuted = options.pop("permuted", False)
         want = twin.quantize_value(*args, **options)
         want = permute.permute_value(want) if permuted else want
+    same(got, want)
+
+
+def same(got: tuple, want: tuple) -> None:
+    """Fields of the one and of the other, bit for bit."""
     for x, y in zip(got, want, strict=True):
         assert same_bits(x, y) if isinstance(x, Tensor) else x == y
 
@@ -161,7 +200,7 @@ def test_call(call: grid.Call):
     mask = make_mask(call, heads)
     spec = AttentionSpec.parse(call.kernel.spec + call.switch)
     module = importlib.import_module(f"sage_diffusion.kernels.attention.{call.kernel.backend}")
-    quantizers = ("quantize_rows", "quantize_smoothed_rows", "quantize_value")
+    quantizers = ("quantize_rows", "quantize_smoothed_rows", "quantize_value", "quantize_together")
     with (
         card(call.kernel.cc),
         recorded(quantize, *quantizers) as quantized,
@@ -175,8 +214,8 @@ def test_call(call: grid.Call):
         bias = options.get("bias")
         if callable(bias):
             bias = bias(0, -(-call.q_len // 128))
-    for made in quantized:
-        check_quantizer(*made)
+        for made in quantized:
+            check_quantizer(*made)
     for _, *made in biased:
         check_bias(*made)
 

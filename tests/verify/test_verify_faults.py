@@ -15,9 +15,8 @@ import ptxvm
 import ptxvm.device
 
 from sage_diffusion import cli
-from sage_diffusion.kernels.attention import gluon_columns, gluon_kernel, triton
-from sage_diffusion.kernels.quantize import triton as quantize
-from sage_diffusion.kernels.quantize import triton_fp4, triton_value
+from sage_diffusion.kernels.attention import gluon_kernel, triton
+from sage_diffusion.kernels.quantize import together, triton_fp4, triton_rows, triton_value
 from sage_diffusion.verify import procedure
 from sage_diffusion.verify.cases import EMULATED_CASES
 
@@ -71,10 +70,18 @@ def machine_code(kernel, change):
         yield
 
 
+#: What a program of Q or K is made of, from the inside out.
+TOGETHER = (triton_rows._rows_at, triton_rows.rows_program, together._quantize_kernel)
+
+
 def wrong_scale():
     """Scores of the Gluon kernel 2 % too large."""
-    kernel = gluon_columns._scales_kernel
-    return edited(kernel, "scale *= FACTOR\n", "scale *= FACTOR * 1.02\n")
+    return edited(
+        triton_rows._quantize_tile,
+        "kept *= COLUMN_FACTOR\n",
+        "kept *= COLUMN_FACTOR * 1.02\n",
+        *TOGETHER,
+    )
 
 
 def dropped_mask():
@@ -93,10 +100,9 @@ def swapped_nibble():
         triton_fp4.pack_codes,
         "(low & 15) | ((high & 15) << 4)",
         "(high & 15) | ((low & 15) << 4)",
-        quantize._quantize_tile,
-        quantize._quantize_rows_kernel,
-        quantize._quantize_smoothed_rows_kernel,
-        triton_value._quantize_value_kernel,  # V of FP4; or later tests have it from here
+        triton_rows._quantize_tile,
+        *TOGETHER,
+        triton_value.value_program,  # V of FP4; or later tests have it from here
     )
 
 
