@@ -148,6 +148,7 @@ ALSO_TESTS = {
     "kv/test_layer.py": "sage_diffusion.kv.kept",
     "kv/test_packed.py": "sage_diffusion.kv.columns sage_diffusion.kv.store",
     "kv/test_cost_of_decoding.py": "sage_diffusion.kv.cost",
+    "kv/test_packed_codes.py": "sage_diffusion.kv.codes",
     "vq/test_cost_of_search.py": "sage_diffusion.vq.cost",
     "vq/test_token_edit.py": "sage_diffusion.vq.edit sage_diffusion.vq.pictures",
     "integrations/test_transformers_vq.py": "sage_diffusion.integrations.transformers.vq_emu3",
@@ -198,6 +199,12 @@ def test_every_module_is_tested_where_one_looks(module):
 def test_the_list_is_true():
     assert set(LISTED) <= set(modules())
     assert all((ROOT / "tests" / file).is_file() for file in ALSO_TESTS)
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest collects only one of them where folders are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted({*names})
 
 
 def functions(path):
