@@ -89,6 +89,8 @@ async function main() {
     return found;
   });
   result.visible = await page.evaluate(() => document.body.innerText.includes('of 42 attention calls'));
+  await page.mouse.move(20, 700); // no tooltip in the picture
+  await page.waitForTimeout(800);
   await shot('run');
 
   // Help of the selected node.
@@ -105,7 +107,7 @@ async function main() {
 
   // Search by an alias, add by Enter.
   const count = () => page.evaluate(() => window.app.graph._nodes.filter((n) => n.type === 'SageDiffusionAccuracyCheck').length);
-  await page.mouse.dblclick(1000, 800);
+  await page.mouse.dblclick(1130, 220);
   await page.waitForTimeout(1000);
   await page.keyboard.type('A/B test');
   await page.waitForTimeout(1500);
