@@ -2,7 +2,7 @@
 
     .venv-comfy/bin/python tools/templates.py --comfy .cache/comfyui-0.30.0
 
-Notes name gains from the cost table, so it is to be run again whenever that changes;
+Notes name gains that are predicted, so it is to be run again when predictions change;
 ``tests/comfy/test_templates.py`` says so.
 """
 
