@@ -146,7 +146,8 @@ def _plan(name: str, card: str | None, runs: Callable[[AttentionSpec], bool]) ->
         start = 0.1
     fewest = _MOST_TOKENS
     if chosen.long and runs(long := _first(chosen.long, card, runs)):
-        fewest = least_tokens(long, body, card, pays)
+        beaten = (least_tokens(long, other, card, MIN_TOKENS) for other in (body, "fp16"))
+        fewest = max(beaten)
         rules.append(Rule(long, "*", start, min_tokens=fewest))
     if pays < fewest:
         rules.append(Rule(body, "*", start, min_tokens=pays))
