@@ -134,6 +134,8 @@ class Sample(NamedTuple):
         q_factor, k_factor: ``[B, Hkv, D]`` float32, by which Q's and K's channels are multiplied:
             powers of two, inverses of each other, so that Q K^T is what it was.  None: not at all.
         v_scale: ``[B, Hkv, D]`` float32, of V's channels, or None.
+        v_extremes: ``[2, B, Hkv, parts, D]`` float32, minima and maxima of V's channels over parts
+            of all of its tokens, or None.
     """
 
     k_mean: Tensor | None
@@ -141,6 +143,7 @@ class Sample(NamedTuple):
     q_factor: Tensor | None = None
     k_factor: Tensor | None = None
     v_scale: Tensor | None = None
+    v_extremes: Tensor | None = None
 
 
 def cdiv(a: int, b: int) -> int:

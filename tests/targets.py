@@ -264,6 +264,7 @@ QUANTIZERS = {
     "statistics": EVERY,
     "mean": EVERY,
     "sample": EVERY,
+    "sample int8/int8": ("sm_80", "sm_90", "gfx90a"),
     "rows int8": EVERY,
     "rows int4": WITH_INT4,
     "smoothed rows int4": WITH_INT4,

@@ -18,6 +18,7 @@ from ..formats import (
     Sample,
 )
 from ..quantize import triton as quantize
+from ..quantize.stats import joined
 from ..rope import Rope
 from ..spec import AttentionSpec
 
@@ -102,7 +103,9 @@ def _statistics(
 ) -> tuple[Sample, quantize.ChannelStats | None]:
     """What is taken out and balanced; V's statistics where its mean is that of all tokens."""
     if spec.balance:
-        return quantize.sample(q, k, v, spec, rope_q=rope_q, rope_k=rope_k), None
+        found = quantize.sample(q, k, v, spec, rope_q=rope_q, rope_k=rope_k)
+        by_itself = found.v_extremes is not None and spec.granularity == "block"
+        return found, joined(found.v_extremes) if by_itself else None
     k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
     stats = quantize.channel_stats(v) if spec.smooth_v else None
     return Sample(k_mean, None if stats is None else stats.mean), stats

@@ -71,7 +71,7 @@ def attention(
         out, lse = _exact(q, k, v, mask, is_causal, sm_scale)
         return out.to(dtype), lse
     q_mean = quantize.block_mean(q, Q_BLOCK) if spec.smooth_q else None
-    k_mean, v_mean, q_factor, k_factor, v_scale = means_and_factors(q, k, v, spec)
+    k_mean, v_mean, q_factor, k_factor, v_scale, _ = means_and_factors(q, k, v, spec)
     by_block = spec.granularity == "block"
     options: dict[str, Any] = {
         "rotation": spec.rotate,

@@ -119,8 +119,12 @@ def block_mean(x: Tensor, block: int, rope: Rope | None = None) -> Tensor:
 
 def extremes(x: Tensor) -> ChannelStats:
     """Minimum and maximum of every channel of ``[B, H, L, D]``."""
-    _, pair = _partial_stats(x, means=False)
-    return ChannelStats(None, *_join_extremes(pair))
+    return joined(_partial_stats(x, means=False)[1])
+
+
+def joined(parts: Tensor) -> ChannelStats:
+    """Minimum and maximum of every channel, of the parts that ``Sample.v_extremes`` has."""
+    return ChannelStats(None, *_join_extremes(parts))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:

@@ -30,7 +30,7 @@ from ..spec import AttentionSpec
 from ..start import start_kernel
 from .limits import code_top
 from .rope import TABLES, Tables, rope_arguments
-from .stats import extremes
+from .stats import ChannelStats, extremes, joined
 from .triton_rows import Rows, check_rows, empty_rows, rows_program
 from .triton_value import Value, shares, value_arguments, value_program
 
@@ -337,6 +337,13 @@ def _launch(spec: AttentionSpec, dim: int, rotated: bool) -> dict[str, Any]:
     return {"num_warps": 8 if dim > 128 or searches or (spec.smooth_q and rotated) else 4}
 
 
+def _scale(v: Tensor, found: Sample) -> Tensor | ChannelStats:
+    """V's scales, or what they come from."""
+    if found.v_scale is not None:
+        return found.v_scale
+    return extremes(v) if found.v_extremes is None else joined(found.v_extremes)
+
+
 def _value(
     v: Tensor, spec: AttentionSpec, found: Sample, permuted: bool
 ) -> tuple[Tensor | QuantizedValue, tuple[Any, ...], dict[str, Any], int]:
@@ -349,7 +356,7 @@ def _value(
         v,
         spec.pv,
         mean=found.v_mean,
-        scale=extremes(v) if found.v_scale is None else found.v_scale,
+        scale=_scale(v, found),
         fast=spec.pv_accumulator == "fp16",
         clip=spec.clip and spec.pv is Precision.FP4,
         # With V's tokens in its own order a kernel multiplies P's bytes as they are.

@@ -128,7 +128,7 @@ class RowCall:
         if not spec.quantized:
             return self.exact()
         q_mean = self._q_mean() if spec.smooth_q else None
-        k_mean, v_mean, q_factor, k_factor, v_scale = self._means_and_factors(spec)
+        k_mean, v_mean, q_factor, k_factor, v_scale, _ = self._means_and_factors(spec)
         mask = self.mask
         if q_mean is not None:
             mask = self._with_delta(spec, q_mean, k_mean)

@@ -231,7 +231,7 @@ def starts(spec: AttentionSpec, length: int) -> int:
     elif spec.smooth_k:
         count += 1 + joins
     if kinds := _value_kinds(spec):
-        count += 1 + joins * (kinds - 1)
+        count += (not spec.balance) + joins * (kinds - 1)
     return count
 
 

@@ -161,8 +161,8 @@ def prepare(name: str, interleaved: bool = True, amd: bool = False) -> None:
     balance = {"factor": smooth[:, :2], "rotation": True}
     if name == "statistics":
         quantize.channel_stats(x)
-    elif name == "sample":
-        spec = AttentionSpec.parse("int4/fp8-fast+smooth_v")
+    elif name.startswith("sample"):
+        spec = AttentionSpec.parse(precision if kind else "int4/fp8-fast+smooth_v")
         quantize.sample(x, x[:, :2], x[:, :2], spec, rope_q=rope, rope_k=rope)
     elif kind == "together":
         spec = AttentionSpec.parse(precision)

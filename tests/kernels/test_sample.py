@@ -162,6 +162,12 @@ def test_the_kernel_finds_what_the_twin_finds(name):
     assert [launch for launch, _ in gpu.launches] == ["_sample_kernel"]
     turned = [apply_rope(x, rope) for x, rope in zip((q, k), ropes, strict=True)]
     want = reference.sample(*turned, v, spec)
+    if spec.pv == "int8":
+        parts = torch.stack(
+            [torch.stack([x.amin(2), x.amax(2)]) for x in v.float().split(128, 2)], 3
+        )
+        assert torch.equal(got.v_extremes, parts)
+    assert (got.v_extremes is None) == (spec.pv != "int8")
     assert torch.equal(got.q_factor, want.q_factor) and torch.equal(got.k_factor, want.k_factor)
     assert len(got.q_factor.unique()) > 1
     for name in ("k_mean", "v_mean", "v_scale"):
