@@ -214,7 +214,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
 
 #: The same of quantizers, by their names.
 _QUANTIZER_SPILLS = {
-    (3, 6): {"rope sample": ("gfx1100", "gfx1201"), "rope rows int8": ("sm_90",)},
+    (3, 6): {"rope sample": ("gfx1100", "gfx1201")},
     (3, 7): {"rope sample": ("gfx1100", "gfx1201")},
 }
 
@@ -290,7 +290,7 @@ QUANTIZERS = {
     "together int4/fp8-fast": ("sm_89",),
     "together fp4/fp8-fast": ("sm_100", "sm_120"),
     "together fp4/fp4": ("sm_100", "sm_120"),
-    "rope together int8/fp8": ("sm_90", "gfx942"),
+    "rope together int8/fp8": ("sm_90", "gfx950"),
     "rope together int4/int8": ("sm_80", "sm_89"),
     "rope key bias": ("sm_80", "sm_89", "sm_100", "sm_120"),
 }

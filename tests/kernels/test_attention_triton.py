@@ -140,6 +140,7 @@ def test_compiled_kernel(name: str):
         (80, "int8/fp16+rotate", None),
         (89, "int8/fp8", 0.3),
         (90, "int8/int8+block", -0.2),
+        (89, "int8/fp8-fast-sample_v", None),  # as plans of version 3 name it
         (120, "int8/fp8-fast+smooth_v", 0.0),
     ],
 )
