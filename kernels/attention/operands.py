@@ -104,8 +104,9 @@ def _statistics(
     """What is taken out and balanced; V's statistics where its mean is that of all tokens."""
     if spec.balance:
         found = quantize.sample(q, k, v, spec, rope_q=rope_q, rope_k=rope_k)
-        by_itself = found.v_extremes is not None and spec.granularity == "block"
-        return found, joined(found.v_extremes) if by_itself else None
+        if found.v_extremes is None or spec.granularity == "token":
+            return found, None
+        return found, joined(found.v_extremes)
     k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
     stats = quantize.channel_stats(v) if spec.smooth_v else None
     return Sample(k_mean, None if stats is None else stats.mean), stats
@@ -129,7 +130,7 @@ def _rows(
         "sign_seed": sign_seed,
         "clip": spec.clip,
     }
-    of_q = {"factor": found.q_factor, "multiplier": multiplier, "rope": rope_q}
+    of_q: dict[str, Any] = {"factor": found.q_factor, "multiplier": multiplier, "rope": rope_q}
     q_mean: Tensor | None = None
     if spec.smooth_q and not by_block:
         q_codes, q_mean = quantize.quantize_smoothed_rows(q, spec.qk, **of_q, **options)

@@ -362,8 +362,8 @@ def sample(
     extremes, parts, programs = None, 0, batch * kv_heads
     if spec.pv is not Precision.FP16 and not spec.sample_v:
         parts = cdiv(k_len, STATS_CHUNK)
-        shape = (2, batch, kv_heads, parts, head_dim)
-        extremes = torch.empty(shape, dtype=torch.float32, device=device)
+        pair = (2, batch, kv_heads, parts, head_dim)
+        extremes = torch.empty(pair, dtype=torch.float32, device=device)
     sampled = spec.smooth_v or spec.sample_v
     turn_q, turn_k = rope_arguments(rope_q, q), rope_arguments(rope_k, k)
     with torch.cuda.device_of(k):

@@ -231,11 +231,10 @@ def value_arguments(
     codes = torch.empty(shape, dtype=STORAGE[precision], device=device)
     micro = added = factors = None
     if sums:
-        shape = (batch, heads, tiles, head_dim)
-        added = torch.empty(shape, dtype=torch.int16, device=device)
+        added = torch.empty(batch, heads, tiles, head_dim, dtype=torch.int16, device=device)
     if precision is Precision.FP4:
-        shape = (batch, heads, tiles, head_dim, TILE_N // FP4_GROUP)
-        micro = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        groups = (batch, heads, tiles, head_dim, TILE_N // FP4_GROUP)
+        micro = torch.empty(groups, dtype=torch.float8_e4m3fn, device=device)
     if fast and low is None:
         factors = torch.empty(batch, heads, tiles + 2, 2, dtype=torch.float32, device=device)
     if isinstance(scale, ChannelStats):
@@ -283,13 +282,12 @@ def quantize_value(
         raise ValueError(f"precision must be int8, fp8 or fp4, got {precision.value}")
     if precision is Precision.FP4 and not permuted:
         raise ValueError("permuted must be True for fp4, got False")
-    if scale is None and stats is None:
-        stats = extremes(v)
+    given: Tensor | ChannelStats | None = stats if scale is None else scale
     result, value, constants, programs = value_arguments(
         v,
         precision,
         mean=mean,
-        scale=stats if scale is None else scale,
+        scale=extremes(v) if given is None else given,
         fast=fast,
         clip=clip,
         sums=sums,
