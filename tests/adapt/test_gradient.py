@@ -47,7 +47,7 @@ def test_calibration_takes_gradients_where_there_are_some():
     copy = ScoreTable.from_dict(table.to_dict())
     damage = cell_damage(copy, table.metric("error"))
     assert (damage > 0).all()
-    assert damage[..., 1].sum() > 10 * damage[..., 0].sum()
+    assert damage[..., 1].sum() > 5 * damage[..., 0].sum()
     plan = make_plan(table, budget=0.2, costs=LOOPS)
     assert plan.plan.calibration["predicted"]["psnr_db"] == pytest.approx(plan.quality, abs=0.01)
     groups = calibrated(TracingSampler(), sensitivity=1, method="groups")
