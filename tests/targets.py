@@ -215,7 +215,11 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
 #: The same of quantizers, by their names.
 _QUANTIZER_SPILLS = {
     (3, 6): {"rope sample": ("gfx1100", "gfx1201")},
-    (3, 7): {"rope sample": ("gfx1100", "gfx1201")},
+    (3, 7): {
+        "rope sample": ("gfx1100", "gfx1201"),
+        "together fp4/fp4": ("sm_120",),
+        "rope together int4/int8": ("sm_80",),
+    },
 }
 
 
