@@ -24,7 +24,7 @@ from sage_diffusion.plan.edit import check_fingerprint
 from sage_diffusion.plan.globs import step_range
 
 #: Uniform specs that a plan is compared with.
-UNIFORM = ("int8/fp16", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "int4/int8")
+UNIFORM = ("int8/fp16", "int8/int8", "int8/fp8", "int8/fp8-fast", "int4/fp8-fast", "int4/int8")
 
 
 @dataclass(frozen=True)

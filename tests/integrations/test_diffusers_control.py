@@ -16,6 +16,7 @@ from sage_diffusion import AttentionSession, AttentionSpec, PlanError, Precision
 from sage_diffusion.attend.layer import AttentionRefused
 from sage_diffusion.integrations.diffusers import SageAttnProcessor, apply
 from sage_diffusion.plan.catalog import shipped
+from sage_diffusion.plan.rules import VERSION
 
 
 def processors(model):
@@ -72,7 +73,7 @@ def test_other_names_are_refused_with_the_list(text):
 def test_shipped_plans_are_found_by_name():
     assert "wan" in shipped()
     for name in shipped():
-        assert PrecisionPlan.of(name).to_dict()["version"] == 3
+        assert PrecisionPlan.of(name).to_dict()["version"] == VERSION
     pipe = enable(build("wan").pipe, "wan")
     assert pipe.sage.session.plan.name.startswith("Wan 2.1")
 
