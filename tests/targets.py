@@ -220,6 +220,7 @@ _QUANTIZER_SPILLS = {
         "together fp4/fp4": ("sm_120",),
         "rope together int4/int8": ("sm_80",),
     },
+    (3, 8): {"sample int8/int8": ("sm_90",)},
 }
 
 
