@@ -172,11 +172,11 @@ class ScoreTable:
 
         ``[L, S, B]``; 0 where the layer never serves that branch.
         """
-        total = np.where(np.isnan(self.work), np.nan, self.work * self.calls)
-        with np.errstate(invalid="ignore"):
-            counts = (~np.isnan(total)).sum(1, keepdims=True)
-            mean = np.nansum(total, 1, keepdims=True) / np.maximum(counts, 1)
-        return np.where(np.isnan(total), np.broadcast_to(mean, total.shape), total)
+        return _filled(np.where(np.isnan(self.work), np.nan, self.work * self.calls))
+
+    def filled_calls(self) -> np.ndarray:
+        """The same of how many calls these are."""
+        return _filled(np.where(self.calls > 0, self.calls, np.nan))
 
     @property
     def unquantized(self) -> PrecisionPlan:
@@ -278,6 +278,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         for key in keys
         if before.get(key) != now.get(key)
     ]
+
+
+def _filled(total: np.ndarray) -> np.ndarray:
+    """``[L, S, B]`` with the mean of the layer's other steps for NaN, 0 where there are none."""
+    counts = (~np.isnan(total)).sum(1, keepdims=True)
+    mean = np.nansum(total, 1, keepdims=True) / np.maximum(counts, 1)
+    return np.where(np.isnan(total), np.broadcast_to(mean, total.shape), total)
 
 
 def _plain(array: np.ndarray) -> Any:

@@ -31,7 +31,7 @@ def cell_times(table: ScoreTable, specs: Sequence[str], costs: Costs) -> np.ndar
     scale = 1.0
     if costs.tokens is not None:
         scale = costs.tokens / max(q_len for q_len, _ in table.tokens.values())
-    calls = np.maximum(_filled_calls(table), 1)
+    calls = np.maximum(table.filled_calls(), 1)
     names = ("fp16", *specs)
     times = np.zeros((*work.shape, len(names)))
     for i, (layer, dim) in enumerate(zip(table.layers, dims, strict=True)):
@@ -49,10 +49,3 @@ def cell_times(table: ScoreTable, specs: Sequence[str], costs: Costs) -> np.ndar
 def of_calls(table: ScoreTable, costs: Costs) -> bool:
     """Are the times those of whole calls?"""
     return costs.whole and set(table.layers) <= set(table.tokens)
-
-
-def _filled_calls(table: ScoreTable) -> np.ndarray:
-    """Calls per run of every cell, gaps taken from the layer's other steps, ``[L, S, B]``."""
-    seen = table.calls > 0
-    mean = table.calls.sum(1, keepdims=True) / np.maximum(seen.sum(1, keepdims=True), 1)
-    return np.where(seen, table.calls, mean)
