@@ -141,13 +141,17 @@ def load_costs(source: str | Path | Mapping[str, float], tokens: float | None = 
     """Costs from a card's name, a mapping, or a JSON file ``{"fp16": 1024, "int8/fp8": 384, ..}``.
 
     Args:
-        source: a mapping or a file has the costs of calls of every size, as nothing is known of
-            their card; a :class:`Costs` is what it is.
-        tokens: as of :func:`card_costs`, where ``source`` is a card.
+        source: a mapping or a file has costs of main loops, as nothing is known of their card; a
+            :class:`Costs` is what it is.
+        tokens: as of :func:`card_costs`, where ``source`` is a card's name; else None or
+            ``math.inf``, which main loops are of.
 
     Raises:
-        CostTableError: unreadable, or a value that is no positive number.
+        CostTableError: unreadable, a value that is no positive number, or tokens without a card.
     """
+    card = isinstance(source, (str, Path)) and not str(source).endswith(".json")
+    if not card and tokens not in (None, math.inf):
+        raise CostTableError(f"tokens must come with the name of a card, got {tokens:g} without")
     if isinstance(source, Costs):
         return source
     if isinstance(source, Mapping):

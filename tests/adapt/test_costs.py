@@ -100,6 +100,9 @@ def test_without_sizes_or_card_the_main_loops_count():
     assert make_plan(old, budget=0.5).plan.calibration["time_of"] == "main loops"
     plain = load_costs({"fp16": 1.0, "int8/fp8-fast": 0.4})
     assert predicted_time(table_of(1024), "int8/fp8-fast", plain) == pytest.approx(0.4)
+    assert load_costs(dict(plain), math.inf) == plain
+    with pytest.raises(CostTableError, match="tokens must come with the name of a card, got 4608"):
+        load_costs(dict(plain), 4608)
 
 
 def test_cells_that_were_skipped_take_what_the_others_do():
