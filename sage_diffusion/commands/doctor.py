@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from sage_diffusion.commands.common import AsJson, emit
+from sage_diffusion.commands.common import AsJson, CommandError, emit
 
 
 def doctor(
@@ -31,6 +31,8 @@ def doctor(
     from sage_diffusion.kernels.spec import LADDER
 
     if card is not None:
+        if device is not None:
+            raise CommandError("give --card or --device, not both")
         lines = [describe_preset(name, card_preset(name, card), card) for name in PRESETS]
         emit(as_json, {"card": card, "presets": lines}, *lines)
         return

@@ -233,6 +233,13 @@ def test_doctor_answers_for_every_backend_and_spec(run) -> None:
         assert answer["auto"] == ("sdpa" if name == "fp16" else "reference")
         assert answer["refusals"][answer["auto"]] is None
         assert "cpu" in answer["refusals"]["triton"] or name == "fp16"
+    code, text, _ = run("doctor", "--card", "rtx4090", "--json")
+    assert code == 0 and [line.split(":")[0] for line in json.loads(text)["presets"]] == [
+        "quality",
+        "balanced",
+        "fast",
+    ]
+    assert run("doctor", "--card", "rtx4090", "--device", "cpu")[0] == 1
     code, text, _ = run("doctor", "--device", "cpu")
     assert code == 0 and "sageattention is not installed" in text and "reference" in text
 
