@@ -133,7 +133,7 @@ def _plan(name: str, card: str | None, runs: Callable[[AttentionSpec], bool]) ->
     if name not in PRESETS:
         raise PlanError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     chosen = PRESETS[name]
-    names = worthwhile(chosen.body, card) if chosen.accurate else chosen.body
+    names = (chosen.accurate and worthwhile(chosen.body, card)) or chosen.body
     body = _first(names, None if chosen.accurate else card, runs)
     edges = _first(chosen.edges, card, runs)
     pays = least_tokens(body, "fp16", card, MIN_TOKENS)
@@ -171,13 +171,12 @@ def describe_preset(name: str, plan: PrecisionPlan, card: str | None) -> str:
 
 
 def worthwhile(names: Sequence[str], card: str | None) -> list[str]:
-    """Those whose main loops are faster than FP16's, or all if none is or nothing is known."""
+    """Those whose main loops are faster than FP16's; all where nothing is known."""
     if card is None:
         return list(names)
     costs = card_costs(card)
     known = [name for name in names if AttentionSpec.parse(name).formats in costs]
-    found = [name for name in known if relative_cost(name, costs, _HEAD_DIM) <= WORTH]
-    return found or list(names)
+    return [name for name in known if relative_cost(name, costs, _HEAD_DIM) <= WORTH]
 
 
 def cheapest_first(names: Sequence[str], card: str | None) -> list[str]:

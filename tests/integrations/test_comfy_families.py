@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from sage_diffusion.adapt import presets
+from sage_diffusion.integrations.comfy import families
 from sage_diffusion.integrations.comfy.families import (
     FAMILIES,
     advice_table,
@@ -53,6 +55,27 @@ def test_a_unets_cross_attention_is_left_alone():
     plan = family_plan(named("SDXL"), UNET, "cpu")
     assert str(plan.resolve("input.01.0.attn2", 0.5, tokens=4096)) == "fp16"
     assert str(plan.resolve("input.01.0.attn1", 0.5, tokens=4096)) == "int8/int8"
+
+
+@pytest.mark.parametrize(
+    ("card", "careful", "rest", "least"),
+    [("rtx4090", "int8/fp16", "int8/int8", 1024), ("h100", "fp16", "int8/fp8", 2048)],
+)
+def test_rules_begin_where_the_card_gains(monkeypatch, card, careful, rest, least):
+    """And what needs care never falls to the rule for the rest."""
+    for module in (presets, families):
+        monkeypatch.setattr(module, "this_card", lambda device: card)
+    monkeypatch.setattr(presets, "runs", lambda spec, device: True)
+    plan = family_plan(named("Wan"), CROSSING, "cpu")
+
+    def spec(layer, tokens):
+        return str(plan.resolve(layer, 0.5, tokens=tokens))
+
+    assert spec("double.07", least) == "fp16"
+    pays = next(n for n in range(least, 8192, 64) if spec("double.07", n) == rest)
+    assert pays == presets.least_tokens(rest, "fp16", card, 0)
+    for tokens in (pays, pays + 64, 32768):
+        assert (spec("double.00", tokens), spec("double.07", tokens)) == (careful, rest)
 
 
 def test_keys_that_concentrate_are_rotated():

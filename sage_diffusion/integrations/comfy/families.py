@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sage_diffusion.adapt.presets import EIGHT_BIT, first_native, preset
+import torch
+
+from sage_diffusion.adapt.presets import (
+    EIGHT_BIT,
+    first_native,
+    least_tokens,
+    preset,
+    this_card,
+    worthwhile,
+)
 from sage_diffusion.integrations.comfy.carried import Chosen
 from sage_diffusion.integrations.comfy.layers import layer_names
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
@@ -19,7 +28,8 @@ from sage_diffusion.plan import PrecisionPlan, Rule
 
 Part = Literal["first", "last", "cross", "begin", "end", "rest"]
 
-#: Calls with fewer keys cost little time: small maps of a UNet, refiners of the prompt.
+#: Calls with fewer keys cost little time: small maps of a UNet, refiners of the prompt.  A card
+#: may need more until anything is gained.
 MIN_TOKENS = 1024
 
 BODY = EIGHT_BIT
@@ -107,10 +117,14 @@ def family_plan(family: Family, layers: Sequence[str], device: str) -> Precision
         layers: its names, in the order of its blocks.
         device: that it runs on.
     """
+    card = this_card(torch.device(device))
+    # One number for all: a layer that needs care must not fall to the rule for the rest.
+    pays = least_tokens(first_native(BODY, device), "fp16", card, MIN_TOKENS)
     rules: list[Rule] = []
     for advice in family.advice:
-        spec = first_native(advice.specs, device)
-        rules += [rule for rule in _rules(advice.part, spec, layers) if rule not in rules]
+        spec = first_native(worthwhile(advice.specs, card) or OWN, device)
+        found = _rules(advice.part, spec, layers, pays if spec.quantized else 0)
+        rules += [rule for rule in found if rule not in rules]
     return PrecisionPlan(FP16, tuple(rules), name=f"{family.name}: rules of thumb, not calibrated")
 
 
@@ -129,8 +143,7 @@ def plan_for(model: Any, device: str) -> Chosen:
     return Chosen(family_plan(family, layer_names(model.model.diffusion_model), device), "")
 
 
-def _rules(part: Part, spec: AttentionSpec, layers: Sequence[str]) -> list[Rule]:
-    least = MIN_TOKENS if spec.quantized else 0
+def _rules(part: Part, spec: AttentionSpec, layers: Sequence[str], least: int) -> list[Rule]:
     if part == "rest":
         return [Rule(spec, min_tokens=least)]
     if part == "begin":
