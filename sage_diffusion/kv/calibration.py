@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +54,13 @@ class Calibration:
     layers: tuple[int, ...]
     tensors: dict[str, Tensor]
     about: dict[str, Any] = field(default_factory=dict)
+    _derived: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` finds in the tensors, at the first call with ``key`` and for good."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def row(self, layer: int) -> int:
         """Where a layer of the model stands in the tensors.
@@ -93,7 +99,13 @@ class Calibration:
         Reverse water-filling over all layers at once, with the measured table of the quantizer;
         a direction's bits include its steps and zeros.
         """
-        return _widths(self, float(bits), basis)
+        return self.once(("widths", float(bits), basis), lambda: self._dealt_out(bits, basis))
+
+    def _dealt_out(self, bits: float, basis: Joint) -> Tensor:
+        losses = self._losses(basis)
+        costs = torch.tensor([b + (side_bits(GROUP) if b else 0.0) for b in WIDTHS])
+        chosen = allocate(losses, costs, bits * losses.shape[0])
+        return torch.tensor(WIDTHS)[chosen].view(self.tensors[f"{basis}.weights"].shape)
 
     def loss(self, bits: float, basis: Joint) -> float:
         """What the metric predicts for these bits, in arbitrary units: compares bases and bits."""
@@ -164,14 +176,6 @@ def fingerprint(model: nn.Module) -> str:
         sample = x.detach().flatten()[:256].cpu().to(torch.bfloat16).view(torch.uint8)
         digest.update(bytes(sample.tolist()))
     return digest.hexdigest()[:16]
-
-
-@lru_cache(maxsize=32)
-def _widths(calibration: Calibration, bits: float, basis: Joint) -> Tensor:
-    losses = calibration._losses(basis)
-    costs = torch.tensor([b + (side_bits(GROUP) if b else 0.0) for b in WIDTHS])
-    chosen = allocate(losses, costs, bits * losses.shape[0])
-    return torch.tensor(WIDTHS)[chosen].view(calibration.tensors[f"{basis}.weights"].shape)
 
 
 def kept_shares(mass: Tensor, kept: float) -> Tensor:

@@ -1,6 +1,8 @@
 """K in a calibrated basis, V in groups of three or more levels, heavy hitters."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sage_diffusion.kv.calibration import Calibration, CalibrationError, kept_sh
 from sage_diffusion.kv.coefficients import Coefficients, TokenCodes
 from sage_diffusion.kv.method import Place
 from sage_diffusion.kv.methods.calibrated import Calibrated
+from sage_diffusion.kv.methods.matryoshka import Matryoshka
 from sage_diffusion.kv.moments import LayerMoments, heavy_shares
 
 HEADS, DIM = 2, 32
@@ -36,6 +39,18 @@ def calibration():
         parts.append(moments.tensors(HEADS))
     tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return Calibration("abc", (0, 1), tensors | {"heavy": torch.ones(2, HEADS)}, {"model": "toy"})
+
+
+def test_nothing_keeps_a_calibration_that_its_caller_drops(calibration):
+    own = dataclasses.replace(calibration)
+    assert own.widths(2.0, "joint") is own.widths(2, "joint")
+    ranks = Matryoshka(0.5).ranks(own)
+    assert Matryoshka(0.5, width=4).ranks(own) is ranks
+    assert dataclasses.replace(own).widths(2.0, "joint") is not own.widths(2.0, "joint")
+    alive = weakref.ref(own)
+    del own
+    gc.collect()
+    assert alive() is None
 
 
 def body(calibration, layer=0, **settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,17 +44,16 @@ class Matryoshka(Method):
 
     def ranks(self, calibration: Calibration) -> Tensor:
         """``[L, 2, H]`` int64."""
-        return _ranks(calibration, self.kept, self.adaptive)
+        key = "matryoshka", self.kept, self.adaptive
+        return calibration.once(key, lambda: self._dealt_out(calibration))
 
-
-@lru_cache(maxsize=32)
-def _ranks(calibration: Calibration, kept: float, adaptive: bool) -> Tensor:
-    layers, sides, heads, dim = calibration.tensors["post.energy"].shape
-    if not adaptive:
-        return torch.full((layers, sides, heads), round(kept * dim))
-    losses = _losses(calibration).flatten(0, 2)
-    costs = torch.arange(dim + 1.0)
-    return allocate(losses, costs, kept * dim * len(losses)).view(layers, sides, heads)
+    def _dealt_out(self, calibration: Calibration) -> Tensor:
+        layers, sides, heads, dim = calibration.tensors["post.energy"].shape
+        if not self.adaptive:
+            return torch.full((layers, sides, heads), round(self.kept * dim))
+        losses = _losses(calibration).flatten(0, 2)
+        costs = torch.arange(dim + 1.0)
+        return allocate(losses, costs, self.kept * dim * len(losses)).view(layers, sides, heads)
 
 
 def _losses(calibration: Calibration) -> Tensor:
