@@ -137,19 +137,23 @@ class Body(ABC):
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""
         self.map(to(device))
-        self.constants = {name: to(device)(x) for name, x in self.constants.items()}
+        self._move_constants(device)
 
     def park(self, device: torch.device | str, level: int) -> None:
         """Lay every tensor aside, see :meth:`Store.park`; constants are moved."""
         for store in self.stores.values():
             store.park(device, level)
-        self.constants = {name: to(device)(x) for name, x in self.constants.items()}
+        self._move_constants(device)
 
     def unpark(self, device: torch.device | str) -> None:
         """Bring every tensor back."""
         for store in self.stores.values():
             store.unpark(device)
-        self.constants = {name: to(device)(x) for name, x in self.constants.items()}
+        self._move_constants(device)
+
+    def _move_constants(self, device: torch.device | str) -> None:
+        move = to(device)  # in place: a body of bodies has the same dictionary
+        self.constants.update({name: move(x) for name, x in self.constants.items()})
 
     def parts(self) -> Counter[str]:
         """Bytes that are filled, by the name of the tensor."""

@@ -151,6 +151,14 @@ def test_what_is_kept_may_be_compressed_by_another_method(of):
     assert body.of.tokens % body.unit == 0 and layer.attend(q[1:], 0.25).isfinite().all()
 
 
+def test_what_compresses_the_kept_moves_with_them():
+    for move in (lambda body: body.to("meta"), lambda body: body.park("meta", 0)):
+        body = PrefixKV(0.5, Matryoshka()).body(place(0, calibration()))
+        assert body.of.constants
+        move(body)
+        assert all(x.is_meta for x in body.of.constants.values())
+
+
 def test_what_is_kept_must_be_one_layer_s():
     for of in (XKV(), PrefixKV()):
         with pytest.raises(ValueError, match="evicts nothing and that looks at one layer"):

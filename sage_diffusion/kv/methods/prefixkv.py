@@ -120,15 +120,3 @@ class PrefixBody(Body):
         if self.of.tokens:
             self.of.crop(whole)
         self.tokens = tokens
-
-    def to(self, device: torch.device | str) -> None:
-        super().to(device)
-        self.of.constants = self.constants
-
-    def park(self, device: torch.device | str, level: int) -> None:
-        super().park(device, level)
-        self.of.constants = self.constants
-
-    def unpark(self, device: torch.device | str) -> None:
-        super().unpark(device)
-        self.of.constants = self.constants
