@@ -1,5 +1,8 @@
 """TransMLA on a small Llama: exact where nothing is dropped, told where something is."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -128,6 +131,25 @@ def test_a_file_is_of_one_model(model, moments, tmp_path):
     path.write_bytes(b"no")
     with pytest.raises(ConversionError, match="must be a safetensors file"):
         Conversion.load(path)
+
+
+def test_a_model_is_converted_whole_or_not_at_all(model, moments):
+    made = convert(model, moments, Sizes(24, 8))
+    made.tensors["1.down"] = made.tensors["1.down"][:, 1:]
+    own = [layer.self_attn for layer in model.model.layers]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        apply(model, made)
+    assert [layer.self_attn for layer in model.model.layers] == own
+
+
+def test_a_handle_leaves_nothing_in_the_model(model, moments):
+    hooked = [x for x in model.modules() if x._forward_hooks or x._forward_pre_hooks]
+    handle = apply(model, convert(model, moments, Sizes(24, 8)))
+    latent = weakref.ref(model.model.layers[0].self_attn)
+    handle.remove()
+    handle.remove()
+    gc.collect()
+    assert latent() is None and not hooked
 
 
 def test_what_cannot_be_converted_is_said(model, moments):

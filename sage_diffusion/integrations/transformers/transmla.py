@@ -264,19 +264,19 @@ class Converted:
             raise ConversionError(
                 f"the conversion must have {len(layers)} layers, it has {conversion.layers}"
             )
-        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
-        names = [name for name, x in model.named_modules() if name.split(".")[-1] == "self_attn"]
-        for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            made = LatentAttention(layer, conversion.maps(number), _heads(model))
-            parent.self_attn = made
-            self._undo.append((parent, "self_attn", layer))
+        heads = _heads(model)
+        made = [LatentAttention(x, conversion.maps(i), heads) for i, x in enumerate(layers)]
+        parents = {getattr(x, "self_attn", None): x for x in model.modules()}
+        self._undo: list[tuple[nn.Module, nn.Module]] = []
+        for layer, latent in zip(layers, made, strict=True):  # all are made: nothing fails here
+            parents[layer].self_attn = latent
+            self._undo.append((parents[layer], layer))
 
     def remove(self) -> None:
         """Give the model its attention back; a second call does nothing."""
         while self._undo:
-            parent, name, layer = self._undo.pop()
-            setattr(parent, name, layer)
+            parent, layer = self._undo.pop()
+            parent.self_attn = layer
 
     def __enter__(self) -> Converted:
         return self
