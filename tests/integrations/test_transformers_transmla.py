@@ -142,6 +142,16 @@ def test_a_model_is_converted_whole_or_not_at_all(model, moments):
     assert [layer.self_attn for layer in model.model.layers] == own
 
 
+def test_training_what_is_converted_changes_no_map(model, moments):
+    made = convert(model, moments, Sizes(24, 8))
+    before = {name: x.clone() for name, x in made.tensors.items()}
+    with apply(model, made), torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_up", "v_up", "kv_proj.weight"):
+                layer.self_attn.get_parameter(name).zero_()
+    assert all(torch.equal(x, before[name]) for name, x in made.tensors.items())
+
+
 def test_a_handle_leaves_nothing_in_the_model(model, moments):
     hooked = [x for x in model.modules() if x._forward_hooks or x._forward_pre_hooks]
     handle = apply(model, convert(model, moments, Sizes(24, 8)))

@@ -208,7 +208,7 @@ class LatentAttention(nn.Module):
             both = torch.cat([bias, layer.v_proj.bias]).detach().float()
             self.kv_proj.bias = nn.Parameter((down @ both).to(weight.dtype), weight.requires_grad)
         for name in ("q_up", "v_up"):
-            made = getattr(found, name).to(device, weight.dtype)
+            made = getattr(found, name).to(device, weight.dtype, copy=True)  # it may be trained
             setattr(self, name, nn.Parameter(made, weight.requires_grad))
         self.register_buffer("frequencies", found.frequencies.to(device), persistent=False)
 
