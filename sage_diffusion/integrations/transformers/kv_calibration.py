@@ -57,10 +57,12 @@ def calibrate(
     Raises:
         CalibrationError: there is too little text, or a model whose attention is not seen.
     """
-    chunks = [x for text in texts for x in _chunks(text, tokenizer, recipe)]
+    least = recipe.sink + 2 * recipe.gap + recipe.scored
+    parts = [x for text in texts for x in token_ids(text, tokenizer).split(recipe.chunk)]
+    chunks = [x for x in parts if x.numel() > least]
     if not chunks:
         raise CalibrationError(
-            f"a text must have more than {_least(recipe)} tokens, none of the {len(texts)} has"
+            f"a text must have more than {least} tokens, none of the {len(texts)} has"
         )
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     kinds = get_layer_types_and_kwargs(config)[0]
@@ -81,17 +83,18 @@ def calibrate(
     return calibration_of(model, moments, heads, about)
 
 
-def _least(recipe: Recipe) -> int:
-    return recipe.sink + 2 * recipe.gap + recipe.scored
+def token_ids(text: str | Tensor, tokenizer: Any) -> Tensor:
+    """Ids ``[n]`` of a text, which may be ids already.
 
-
-def _chunks(text: str | Tensor, tokenizer: Any, recipe: Recipe) -> list[Tensor]:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise CalibrationError("texts that are strings need the model's tokenizer")
-        text = tokenizer(text, return_tensors="pt").input_ids[0]
-    assert isinstance(text, Tensor)
-    return [x for x in text.split(recipe.chunk) if x.numel() > _least(recipe)]
+    Raises:
+        CalibrationError: it is a string, and there is no tokenizer.
+    """
+    if isinstance(text, Tensor):
+        return text
+    if tokenizer is None:
+        raise CalibrationError("texts that are strings need the model's tokenizer")
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids
 
 
 class _Watch:

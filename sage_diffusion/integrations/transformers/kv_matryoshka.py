@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from sage_diffusion.integrations.transformers.kv_calibration import token_ids
 from sage_diffusion.kv.calibration import Calibration, CalibrationError, fingerprint
 
 
@@ -99,14 +100,8 @@ def train(
 
 
 def _chunks(texts: Sequence[str | Tensor], tokenizer: Any, training: Training) -> list[Tensor]:
-    found = []
-    for text in texts:
-        if isinstance(text, str):
-            if tokenizer is None:
-                raise CalibrationError("texts that are strings need the model's tokenizer")
-            text = tokenizer(text, return_tensors="pt").input_ids[0]
-        assert isinstance(text, Tensor)
-        found += [x for x in text.split(training.chunk) if x.numel() == training.chunk]
+    parts = [x for text in texts for x in token_ids(text, tokenizer).split(training.chunk)]
+    found = [x for x in parts if x.numel() == training.chunk]
     if len(found) < 2:
         raise CalibrationError(
             f"there must be two chunks of {training.chunk} tokens to train on, got {len(found)}"
