@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_stdout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 app = typer.Typer(help="Compress the K and V that a model keeps.", no_args_is_help=True)
 
@@ -16,6 +19,23 @@ app = typer.Typer(help="Compress the K and V that a model keeps.", no_args_is_he
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A folder of a model of transformers, or its GGUF.")
 ]
+
+
+def _reading(model: Path, needed: bool = True) -> tuple[Any, Any]:
+    """A model and its tokenizer, which it must have where texts are read."""
+    from sage_diffusion.integrations.transformers.loading import load_model
+
+    with quiet_stdout():
+        loaded, tokenizer = load_model(model)
+    if needed and tokenizer is None:
+        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    return loaded, tokenizer
+
+
+def _ids(tokenizer: Any, path: Path) -> Tensor:
+    """Tokens ``[n]`` of a text."""
+    ids: Tensor = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    return ids
 
 
 @app.command("report")
@@ -35,19 +55,16 @@ def report(
     import torch
 
     from sage_diffusion.integrations.transformers.cache import KVCache, argument
-    from sage_diffusion.integrations.transformers.loading import load_model
 
+    loaded, tokenizer = _reading(model, text is not None)
     with quiet_stdout():
-        loaded, tokenizer = load_model(model)
         cache = KVCache.for_model(loaded, preset, sink=sink, window=window)
     if text is None:
         size = loaded.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(size, (1, tokens), generator=generator)
-    elif tokenizer is None:
-        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
     else:
-        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :tokens]
+        ids = _ids(tokenizer, text)[None, :tokens]
     name = argument(loaded)
     with torch.no_grad():
         for _ in range(1 + new):
@@ -76,12 +93,8 @@ def calibrate(
     """Measure what a model's K, V and gradients are like, for the calibrated presets."""
     from sage_diffusion.integrations.transformers.kv_calibration import Recipe
     from sage_diffusion.integrations.transformers.kv_calibration import calibrate as measure
-    from sage_diffusion.integrations.transformers.loading import load_model
 
-    with quiet_stdout():
-        loaded, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    loaded, tokenizer = _reading(model)
     texts = [path.read_text(encoding="utf-8") for path in text]
     loaded = loaded.float()
     made = measure(loaded, texts, tokenizer, recipe=Recipe(draws=draws))
@@ -123,17 +136,13 @@ def bench(
     from dataclasses import asdict
 
     from sage_diffusion.integrations.transformers.kv_evaluate import judge, passage
-    from sage_diffusion.integrations.transformers.loading import load_model
     from sage_diffusion.kv.calibration import Calibration
     from sage_diffusion.kv.presets import method
 
     methods = {name: method(name) for name in preset}
-    with quiet_stdout():
-        loaded, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
+    loaded, tokenizer = _reading(model)
     found = None if calibration is None else Calibration.load(calibration)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    ids = _ids(tokenizer, text)
     if ids.numel() < tokens + 2:
         raise CommandError(f"{text} must have more than {tokens + 1} tokens, it has {ids.numel()}")
     exact = passage(loaded, ids[: tokens + scored + 1], tokens)
@@ -164,28 +173,16 @@ def convert(
 ) -> None:
     """Convert a model's attention to one latent for all heads (TransMLA), and say what it costs."""
     from sage_diffusion.integrations.transformers import transmla
-    from sage_diffusion.integrations.transformers.loading import load_model
     from sage_diffusion.kv.transmla import Sizes
 
-    with quiet_stdout():
-        loaded, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise CommandError(f"{model} must have a tokenizer to read a text, it has none")
-    texts, ids = (
-        [
-            part
-            for path in paths
-            for part in tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt")
-            .input_ids[0]
-            .split(chunk)
-        ]
-        for paths in (text, [judged])
-    )
+    loaded, tokenizer = _reading(model)
+    texts = [part for path in text for part in _ids(tokenizer, path).split(chunk)]
+    ids = _ids(tokenizer, judged)[:chunk]
     sizes, loaded = Sizes(rank, rope), loaded.float()
     grams = transmla.measure(loaded, texts)
     made = transmla.convert(loaded, grams, sizes)
     partial = transmla.convert(loaded, grams, transmla.full_rank(sizes, made.width))
-    found = transmla.cost(loaded, ids[0], made, partial)
+    found = transmla.cost(loaded, ids, made, partial)
     made.save(out)
     document = {"out": str(out), "bytes": out.stat().st_size, **found.as_dict()}
     lines = [
