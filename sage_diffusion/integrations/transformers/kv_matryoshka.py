@@ -94,7 +94,7 @@ def train(
     found = {"before": before, "after": after, "trained": after < before, **asdict(training)}
     return dataclasses.replace(
         calibration,
-        tensors=calibration.tensors | {"post.basis": basis.half(), "post.losses": losses},
+        tensors=calibration.tensors | {"post.basis": basis.half().cpu(), "post.losses": losses},
         about=calibration.about | {"matryoshka": found},
     )
 
