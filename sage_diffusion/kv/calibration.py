@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sage_diffusion.files import write_bytes
+from sage_diffusion.kv import tensor_files
 from sage_diffusion.kv.allocation import allocate
 from sage_diffusion.kv.bases import Basis
 from sage_diffusion.kv.coefficients import WIDTHS, dequantize, quantize, side_bits
@@ -125,16 +125,12 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        from safetensors.torch import save
-
         about = {
-            "format": FORMAT,
             "fingerprint": self.fingerprint,
             "layers": json.dumps(self.layers),
             "about": json.dumps(self.about),
         }
-        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
-        write_bytes(Path(path), save(tensors, about))
+        tensor_files.save(path, FORMAT, self.tensors, about)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str | None = None) -> Calibration:
@@ -147,16 +143,7 @@ class Calibration:
             OSError: the file can't be read.
             CalibrationError: it is no calibration, or one of another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CalibrationError(f"{path} must be a safetensors file: {error}") from None
-        if about.get("format") != FORMAT:
-            raise CalibrationError(f"{path} must be a calibration ({FORMAT}), it is not")
+        tensors, about = tensor_files.load(path, FORMAT, "calibration", CalibrationError)
         made = cls(
             about["fingerprint"],
             tuple(json.loads(about["layers"])),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_diffusion.files import write_bytes
+from sage_diffusion.kv import tensor_files
 
 FORMAT = "sage-diffusion-transmla-1"
 
@@ -204,12 +204,14 @@ class Conversion:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        from safetensors.torch import save
-
-        about = {"format": FORMAT, "fingerprint": self.fingerprint, "about": json.dumps(self.about)}
-        sizes = {"rank": str(self.sizes.rank), "rope": str(self.sizes.rope)}
-        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
-        write_bytes(Path(path), save(tensors, about | sizes | {"layers": str(self.layers)}))
+        about = {
+            "fingerprint": self.fingerprint,
+            "about": json.dumps(self.about),
+            "rank": str(self.sizes.rank),
+            "rope": str(self.sizes.rope),
+            "layers": str(self.layers),
+        }
+        tensor_files.save(path, FORMAT, self.tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Conversion:
@@ -219,16 +221,7 @@ class Conversion:
             OSError: the file can't be read.
             ConversionError: it is no conversion.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConversionError(f"{path} must be a safetensors file: {error}") from None
-        if about.get("format") != FORMAT:
-            raise ConversionError(f"{path} must be a conversion ({FORMAT}), it is not")
+        tensors, about = tensor_files.load(path, FORMAT, "conversion", ConversionError)
         sizes = Sizes(int(about["rank"]), int(about["rope"]))
         layers, more = int(about["layers"]), json.loads(about["about"])
         return cls(about["fingerprint"], sizes, layers, tensors, more)
