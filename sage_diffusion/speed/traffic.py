@@ -15,6 +15,7 @@ from sage_diffusion.kernels.formats import (
     Q_BLOCK,
     TILE_N,
     Precision,
+    cdiv,
     columns_length,
     padded_dim,
     padded_length,
@@ -45,10 +46,6 @@ class Traffic:
         return self.read + self.written
 
 
-def _blocks(length: int, size: int) -> int:
-    return -(-length // size)
-
-
 def code_bytes(values: int, precision: Precision) -> int:
     """Bytes of so many codes, and of the micro scales of FP4."""
     micro = values // FP4_GROUP if precision is Precision.FP4 else 0
@@ -57,15 +54,13 @@ def code_bytes(values: int, precision: Precision) -> int:
 
 def stats(length: int, head_dim: int, kinds: int) -> Traffic:
     """One launch of the statistics: ``kinds`` is 1 for sums plus 2 for both extremes."""
-    return Traffic(
-        length * head_dim * HALF, kinds * _blocks(length, STATS_CHUNK) * head_dim * FLOAT
-    )
+    return Traffic(length * head_dim * HALF, kinds * cdiv(length, STATS_CHUNK) * head_dim * FLOAT)
 
 
 def joined(length: int, head_dim: int, kinds: int) -> Traffic:
     """Torch's joining of several parts: a sum of means, one pass for both extremes of minima and
     maxima."""
-    vector, parts = head_dim * FLOAT, _blocks(length, STATS_CHUNK)
+    vector, parts = head_dim * FLOAT, cdiv(length, STATS_CHUNK)
     total = Traffic()
     if parts > 1 and kinds % 2:
         total += Traffic(parts * vector, vector)
@@ -76,7 +71,7 @@ def joined(length: int, head_dim: int, kinds: int) -> Traffic:
 
 def sample(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     """One launch that finds means and what balances channels, of a token in sixteen."""
-    tokens = _blocks(length, sample_block(length))
+    tokens = cdiv(length, sample_block(length))
     return Traffic(
         (2 + (spec.smooth_v or spec.sample_v)) * tokens * head_dim * HALF,
         (2 + spec.smooth_k + spec.smooth_v + spec.sample_v) * head_dim * FLOAT,
@@ -100,7 +95,7 @@ def rows(
     """
     size = Q_BLOCK if mean == "own" else CLIPPED_ROWS if clip else ROWS
     listed = columns_length(length) if columns else 0
-    programs = _blocks(max(length, listed), span or size)
+    programs = cdiv(max(length, listed), span or size)
     means = programs * head_dim * FLOAT
     codes = code_bytes(length * padded_dim(head_dim), precision)
     return Traffic(
@@ -206,9 +201,9 @@ def beside(spec: AttentionSpec, length: int, head_dim: int) -> Traffic:
     """Delta-S of smoothed Q and K's scales in column order, which not all kernels have."""
     if not spec.smooth_q:
         return Traffic()
-    columns = padded_length(length) + 2 * TILE_N
-    blocks, chunk = _blocks(length, Q_BLOCK), 16
-    chunks, tiles = _blocks(blocks, chunk), columns // TILE_N
+    columns = columns_length(length)
+    blocks, chunk = cdiv(length, Q_BLOCK), 16
+    chunks, tiles = cdiv(blocks, chunk), columns // TILE_N
     means = tiles * blocks * head_dim * FLOAT + chunks * tiles * head_dim * FLOAT
     bias = Traffic(chunks * length * head_dim * HALF + means, blocks * columns * FLOAT)
     return bias + Traffic(0, 2 * columns * FLOAT)
@@ -279,7 +274,7 @@ def call_milliseconds(
     # Delta-S reads K, and means of Q that the L2 cache holds, again and again: K counts once.
     other = 0
     if spec.smooth_q:
-        other = length * head_dim * HALF + _blocks(length, Q_BLOCK) * padded_length(length) * FLOAT
+        other = length * head_dim * HALF + cdiv(length, Q_BLOCK) * padded_length(length) * FLOAT
     if in_columns:
         other += 2 * length * FLOAT
     # The attention kernel, K's scales if they have a launch of their own, delta-S.
