@@ -223,22 +223,20 @@ def value_arguments(
         The result, :class:`Value`, the constants of :func:`value_program`, and its programs.
     """
     batch, heads, length, head_dim = v.shape
-    low = high = None
-    if isinstance(scale, ChannelStats):
-        low, high = scale.low, scale.high
     tiles, device = cdiv(length, TILE_N), v.device
     shape = (batch, heads, head_dim, padded_length(length) * precision.bits // 8)
     codes = torch.empty(shape, dtype=STORAGE[precision], device=device)
-    micro = added = factors = None
+    micro = added = factors = low = high = None
     if sums:
         added = torch.empty(batch, heads, tiles, head_dim, dtype=torch.int16, device=device)
     if precision is Precision.FP4:
         groups = (batch, heads, tiles, head_dim, TILE_N // FP4_GROUP)
         micro = torch.empty(groups, dtype=torch.float8_e4m3fn, device=device)
-    if fast and low is None:
-        factors = torch.empty(batch, heads, tiles + 2, 2, dtype=torch.float32, device=device)
     if isinstance(scale, ChannelStats):
+        low, high = scale.low, scale.high
         scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=device)
+    elif fast:
+        factors = torch.empty(batch, heads, tiles + 2, 2, dtype=torch.float32, device=device)
     mean = None if mean is None else mean.contiguous()
     value = Value(
         v, mean, low, high, codes, scale, micro, added, factors, length, heads, *v.stride()
