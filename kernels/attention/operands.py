@@ -19,6 +19,7 @@ from ..formats import (
 )
 from ..quantize import triton as quantize
 from ..quantize.stats import joined
+from ..quantize.triton_value import value_options
 from ..rope import Rope
 from ..spec import AttentionSpec
 
@@ -165,10 +166,6 @@ def _value(
         spec.pv,
         mean=found.v_mean,
         scale=found.v_scale,
-        fast=spec.pv_accumulator == "fp16",
-        clip=spec.clip and spec.pv is Precision.FP4,
-        # With V's tokens in its own order a kernel multiplies P's bytes as they are.
-        sums=spec.unsigned_p and not permuted,
-        permuted=permuted,
         stats=stats,
+        **value_options(spec, permuted),
     )

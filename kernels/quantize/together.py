@@ -32,7 +32,7 @@ from .limits import code_top
 from .rope import TABLES, Tables, rope_arguments
 from .stats import ChannelStats, extremes, joined
 from .triton_rows import Rows, check_rows, empty_rows, rows_program
-from .triton_value import Value, shares, value_arguments, value_program
+from .triton_value import Value, shares, value_arguments, value_options, value_program
 
 
 @triton.jit
@@ -357,11 +357,7 @@ def _value(
         spec.pv,
         mean=found.v_mean,
         scale=_scale(v, found),
-        fast=spec.pv_accumulator == "fp16",
-        clip=spec.clip and spec.pv is Precision.FP4,
-        # With V's tokens in its own order a kernel multiplies P's bytes as they are.
-        sums=spec.unsigned_p and not permuted,
-        permuted=permuted,
+        **value_options(spec, permuted),
     )
     own = {f"V_{name}": constants[name] for name in names}
     return made, value, {**own, "PERMUTED": permuted}, programs

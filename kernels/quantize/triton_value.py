@@ -24,6 +24,7 @@ from ..formats import (
     padded_dim,
     padded_length,
 )
+from ..spec import AttentionSpec
 from ..start import start_kernel
 from ..tiles import round_to_int, stored_token
 from ..versions import to_e4m3
@@ -56,6 +57,17 @@ def shares(precision: Precision, clip: bool) -> tuple[float, ...]:
     if clip and precision in (Precision.INT4, Precision.FP4):
         return CLIP_CANDIDATES
     return (1.0,) if precision is Precision.FP4 else ()
+
+
+def value_options(spec: AttentionSpec, permuted: bool) -> dict[str, Any]:
+    """What a spec asks of :func:`quantize_value`, means and scales apart."""
+    return {
+        "fast": spec.pv_accumulator == "fp16",
+        "clip": spec.clip and spec.pv is Precision.FP4,
+        # With V's tokens in its own order a kernel multiplies P's bytes as they are.
+        "sums": spec.unsigned_p and not permuted,
+        "permuted": permuted,
+    }
 
 
 @triton.jit
