@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     "k2v2": PRESETS["k2v2"],
     "turboquant's recipe, K 4 bits, V 3": TurboQuant(4, 3),
     "turboquant's recipe, K 3 bits, V 2": TurboQuant(3, 2),
-    "V at three levels, K exact": ValuesOnly("ternary", 32),
+    "V at three levels of 32, K exact": ValuesOnly("ternary", 32),
     "V at three levels of 64, K exact": ValuesOnly("ternary", 64),
     "K at 50 % of its rank, V 2 bits": LowRankKeys(0.5, 2),
     "vidkv": VidKV(),
