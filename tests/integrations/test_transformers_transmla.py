@@ -165,6 +165,10 @@ def test_a_handle_leaves_nothing_in_the_model(model, moments):
 def test_what_cannot_be_converted_is_said(model, moments):
     with pytest.raises(ConversionError, match="alone, it has k_norm"):
         measure(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)), [ids(20)])
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    yarn["original_max_position_embeddings"] = 128
+    with pytest.raises(ConversionError, match="RoPE must turn"):  # and has a gain
+        measure(LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=yarn)), [ids(20)])
     for rank, rope, said in ((8, 7, "even number"), (0, 8, "rank must be"), (60, 8, "rank must")):
         with pytest.raises(ConversionError, match=said):
             convert(model, moments, Sizes(rank, rope))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sage_diffusion.integrations.transformers.rope import ModelRope, model_rope
+from sage_diffusion.integrations.transformers.rope import model_rope
 from sage_diffusion.kv.calibration import fingerprint
 from sage_diffusion.kv.evaluate import Agreement, agreement
 from sage_diffusion.kv.transmla import (
@@ -21,9 +21,13 @@ from sage_diffusion.kv.transmla import (
     Sizes,
     maps,
 )
+from sage_diffusion.kv.turning import angles_of
 
 #: KL beyond which a converted model is not to be used without fine-tuning.
 MOST_KL = 0.02
+
+#: Of RoPE's gain from 1: what loses RoPE has no gain.
+_OFF = 1e-3
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -118,27 +122,15 @@ def _heads(model: nn.Module) -> int:
 
 def _angles(model: nn.Module, layer: Any) -> Tensor:
     """Radians a token of each frequency ``[D / 2]``, of a RoPE that turns halves of a head."""
-    rope, dim = model_rope(model), layer.head_dim
+    rope = model_rope(model)
     if rope is None:
         raise ConversionError(f"RoPE of {type(model).__name__} must be known, it is not")
-    angles = _turned(rope, dim, 1)
-    far = _turned(rope, dim, 2)
-    if angles is None or far is None or not torch.allclose(2 * angles.sin() * angles.cos(),
-                                                           far.sin(), atol=1e-4):  # fmt: skip
+    found = angles_of(rope, layer.head_dim, torch.device("cpu"))
+    if found is None or abs(found[1] - 1) > _OFF:
         raise ConversionError(
             "RoPE must turn channel i with i + D / 2, all of a head's; it does not"
         )
-    return angles
-
-
-def _turned(rope: ModelRope, dim: int, position: int) -> Tensor | None:
-    """Angles at a position, from what becomes of ones in the first half of the channels."""
-    half = dim // 2
-    x = torch.cat([torch.ones(half), torch.zeros(half)]).view(1, 1, 1, dim)
-    cos, sin = rope.rotate(x, torch.tensor([[position]]))[0, 0, 0].split(half)
-    if not torch.allclose(cos.square() + sin.square(), torch.ones(half), atol=1e-3):
-        return None
-    return torch.atan2(sin, cos)
+    return found[0]
 
 
 @torch.no_grad()
