@@ -4,6 +4,7 @@ Python's cycle collector is off in all of them: nothing may wait for it.
 """
 
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch import nn
 from sage_diffusion.attend.guard import Guard
 from sage_diffusion.integrations.comfy import attached, patch, without
 from sage_diffusion.integrations.comfy.accuracy import check
+from sage_diffusion.integrations.comfy.kv_inside import inside
 from sage_diffusion.plan import PrecisionPlan, Rule
 
 optimized_attention = host
@@ -212,3 +214,71 @@ def test_weights_go_while_the_report_stays():
     del network, patched
     assert weights() is None
     assert report.summary.quantized == attention.last.summary.quantized == 24
+
+
+class Writer(nn.Module):
+    """A language model that reads a text's letters."""
+
+    def init_kv_cache(self):
+        raise AssertionError("nothing is generated")
+
+    def generate(self, embeds, **options):
+        raise AssertionError("another stands in its place")
+
+
+class Clip:
+    """A CLIP whose patches stay on its modules after a run, as those that ComfyUI has loaded."""
+
+    def __init__(self, model):
+        self.cond_stage_model = model
+
+    @property
+    def patcher(self):
+        return self
+
+    def clone(self):
+        return Clip(self.cond_stage_model)
+
+    def add_object_patch(self, name, value):
+        path, _, attribute = name.rpartition(".")
+        setattr(self.cond_stage_model.get_submodule(path), attribute, value)
+
+    def tokenize(self, text):
+        return torch.tensor([[float(ord(letter)) for letter in text]])[..., None]
+
+    def generate(self, tokens, **options):
+        return self.cond_stage_model.writer.generate(tokens, **options)
+
+
+@pytest.mark.parametrize("error", [None, Stop])
+def test_nothing_of_a_run_inside_a_clip_stays_on_it(error, monkeypatch):
+    management = SimpleNamespace(should_use_bf16=lambda device: False)
+    monkeypatch.setattr(sys.modules["comfy"], "model_management", management, raising=False)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    model = nn.Module()
+    model.writer = Writer()
+    alive = [weakref.ref(model.writer)]
+
+    def measure(clip):
+        seen = torch.zeros(3)
+        alive.append(weakref.ref(seen))
+
+        def run(module, embeds):
+            assert module is alive[0]() and embeds.flatten().tolist() == [97, 98]
+            seen[0] = 1
+            if error is not None:
+                raise error
+            alive.append(weakref.ref(found := torch.ones(2)))
+            return found
+
+        if error is not None:
+            with pytest.raises(error):
+                inside(clip, "ab", run)
+        else:
+            assert torch.equal(inside(clip, "ab", run), torch.ones(2))
+
+    measure(Clip(model))
+    assert "generate" in vars(model.writer)
+    assert alive[0]() is model.writer and not any(ref() is not None for ref in alive[1:])
+    del model
+    assert alive[0]() is None

@@ -130,20 +130,23 @@ def inside(clip: Any, text: str, run: Callable[[Any, Tensor], T]) -> T:
     The CLIP's patches are in force, those of a compressed cache included.
     """
     path, module = generators(clip)[0]
-    found: list[T] = []
+    # ComfyUI leaves a patch on its module until another copy of the CLIP is loaded: what is in
+    # these lists is taken out of them, so that it keeps nothing of the run.
+    waiting, found = [(run, module)], []
 
     def generate(embeds: Tensor, *args: Any, **kwargs: Any) -> list[int]:
         import comfy.model_management as management
 
         half = management.should_use_bf16(embeds.device)  # as ComfyUI's own generate chooses
         embeds = embeds.to(torch.bfloat16 if half else torch.float32)
+        run, module = waiting.pop()
         found.append(run(module, embeds if embeds.ndim == 3 else embeds[None]))
         return []
 
     patched = clip.clone()
     patched.patcher.add_object_patch(f"{path}.generate", generate)
     patched.generate(patched.tokenize(text), do_sample=False, max_length=1)
-    return found[0]
+    return found.pop()
 
 
 def states(module: Any, embeds: Tensor, past: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
