@@ -76,6 +76,7 @@ class Family:
     latent: torch.Tensor
     noise: torch.Tensor
 
+    @torch.no_grad()  # ComfyUI runs its nodes without gradients, and not every sampler says so
     def sample(self, model: Any = None, *, steps: int = 3, cfg: float | None = None, **more: Any):
         """The latent after sampling."""
         import comfy.sample
