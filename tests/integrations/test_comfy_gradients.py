@@ -1,10 +1,15 @@
 """What backward passes in ComfyUI need of a model, without ComfyUI."""
 
+import sys
+import types
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from sage_diffusion.integrations.comfy.gradients import differentiable, kept_bytes
+from sage_diffusion.integrations.comfy.accuracy import KSampling
+from sage_diffusion.integrations.comfy.gradients import Replay, differentiable, kept_bytes
 
 
 def network():
@@ -74,3 +79,84 @@ def test_bytes_of_a_graph_are_counted_without_weights_and_without_keeping_it():
         return z + y.sin()
 
     assert kept_bytes(written, x, model) == 2 * 32 * 16 * 4
+
+
+class Nested:
+    """ComfyUI's latent of a video with sound."""
+
+    is_nested = True
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def __getitem__(self, index):
+        return Nested(*(x[index] for x in self.tensors))
+
+    def unbind(self):
+        return list(self.tensors)
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    """What a replay takes of ComfyUI, which samples such a latent in one row."""
+
+    def row(latent):
+        return torch.cat([x.flatten(1) for x in latent.unbind()], 1)
+
+    def sample_custom(model, noise, cfg, sampler, sigmas, *_, callback, **options):
+        def packed(step, total):
+            callback(step, noise, noise, total)
+
+        return sampler.sampler_function(model.guided, row(noise), sigmas, callback=packed)
+
+    parts = {
+        "sample": {
+            "fix_empty_latent_channels": lambda model, latent: latent,
+            "prepare_noise": lambda latent, seed, index: latent,
+            "sample_custom": sample_custom,
+        },
+        "samplers": {
+            "KSampler": lambda *_: SimpleNamespace(sigmas=torch.tensor([1.0, 0.0])),
+            "sampler_object": lambda name: SimpleNamespace(sampler_function=euler),
+        },
+        "model_management": {"get_free_memory": lambda device: 2**30},
+    }
+    package = types.ModuleType("comfy")
+    monkeypatch.setitem(sys.modules, "comfy", package)
+    for name, functions in parts.items():
+        module = types.ModuleType(f"comfy.{name}")
+        vars(module).update(functions)
+        setattr(package, name, module)
+        monkeypatch.setitem(sys.modules, f"comfy.{name}", module)
+
+
+def euler(guided, x, sigmas, extra_args=None, callback=None):
+    x = x + guided(x) * float(sigmas[1] - sigmas[0])
+    callback(0, 1)
+    return x
+
+
+def test_a_video_with_sound_is_differentiated_and_its_video_shown(comfy):
+    net = nn.Linear(20, 20)
+    replay, shown, found = Replay(), [], []
+
+    class Executor:
+        class_obj = net
+
+        def __call__(self, x):
+            return net(x)
+
+    model = SimpleNamespace(model=net, load_device="cpu", model_options={})
+    model.guided = lambda x: replay.wrapper(Executor(), x)
+    latent = Nested(torch.ones(2, 3, 4), torch.zeros(2, 8))
+    sampling = KSampling([], [], {"samples": latent}, 1, 1, 1.0, "euler", "simple")
+    sampling.on_step = lambda step, denoised, steps: shown.append((step, denoised.shape, steps))
+
+    def use(final, calls):
+        (call,) = calls
+        found.extend(torch.autograd.grad(final.sum(), call.output))
+        assert torch.equal(call.again(call.input), call.output)
+
+    replay.run(model, sampling, use)
+    assert torch.equal(found[0], torch.full((1, 20), -1.0))
+    assert shown == [(0, (1, 3, 4), 2), (1, (1, 3, 4), 2)]  # there and back

@@ -287,8 +287,7 @@ class KSampling:
 
         def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
             seen.append(one_tensor(denoised).detach().to("cpu", copy=True))
-            if self.on_step is not None:
-                self.on_step(step, _streams(denoised)[0], total)
+            self.tell(step, denoised, total)
 
         self.samples = comfy.sample.sample(
             model,
@@ -310,6 +309,17 @@ class KSampling:
             None if self.vae is None else as_pictures(self.vae.decode(_streams(self.samples)[0]))
         )
         return Generation(images, tuple(seen))
+
+    def tell(self, step: int, denoised: Any, total: int) -> None:
+        """A step is done, with this prediction: of a video with sound ``on_step`` gets the video's.
+
+        Args:
+            step: its number.
+            denoised: as ComfyUI's callback has it, a tensor or a nested one.
+            total: number of all steps.
+        """
+        if self.on_step is not None:
+            self.on_step(step, _streams(denoised)[0], total)
 
     def result(self) -> dict[str, Any]:
         """ComfyUI's LATENT of the last run."""

@@ -99,7 +99,7 @@ class Replay:
         try:
             with training():
                 sample_with(model, replace(sampling, on_step=way.there), with_calls)
-        except (RuntimeError, NotImplementedError) as error:  # out of memory is one, too
+        except RuntimeError as error:  # of what is not implemented, and out of memory, too
             name = type(model.model).__name__
             raise NoGradient(f"{name} can't be differentiated here: {error}") from error
         finally:
@@ -177,10 +177,6 @@ def sample_with(model: Any, sampling: KSampling, use: Callable[[Tensor], None]) 
 
     sampler.sampler_function = traced
 
-    def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-        if first.on_step is not None:
-            first.on_step(step, denoised, total)
-
     comfy.sample.sample_custom(
         model,
         noise,
@@ -191,7 +187,7 @@ def sample_with(model: Any, sampling: KSampling, use: Callable[[Tensor], None]) 
         first.negative,
         image,
         noise_mask=first.latent.get("noise_mask"),
-        callback=callback,
+        callback=lambda step, denoised, x, total: first.tell(step, denoised, total),
         disable_pbar=True,
         seed=first.seed,
     )
