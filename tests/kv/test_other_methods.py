@@ -111,6 +111,20 @@ def test_matryoshka_s_coordinates_may_have_few_bits():
         Matryoshka(width=7).body(place(0, made))
 
 
+@pytest.mark.parametrize("width", [None, 4])
+def test_of_a_layer_no_coordinate_may_be_kept(width):
+    made, method = calibration(), Matryoshka(0.01, width=width)
+    assert not method.ranks(made)[0].any()
+    body, k = method.body(place(0, made)), low_rank(64, 6)[0]
+    body.append(k, k)
+    means = made.tensors["post.mean"][0].float()  # [2, H, D]
+    for got, mean in zip(body.read(5, 40), means, strict=True):
+        assert torch.equal(got, mean[:, None].expand(2, -1, 35, -1))
+    body.select(torch.tensor([1]))
+    body.crop(32)
+    assert body.read()[0].shape == (1, 2, 32, 16)
+
+
 class Rope:
     """Turns pairs of channels; position 0 leaves all as it is."""
 

@@ -74,17 +74,17 @@ class MatryoshkaBody(Body):
         self.unit = 1 if method.width is None else BLOCK
         calibration: Calibration = place.calibration
         row = calibration.row(place.layer)
-        self.ranks = method.ranks(calibration)[row]  # [2, H]
+        ranks = method.ranks(calibration)[row]  # [2, H]
         mean, basis = (calibration.tensors[f"post.{name}"][row] for name in ("mean", "basis"))
-        self._codes: dict[str, Coefficients] = {}
+        self._heads: dict[str, Store | Coefficients] = {}
         for side in range(2):
             for head in range(place.heads):
-                rank, name = int(self.ranks[side, head]), f"{'kv'[side]}{head}"
-                if method.width is None:
-                    self.stores[f"{name}.coefficients"] = Store(1)
+                rank, name = int(ranks[side, head]), f"{'kv'[side]}{head}"
+                if method.width is None or not rank:  # of no coordinates there are no codes
+                    self._heads[name] = self.stores[f"{name}.coefficients"] = Store(1)
                 else:
                     codes = Coefficients(torch.full((rank,), method.width), GROUP)
-                    self._codes[name] = codes
+                    self._heads[name] = codes
                     self.stores |= {f"{name}.{kind}": x for kind, x in codes.stores.items()}
                 self.constants[f"{name}.mean"] = mean[side, head].to(place.device, copy=True)
                 self.constants[f"{name}.basis"] = basis[side, head, :, :rank].to(
@@ -97,40 +97,23 @@ class MatryoshkaBody(Body):
                 name = f"{side}{head}"
                 centred = x[:, head].float() - self.constants[f"{name}.mean"].float()
                 found = centred @ self.constants[f"{name}.basis"].float()
-                if name in self._codes:
-                    self._codes[name].append(found)
-                else:
-                    self.stores[f"{name}.coefficients"].append(found.to(x.dtype))
+                into = self._heads[name]
+                into.append(found.to(x.dtype) if isinstance(into, Store) else found)
         self.tokens += k.shape[2]
-
-    def _coefficients(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._codes:
-            return self.stores[f"{name}.coefficients"].read(start, stop).float()
-        return self._codes[name].read(start, stop)
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         stop = self.tokens if stop is None else stop
         sides = []
-        for side in range(2):
-            heads: list[Tensor] = []
+        for side in "kv":
+            heads = []
             for head in range(self.place.heads):
-                name = f"{'kv'[side]}{head}"
-                mean = self.constants[f"{name}.mean"].float()
-                if not self.ranks[side, head]:  # the mean says all
-                    batch = self._batch()
-                    heads.append(mean.expand(batch, stop - start, -1))
-                    continue
-                basis = self.constants[f"{name}.basis"].float()
-                heads.append(self._coefficients(name, start, stop) @ basis.T + mean)
+                name = f"{side}{head}"
+                mean, basis = (self.constants[f"{name}.{x}"].float() for x in ("mean", "basis"))
+                heads.append(self._heads[name].read(start, stop).float() @ basis.T + mean)
             sides.append(torch.stack(heads, 1))
         return sides[0], sides[1]
 
-    def _batch(self) -> int:
-        return next(x.read().shape[0] for x in self.stores.values() if x.length)
-
     def crop(self, tokens: int) -> None:
-        for store in self.stores.values() if not self._codes else ():
-            store.cut(tokens)
-        for codes in self._codes.values():
-            codes.cut(tokens)
+        for head in self._heads.values():
+            head.cut(tokens)
         self.tokens = tokens
