@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from sage_diffusion.integrations.transformers.lazy import LazyPast
-from sage_diffusion.integrations.transformers.rope import model_rope
+from sage_diffusion.integrations.transformers.rope import model_rope, text_config
 from sage_diffusion.kv import report as _report
 from sage_diffusion.kv import trial
 from sage_diffusion.kv.calibration import Calibration, fingerprint
@@ -212,7 +212,7 @@ class KVCache(Cache):
                 model whose RoPE is not known.
         """
         method = by_name(preset)
-        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        config = text_config(model)
         kinds, arguments = get_layer_types_and_kwargs(config)
         if _FULL not in kinds:
             why = "; ".join(f"{kind}, which {_why(kind)}" for kind in sorted(set(kinds)))

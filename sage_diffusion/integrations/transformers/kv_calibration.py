@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from sage_diffusion.integrations.transformers.rope import ModelRope, model_rope
+from sage_diffusion.integrations.transformers.rope import ModelRope, model_rope, text_config
 from sage_diffusion.integrations.transformers.tap import Tap
 from sage_diffusion.kv.calibration import Calibration, CalibrationError
 from sage_diffusion.kv.moments import QUERIES, LayerMoments, calibration_of
@@ -64,7 +64,7 @@ def calibrate(
         raise CalibrationError(
             f"a text must have more than {least} tokens, none of the {len(texts)} has"
         )
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     kinds = get_layer_types_and_kwargs(config)[0]
     layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from sage_diffusion.files import write_bytes
 from sage_diffusion.integrations.transformers.cache import KVCache, argument
+from sage_diffusion.integrations.transformers.rope import text_config
 from sage_diffusion.integrations.transformers.tap import Tap
 from sage_diffusion.kv.calibration import Calibration, fingerprint
 from sage_diffusion.kv.evaluate import Agreement, Bits, agreement, bits, needle_prompt
@@ -69,7 +70,7 @@ def passage(model: nn.Module, ids: Tensor, prefix: int, folder: Path | None = No
         found[number] = q[0, :, -_QUERIES:], k[0], v[0]
         return k, v
 
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     cache = DynamicCache(config=config)
     named = {argument(model): cache}
     with Tap(seen, config.num_key_value_heads):

@@ -1,4 +1,4 @@
-"""What is known of a model of transformers: its RoPE, forwards and back."""
+"""What is known of a model of transformers: its configuration, its RoPE forwards and back."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class ModelRope:
         return rotated
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the part of a model that reads and writes text."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
 def model_rope(model: nn.Module) -> ModelRope | None:
     """How a model rotates its K, or None where it is done in a way that is not known here.
 
@@ -44,7 +49,7 @@ def model_rope(model: nn.Module) -> ModelRope | None:
     if len(found) != 1 or apply is None:
         return None
     rope = ModelRope(found[0], apply)
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     device = next(model.parameters()).device
     probe = torch.linspace(-1, 1, 3 * dim, device=device).view(1, 1, 3, dim)

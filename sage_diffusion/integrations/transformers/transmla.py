@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sage_diffusion.integrations.transformers.rope import model_rope
+from sage_diffusion.integrations.transformers.rope import model_rope, text_config
 from sage_diffusion.kv.calibration import fingerprint
 from sage_diffusion.kv.evaluate import Agreement, agreement
 from sage_diffusion.kv.transmla import (
@@ -94,7 +94,7 @@ def attentions(model: nn.Module) -> list[Any]:
     Raises:
         ConversionError: one is not four projections, RoPE of all channels and a softmax.
     """
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     found = [x for name, x in model.named_modules() if name.split(".")[-1] == "self_attn"]
     if len(found) != config.num_hidden_layers:
         raise ConversionError(
@@ -116,7 +116,7 @@ def attentions(model: nn.Module) -> list[Any]:
 
 
 def _heads(model: nn.Module) -> int:
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     return int(config.num_key_value_heads)
 
 
