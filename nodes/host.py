@@ -37,19 +37,20 @@ Plan = io.Custom("SAGE_PLAN")
 
 def register_plan_folder() -> None:
     """Tell ComfyUI about ``models/sage_plans``; folders of ``extra_model_paths.yaml`` stay."""
-    folder = str(Path(folder_paths.models_dir) / PLANS)
-    folder_paths.add_model_folder_path(PLANS, folder)
-    paths, _ = folder_paths.folder_names_and_paths[PLANS]
-    folder_paths.folder_names_and_paths[PLANS] = (paths, {".json"})
+    register_folder(PLANS, {".json"})
 
 
 def register_tokenizer_folder() -> None:
     """Tell ComfyUI about ``models/vq_tokenizers`` and ``models/vq_fill``."""
-    folder = str(Path(folder_paths.models_dir) / TOKENIZERS)
-    folder_paths.add_model_folder_path(TOKENIZERS, folder)
-    paths, _ = folder_paths.folder_names_and_paths[TOKENIZERS]
-    folder_paths.folder_names_and_paths[TOKENIZERS] = (paths, {".safetensors", *_PICKLES})
+    register_folder(TOKENIZERS, {".safetensors", *_PICKLES})
     folder_paths.add_model_folder_path(FILLS, str(Path(folder_paths.models_dir) / FILLS))
+
+
+def register_folder(name: str, endings: set[str]) -> None:
+    """Tell ComfyUI about a folder below ``models``, and which of its files are listed."""
+    folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+    paths, _ = folder_paths.folder_names_and_paths[name]
+    folder_paths.folder_names_and_paths[name] = (paths, endings)
 
 
 def tokenizer_names() -> list[str]:

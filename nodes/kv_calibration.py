@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from sage_diffusion.nodes.host import CATEGORY, show, signature
+from sage_diffusion.nodes.host import CATEGORY, register_folder, show, signature
 
 if TYPE_CHECKING:
     from sage_diffusion.kv.calibration import Calibration
@@ -20,10 +20,7 @@ KVCalibration = io.Custom("KV_CALIBRATION")
 
 def register_calibration_folder() -> None:
     """Tell ComfyUI about ``models/kv_calibrations``; folders of ``extra_model_paths.yaml`` stay."""
-    folder = str(Path(folder_paths.models_dir) / CALIBRATIONS)
-    folder_paths.add_model_folder_path(CALIBRATIONS, folder)
-    paths, _ = folder_paths.folder_names_and_paths[CALIBRATIONS]
-    folder_paths.folder_names_and_paths[CALIBRATIONS] = (paths, {".safetensors"})
+    register_folder(CALIBRATIONS, {".safetensors"})
 
 
 def calibration_path(name: str) -> Path:
