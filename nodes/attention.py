@@ -105,16 +105,20 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="Compare a few rows of each layer with exact attention every tenth "
             "step; a layer that strays runs a more accurate spec from then on.",
         ),
-        io.Boolean.Input(
-            "compare_speed",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="On a GPU, make three calls of each kind both ways in the first run, "
-            "to tell how much faster it was: less than 1 % of its attention. Off tells "
-            "only what it took.",
-        ),
+        compare_speed_input(),
     ]
+
+
+def compare_speed_input() -> io.Boolean.Input:
+    """Whether the first run also tells how much faster it was."""
+    return io.Boolean.Input(
+        "compare_speed",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip="On a GPU, make three calls of each kind both ways in the first run, to tell how "
+        "much faster it was: less than 1 % of its attention. Off tells only what it took.",
+    )
 
 
 class SageAttention(io.ComfyNode):

@@ -16,7 +16,15 @@ from sage_diffusion.integrations.comfy.carried import Chosen
 from sage_diffusion.integrations.comfy.sampler import ComfySampler, Prompt, costs_of, settings_of
 from sage_diffusion.integrations.comfy.tuning import Mark, find, keep_in_workflow, mark_of
 from sage_diffusion.nodes.accuracy import sampling_inputs
-from sage_diffusion.nodes.calibrate import card_input, goal_input, measured, the_card, wanted
+from sage_diffusion.nodes.attention import compare_speed_input
+from sage_diffusion.nodes.calibrate import (
+    card_input,
+    goal_input,
+    measured,
+    second_prompt_input,
+    the_card,
+    wanted,
+)
 from sage_diffusion.nodes.host import CATEGORY, Plan, embed_inputs, show, user_plan_folder
 from sage_diffusion.plan.embed import content_hash, embed_plan
 from sage_diffusion.plan.library import save_plan
@@ -61,12 +69,7 @@ class SageAutoTune(io.ComfyNode):
                     tooltip="Measure even if a plan of this model and these settings is there, "
                     "and replace it. Switch it off afterwards.",
                 ),
-                io.Conditioning.Input(
-                    "positive_2",
-                    optional=True,
-                    tooltip="A different prompt. Without it the first is sampled with two seeds, "
-                    "and the plan is for prompts like it.",
-                ),
+                second_prompt_input(),
                 io.Float.Input(
                     "share",
                     default=DEFAULT_SHARE,
@@ -77,15 +80,7 @@ class SageAutoTune(io.ComfyNode):
                     advanced=True,
                     tooltip="Part of the layers x steps that is measured; the rest is completed.",
                 ),
-                io.Boolean.Input(
-                    "compare_speed",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="On a GPU, make three calls of each kind both ways in the first run, "
-                    "to tell how much faster it was: less than 1 % of its attention. Off tells "
-                    "only what it took.",
-                ),
+                compare_speed_input(),
                 *embed_inputs(),
             ],
             outputs=[
@@ -126,10 +121,8 @@ class SageAutoTune(io.ComfyNode):
         settings = settings_of(sampling) | {"goal": goal, "share": share}
         settings["latent"] = settings["latent"][1:]  # a batch of any size runs the same plan
         mark = mark_of(model, settings, card)
-        found = None
-        if not measure_anew:
-            path = user_plan_folder() / f"{mark.name}.json"
-            found = find(mark, embedded_plan if embed_plan else "", path)
+        path = user_plan_folder() / f"{mark.name}.json"
+        found = None if measure_anew else find(mark, embedded_plan if embed_plan else "", path)
         if found is None:
             sampler = ComfySampler(model, sampling, _NAME)
             prompts = [Prompt(x) for x in (positive, positive_2) if x is not None]

@@ -84,6 +84,16 @@ def card_input() -> io.Combo.Input:
     )
 
 
+def second_prompt_input() -> io.Conditioning.Input:
+    """The other prompt that is measured."""
+    return io.Conditioning.Input(
+        "positive_2",
+        optional=True,
+        tooltip="A different prompt. Without it the first is sampled with two seeds, and the plan "
+        "is for prompts like it.",
+    )
+
+
 class SageCalibrate(io.ComfyNode):
     """Watches the model's own attention and makes the plan with the least predicted time."""
 
@@ -101,12 +111,7 @@ class SageCalibrate(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="A prompt of the kind you will use."),
                 io.Conditioning.Input("negative", tooltip="What they shall not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Conditioning.Input(
-                    "positive_2",
-                    optional=True,
-                    tooltip="A different prompt. Without it the first is sampled with two seeds, "
-                    "and the plan is for prompts like it.",
-                ),
+                second_prompt_input(),
                 *sampling_inputs(),
                 io.Int.Input(
                     "runs",
