@@ -158,16 +158,10 @@ def test_limits_are_checked_before_anything_runs():
     assert SageAccuracyCheck.validate_inputs("with and without the plan", "psnr", 30.0) is True
 
 
-def calibrate(families, tmp_path, monkeypatch, **more):
-    import folder_paths
-
-    from sage_diffusion.nodes.calibrate import SageCalibrate
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    hidden = SimpleNamespace(unique_id="7")
-    monkeypatch.setattr(SageCalibrate, "hidden", hidden, raising=False)
+def measuring(families):
+    """Inputs that both nodes have which measure a model."""
     sd3 = families("sd3")
-    given = {
+    return {
         "model": sd3.model,
         "positive": sd3.positive,
         "negative": sd3.negative,
@@ -178,12 +172,20 @@ def calibrate(families, tmp_path, monkeypatch, **more):
         "sampler_name": "euler",
         "scheduler": "simple",
         "denoise": 1.0,
-        "runs": 1,
         "share": 0.5,
         "goal": {"goal": "as fast as fast, better"},
-        "card": "this card",
-        "name": "tiny",
     }
+
+
+def calibrate(families, tmp_path, monkeypatch, **more):
+    import folder_paths
+
+    from sage_diffusion.nodes.calibrate import SageCalibrate
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    hidden = SimpleNamespace(unique_id="7")
+    monkeypatch.setattr(SageCalibrate, "hidden", hidden, raising=False)
+    given = measuring(families) | {"runs": 1, "card": "this card", "name": "tiny"}
     return SageCalibrate.execute(**(given | more)).args
 
 
@@ -261,23 +263,7 @@ def autotune(families, tmp_path, monkeypatch, **more):
     info = {"workflow": {"nodes": [{"id": 7, "widgets_values": [3, ""]}]}}
     hidden = SimpleNamespace(unique_id="7", prompt=prompt, extra_pnginfo=info)
     monkeypatch.setattr(autotune.SageAutoTune, "hidden", hidden, raising=False)
-    sd3 = families("sd3")
-    given = {
-        "model": sd3.model,
-        "positive": sd3.positive,
-        "negative": sd3.negative,
-        "latent_image": {"samples": sd3.latent},
-        "seed": 1,
-        "steps": 3,
-        "cfg": 4.0,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "denoise": 1.0,
-        "goal": {"goal": "as fast as fast, better"},
-        "card": "rtx4090",
-        "measure_anew": False,
-        "share": 0.5,
-    }
+    given = measuring(families) | {"card": "rtx4090", "measure_anew": False}
     return autotune.SageAutoTune.execute(**(given | more)), info["workflow"]["nodes"][0]
 
 
