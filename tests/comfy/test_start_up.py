@@ -23,6 +23,7 @@ tiny_models.start_comfy(Path(sys.argv[2]))
 import comfy.samplers, comfy_api.latest, folder_paths, nodes, server, torch
 import conftest
 server.PromptServer.instance = MagicMock()  # takes a route, as the server that runs does
+print(f"core seconds {time.process_time():.3f}")
 before = set(sys.modules)
 start = time.process_time()
 pack = conftest.load_pack()
@@ -47,9 +48,12 @@ def test_importing_the_pack_costs_little_and_compiles_nothing(request):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    seconds = float(done.stdout.split("import seconds ")[1].split()[0])
-    print(f"importing the pack: {seconds:.3f} s of CPU time")
-    assert seconds <= 0.25  # 0.18 to 0.19 were seen, on a machine with other work
+    core, seconds = (
+        float(done.stdout.split(f"{what} seconds ")[1].split()[0]) for what in ("core", "import")
+    )
+    print(f"importing the pack: {seconds:.3f} s of CPU time, ComfyUI itself: {core:.3f} s")
+    # A machine's speed is in both: 0.18 to 0.22 s against 5.6 to 6.0 s were seen.
+    assert seconds <= 0.07 * core
 
 
 def test_a_node_that_leaves_every_call_alone_costs_one_percent(families):
