@@ -8,7 +8,7 @@ from typing import Any
 from template_graph import Node, Template
 
 from sage_diffusion.adapt.costs import MEASURED, Costs, call_milliseconds, card_costs
-from sage_diffusion.adapt.presets import card_preset, cheapest_first
+from sage_diffusion.adapt.presets import card_preset, cheapest_first, worthwhile
 from sage_diffusion.integrations.comfy.families import BODY, CAREFUL
 from sage_diffusion.kernels.spec import LADDER
 
@@ -157,7 +157,8 @@ def attention_times(kind: str, calls: Calls) -> dict[str, float]:
             return call_milliseconds(spec, costs, *size)
 
         if kind == "by model":
-            edges, body = CAREFUL[0], cheapest_first(BODY, card)[0]
+            edges = next(iter(worthwhile(CAREFUL, card)), "fp16")
+            body = cheapest_first(BODY, card)[0]
         elif kind in LADDER:
             edges, body = "fp16", kind
         else:
