@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -320,8 +322,15 @@ def test_flux_references_are_kept_in_few_bits(families):
     assert torch.equal(found, want) and exact.kind == "references"
     assert torch.equal(near[:2], want[:2]) and 0 < difference(near, want) < 0.01
     assert small.memory.layers == 2 and small.memory.tokens == 64
-    patches_of(small.host)[0].cleanup()
-    assert len(patches_of(small.host)[0].cache) == 0 and small.memory.kept == 0
+    attention, inputs = patches_of(small.host)
+    of_the_run, reported = weakref.ref(attention.cache), small.memory.to_dict()
+    attention.cleanup()  # as ComfyUI does when a run ends; the report comes after
+    assert len(attention.cache) == 0 and of_the_run() is None
+    assert small.memory.to_dict() == reported and small.memory.kept > 0
+    inputs({"img": torch.zeros(1, 16, 8), "transformer_options": {}})  # without references
+    assert small.memory.kept == small.memory.host == 0
+    two_steps(small.host)
+    assert small.memory.to_dict() == reported
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,23 @@ def test_references_are_written_once_and_read_often():
     assert memory.kept == kept // 2
 
 
+def test_references_of_a_run_are_reported_until_another_begins():
+    memory = Memory()
+    k = torch.randn(1, 2, 96, 32, generator=torch.Generator().manual_seed(0))
+    cache = References(Settings("k8v8"), memory)
+    cache["double_0"] = cache["double_1"] = (k, k)
+    cache["double_1"]
+    kept = memory.kept
+    cache = References(Settings("k8v8"), memory)  # the run is over
+    assert (memory.layers, memory.kept) == (2, kept) and kept > 0
+    cache.begin()
+    assert memory == Memory()
+    cache["double_0"] = (k, k)
+    cache.begin()  # its second step
+    cache["double_0"]
+    assert (memory.layers, memory.kept) == (1, kept // 2)
+
+
 def test_the_report_says_what_was_measured():
     memory = Memory()
     assert text_of(memory).startswith("WARNING: no run has used this KV cache yet")

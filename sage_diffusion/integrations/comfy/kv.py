@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -395,13 +396,22 @@ def _text_layer(settings: Settings, number: int, rope: Rope | None) -> Layer:
 class References(MutableMapping[str, tuple[Tensor, Tensor]]):
     """K and V of reference pictures by block, written once and read at every step.
 
-    Stands for the dict of ComfyUI's ``FluxKVCache``.
+    Stands for the dict of ComfyUI's ``FluxKVCache``, which makes a fresh one when a run ends: the
+    memory is then still that run's, to be shown until another begins.
     """
 
     def __init__(self, settings: Settings, memory: Memory):
-        self._settings = settings
-        self._past = Past(memory)
+        self._settings, self._memory = settings, memory
         self._held: dict[str, tuple[Layer, int]] = {}  # and the bytes that ComfyUI would hold
+
+    @cached_property
+    def _past(self) -> Past:
+        return Past(self._memory)
+
+    def begin(self) -> None:
+        """Forget the run before, unless this one has written already."""
+        if not self._held:
+            self._memory.begin()
 
     def __setitem__(self, key: str, value: tuple[Tensor, Tensor]) -> None:
         if key in self._held:

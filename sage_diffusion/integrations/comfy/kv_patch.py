@@ -84,6 +84,7 @@ def _with_references(model: Any, patch: Any, settings: Settings, memory: Memory)
 
     def without_references(inputs: dict[str, Any]) -> dict[str, Any]:
         """Leave the reference tokens out of the picture once their K and V are there."""
+        mine.cache.begin()
         counts = inputs["transformer_options"].get("reference_image_num_tokens", [])
         if len(mine.cache) > 0 and sum(counts) > 0:
             inputs["img"] = inputs["img"][:, : -sum(counts)]
