@@ -117,3 +117,18 @@ def test_what_cannot_be_trained_is_said(model, plain):
             train(model, plain, [ids(200)], training=TRAINING)
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"held": 1}, "held must be at least 2, got 1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"window": -1}, "window must be at least 0, got -1"),
+        ({"rate": -1e-3}, "rate must be at least 0, got -0.001"),
+        ({"chunk": 160}, r"more tokens than sink and window together \(160\), got 160"),
+    ],
+)
+def test_what_nothing_can_be_trained_with_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Training(**wrong)

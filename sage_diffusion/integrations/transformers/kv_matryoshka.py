@@ -21,6 +21,17 @@ from torch.overrides import TorchFunctionMode
 from sage_diffusion.integrations.transformers.kv_calibration import token_ids
 from sage_diffusion.kv.calibration import Calibration, CalibrationError, fingerprint
 
+_LEAST = {
+    "steps": 1,
+    "rate": 0,
+    "sink": 0,
+    "window": 0,
+    "levels": 1,
+    "draws": 1,
+    "held": 2,  # of 1 none would be left to train on
+    "measured": 1,
+}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -36,6 +47,9 @@ class Training:
         held: every so many chunks one is left out and tells whether training helped.
         measured: chunks on which ranks' losses are estimated, at most.
         seed: of chunks, ranks and labels.
+
+    Raises:
+        ValueError: one is too small; a chunk has no token that sees a projected one.
     """
 
     steps: int = 24
@@ -48,6 +62,16 @@ class Training:
     held: int = 8
     measured: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if not (value := getattr(self, name)) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.chunk <= self.sink + self.window:
+            raise ValueError(
+                f"a chunk must have more tokens than sink and window together "
+                f"({self.sink + self.window}), got {self.chunk}"
+            )
 
 
 def train(
