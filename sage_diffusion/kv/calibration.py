@@ -143,7 +143,8 @@ class Calibration:
             OSError: the file can't be read.
             CalibrationError: it is no calibration, or one of another model.
         """
-        tensors, about = tensor_files.load(path, FORMAT, "calibration", CalibrationError)
+        names = ("fingerprint", "layers", "about")
+        tensors, about = tensor_files.load(path, FORMAT, "calibration", CalibrationError, names)
         made = cls(
             about["fingerprint"],
             tuple(json.loads(about["layers"])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +21,7 @@ def save(
 
 
 def load(
-    path: str | Path, form: str, kind: str, error: type[ValueError]
+    path: str | Path, form: str, kind: str, error: type[ValueError], names: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of what :func:`save` wrote.
 
@@ -29,6 +29,7 @@ def load(
         form: the format's name.
         kind: what a file of this format is, for the message.
         error: is raised where it is none.
+        names: of metadata that it must have.
 
     Raises:
         OSError: the file can't be read.
@@ -43,4 +44,6 @@ def load(
         raise error(f"{path} must be a safetensors file: {reason}") from None
     if about.get("format") != form:
         raise error(f"{path} must be a {kind} ({form}), it is not")
+    if lost := [name for name in names if name not in about]:
+        raise error(f"{path} must be a whole {kind}: its metadata lack {', '.join(lost)}")
     return tensors, about

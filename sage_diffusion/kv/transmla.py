@@ -221,7 +221,8 @@ class Conversion:
             OSError: the file can't be read.
             ConversionError: it is no conversion.
         """
-        tensors, about = tensor_files.load(path, FORMAT, "conversion", ConversionError)
+        names = ("fingerprint", "about", "rank", "rope", "layers")
+        tensors, about = tensor_files.load(path, FORMAT, "conversion", ConversionError, names)
         sizes = Sizes(int(about["rank"]), int(about["rope"]))
         layers, more = int(about["layers"]), json.loads(about["about"])
         return cls(about["fingerprint"], sizes, layers, tensors, more)

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from sage_diffusion.kv.calibration import Calibration, CalibrationError, kept_shares
+from sage_diffusion.kv import tensor_files
+from sage_diffusion.kv.calibration import FORMAT, Calibration, CalibrationError, kept_shares
 from sage_diffusion.kv.coefficients import Coefficients, TokenCodes
 from sage_diffusion.kv.method import Place
 from sage_diffusion.kv.methods.calibrated import Calibrated
@@ -148,6 +149,9 @@ def test_files_come_back_and_those_of_others_are_refused(calibration, tmp_path):
     assert all(torch.equal(x, loaded.tensors[name]) for name, x in calibration.tensors.items())
     with pytest.raises(CalibrationError, match=r"must be of this model \(xyz\), got one of toy"):
         Calibration.load(path, "xyz")
+    tensor_files.save(path, FORMAT, calibration.tensors, {"about": "{}"})
+    with pytest.raises(CalibrationError, match="its metadata lack fingerprint, layers"):
+        Calibration.load(path)
     path.write_bytes(b"nothing")
     with pytest.raises(CalibrationError, match="must be a safetensors file"):
         Calibration.load(path)

@@ -23,6 +23,8 @@ def test_what_it_is_not_is_said(tmp_path):
     save(path, "test-1", {"x": torch.zeros(1)}, {})
     with pytest.raises(NoneOfThem, match=r"must be a trial \(test-2\), it is not"):
         load(path, "test-2", "trial", NoneOfThem)
+    with pytest.raises(NoneOfThem, match="must be a whole trial: its metadata lack of, layers"):
+        load(path, "test-1", "trial", NoneOfThem, ("of", "format", "layers"))
     path.write_bytes(b"no")
     with pytest.raises(NoneOfThem, match="must be a safetensors file"):
         load(path, "test-1", "trial", NoneOfThem)
