@@ -25,7 +25,7 @@ from sage_diffusion.integrations.comfy.sampler import (
     free_path,
 )
 from sage_diffusion.nodes.accuracy import sampling_inputs
-from sage_diffusion.nodes.host import CATEGORY, Plan, show
+from sage_diffusion.nodes.host import CATEGORY, Plan, show, without_ending
 from sage_diffusion.nodes.progress import SamplingProgress
 from sage_diffusion.plan.show import describe
 
@@ -305,7 +305,7 @@ def the_card(card: str, model: Any) -> tuple[str, str]:
 
 
 def _table_path(name: str, if_it_exists: str) -> Path:
-    plain = re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "calibrated"
+    plain = re.sub(r"[^\w .+()-]", "_", without_ending(name, "json")).strip(" .") or "calibrated"
     path = Path(folder_paths.get_output_directory()) / "sage_calibrations" / f"{plain}.json"
     if if_it_exists == _REPLACE:
         path.unlink(missing_ok=True)

@@ -172,6 +172,11 @@ def user_plan_folder() -> Path:
     return Path(folder_paths.get_folder_paths(PLANS)[0])
 
 
+def without_ending(name: str, ending: str) -> str:
+    """A file's name as a user typed it, to which ``.ending`` is appended once."""
+    return name.strip().removesuffix(f".{ending}")
+
+
 def report_path(prefix: str, ending: str) -> Path:
     """A fresh file of the output folder: ``<prefix>_00001.<ending>``.
 
@@ -195,7 +200,7 @@ def _fresh(root: Path, prefix: str, ending: str) -> Path:
     folder = (root / prefix).resolve().parent
     if not folder.is_relative_to(root):
         raise ValueError(f"the name must stay inside the folder {root.name}, got {prefix!r}")
-    name = Path(prefix).name or "report"
+    name = without_ending(Path(prefix).name, ending) or "report"
     number = 1
     while (path := folder / f"{name}_{number:05}.{ending}").exists():
         number += 1

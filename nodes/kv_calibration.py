@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from sage_diffusion.nodes.host import CATEGORY, register_folder, show, signature
+from sage_diffusion.nodes.host import CATEGORY, register_folder, show, signature, without_ending
 
 if TYPE_CHECKING:
     from sage_diffusion.kv.calibration import Calibration
@@ -116,9 +116,12 @@ class SaveKVCalibration(io.ComfyNode):
         from sage_diffusion.kv.calibration import Calibration
 
         root = Path(folder_paths.get_folder_paths(CALIBRATIONS)[0]).resolve()
-        path = (root / f"{name}.safetensors").resolve()
-        if not name.strip() or not path.is_relative_to(root):
-            raise ValueError(f"the name must stay inside models/{CALIBRATIONS}, got {name!r}")
+        stem = without_ending(name, "safetensors")
+        path = (root / f"{stem}.safetensors").resolve()
+        if not stem or stem.endswith("/") or not path.is_relative_to(root):
+            raise ValueError(
+                f"the name must be a file's inside models/{CALIBRATIONS}, got {name!r}"
+            )
         if path.exists():
             if not overwrite:
                 raise ValueError(f"{path} exists: set overwrite, or choose another name")

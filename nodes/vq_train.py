@@ -13,7 +13,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from sage_diffusion.nodes.host import new_tokenizer_path, show, signature
+from sage_diffusion.nodes.host import new_tokenizer_path, show, signature, without_ending
 from sage_diffusion.nodes.vq import VQ_CATEGORY, VQTokenizer, picture_of, pixels_of
 from sage_diffusion.vq.quantizers.recipes import RECIPES, recipe
 
@@ -297,7 +297,8 @@ def _folder_signature(name: str | None) -> list[str]:
 
 def _checkpoint(given: dict[str, Any]) -> Path:
     """Where a run of that name keeps what it needs to go on."""
-    plain = re.sub(r"[^\w .+()-]", "_", given["name"]).strip(" .") or "tokenizer"
+    name = without_ending(given["name"], "safetensors")
+    plain = re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "tokenizer"
     folder = Path(folder_paths.get_output_directory()) / "sage_tokenizers"
     path = folder / f"{plain}.checkpoint.safetensors"
     if not given["resume"]:

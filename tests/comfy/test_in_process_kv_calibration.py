@@ -160,7 +160,8 @@ def test_nodes_measure_keep_and_read(nodes_alone, tmp_path):
     again, text_of_it = nodes_alone.LoadKVCalibration.execute(name).args
     assert text_of_it == about and again.tensors.keys() == made.tensors.keys()
     before = nodes_alone.LoadKVCalibration.fingerprint_inputs(name)
-    nodes_alone.SaveKVCalibration.execute(made, "mine/llama", True)
+    nodes_alone.SaveKVCalibration.execute(made, "mine/llama.safetensors", True)
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["llama.safetensors"]
     assert nodes_alone.LoadKVCalibration.fingerprint_inputs(name) != before
 
 
@@ -174,8 +175,8 @@ def test_nodes_replace_nothing_else(nodes_alone, calibrated, tmp_path):
     with pytest.raises(CalibrationError, match="must be a safetensors file"):
         save(calibrated[1], "other", True)
     assert (tmp_path / "other.safetensors").read_text() == "not one"
-    for name in ("", "../outside"):
-        with pytest.raises(ValueError, match="must stay inside models/kv_calibrations"):
+    for name in ("", ".safetensors", "folder/", "../outside"):
+        with pytest.raises(ValueError, match="must be a file's inside models/kv_calibrations"):
             save(calibrated[1], name, True)
     with pytest.raises(ValueError, match="no calibration named 'gone'"):
         nodes_alone.LoadKVCalibration.execute("gone")

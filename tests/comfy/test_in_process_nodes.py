@@ -222,6 +222,30 @@ def test_a_name_that_exists_is_never_silently_another_calibration(
     assert json.loads((folder / "tiny.json").read_text())["steps"] == 2
 
 
+def test_an_ending_that_was_typed_is_not_appended_again(tmp_path, monkeypatch):
+    import folder_paths
+
+    from sage_diffusion.nodes import calibrate, host, vq_train
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path)])
+    kept = vq_train._checkpoint({"name": "own.safetensors", "resume": True})
+    paths = (
+        host.report_path("checks/a.json", "json"),
+        host.report_path("a.v2", "json"),
+        host.new_tokenizer_path("own.safetensors"),
+        calibrate._table_path("plan.json", "continue it"),
+        kept,
+    )
+    assert [path.name for path in paths] == [
+        "a_00001.json",
+        "a.v2_00001.json",
+        "own_00001.safetensors",
+        "plan.json",
+        "own.checkpoint.safetensors",
+    ]
+
+
 def test_where_memory_is_short_the_node_says_what_is_needed(families, page, tmp_path, monkeypatch):
     from sage_diffusion.adapt.sampling import NoGradient
     from sage_diffusion.integrations.comfy import gradients
