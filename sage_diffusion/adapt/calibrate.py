@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from sage_diffusion.adapt.complete import LEAST_CELLS, complete
 from sage_diffusion.adapt.gradient import measure_gradient
 from sage_diffusion.adapt.sampling import NoGradient, Progress, Replayer, Sampler, Tracer, planned
 from sage_diffusion.adapt.sensitivity import cell_damage, measure_sensitivity
-from sage_diffusion.adapt.table import BOTH, ScoreTable
+from sage_diffusion.adapt.table import BOTH, ScoreTable, SeenCalls
 from sage_diffusion.attend.calls import AttentionEvent
 from sage_diffusion.attend.rows import RowCall, measure, outliers, sample_rows
 from sage_diffusion.attend.session import AttentionSession
@@ -35,9 +34,6 @@ SPECS = ("int8/fp16", "int8/int8", "int8/fp8-fast", "int4/int8", "int4/fp8-fast"
 #: Fewer prompts say nothing about the next one.
 MIN_PROMPTS = 2
 
-#: Calls of one cell in one run that are measured; more add cost, not knowledge.
-_CALLS_PER_CELL = 2
-
 
 class CalibrationError(ValueError):
     """Calibration can't begin or found nothing to measure."""
@@ -50,6 +46,10 @@ class Calibrator:
     step of each layer, a different one for neighbouring layers and for the other half of guidance.
     What is known of a step that no layer measured is what is known of its neighbours.  Of tables
     so small that this would be too little to complete them from, more is measured.
+
+    Of a cell that a run calls several times - part by part (Qwen-Image 2.1's text, references and
+    picture), or in both evaluations of a Heun step - every call counts, by the elements of its
+    output.
 
     Args:
         specs: candidates, fp16 excluded.
@@ -71,16 +71,13 @@ class Calibrator:
         self.specs = tuple(specs)
         self.session, self.share, self.rows, self.seed = session, share, rows, seed
         self.only: set[tuple[str, int, str]] | None = None
-        self.head_dims: dict[str, int] = {}
         self._order: dict[str, int] = {}
         self.begin()
 
     def begin(self) -> None:
         """Forget what was seen: a new run begins."""
-        self._calls: Counter[tuple[str, int, str]] = Counter()
-        self._work: dict[tuple[str, int, str], float] = {}
-        self._tokens: dict[str, tuple[int, int]] = {}
-        self._found: list[tuple[tuple[str, int, str], Tensor]] = []
+        self.seen = SeenCalls()
+        self._found: dict[tuple[str, int, str], list[tuple[int, Tensor]]] = {}
         self._sigmas: dict[int, float] = {}
         self.steps = 0
 
@@ -105,40 +102,36 @@ class Calibrator:
         """See :class:`sage_diffusion.attend.calls.Observer`."""
         if event.step < 0:
             return
-        cell = (event.layer, event.step, event.branch or BOTH)
+        self.seen.observe(event)
         self.steps = self.session.where.steps
         if self.session.where.sigma is not None:
             self._sigmas[event.step] = self.session.where.sigma
-        batch, heads, q_len, dim = event.q.shape
-        k_len = event.k.shape[2]
-        self._calls[cell] += 1
-        self._work[cell] = float(batch * heads * q_len * k_len * dim)
-        self._tokens[event.layer] = (q_len, k_len)
-        self.head_dims[event.layer] = dim
         place = self.place(event.layer)
-        if self._calls[cell] > _CALLS_PER_CELL:
-            return
         if not self.chooses(event.layer, event.step, event.branch):
             return
         seed = (self.seed * 7919 + place * 1009 + event.step) % (2**31)
-        index = sample_rows(q_len, self.rows, seed, event.q.device)
+        index = sample_rows(event.q.shape[2], self.rows, seed, event.q.device)
         call = RowCall.seen(event, index)
         exact = None
         if not event.spec.quantized and event.out.dtype == torch.float32:
             exact = event.out[:, :, index]  # the host computed these rows exactly already
         values = measure(call, self.specs, exact).flatten()
         peaks = torch.stack([outliers(x) for x in (event.q, event.k, event.v)])
-        self._found.append((cell, torch.cat([values, peaks])))
+        found = event.out.numel(), torch.cat([values, peaks])
+        cell = event.layer, event.step, event.branch or BOTH
+        self._found.setdefault(cell, []).append(found)
 
     def store(self, table: ScoreTable) -> None:
         """Move the finished run's measurements into the table."""
-        for (layer, step, branch), calls in self._calls.items():
-            work = self._work[layer, step, branch]
-            table.saw(layer, step, branch, work, calls, self._tokens[layer])
+        self.seen.store(table)
         if self._found:
-            numbers = torch.stack([v for _, v in self._found]).double().cpu().numpy()
-            for (cell, _), row in zip(self._found, numbers, strict=True):
-                table.add(*cell, row[:-3].reshape(len(self.specs), -1), row[-3:])
+            every = [values for found in self._found.values() for _, values in found]
+            numbers = iter(torch.stack(every).double().cpu().numpy())
+            for cell, found in self._found.items():
+                rows = np.stack([next(numbers) for _ in found])
+                mean = np.average(rows[:, :-3], 0, weights=[elements for elements, _ in found])
+                peaks = np.fmax.reduce(rows[:, -3:])
+                table.add(*cell, mean.reshape(len(self.specs), -1), peaks)
         # A step cache may skip whole steps: their sigmas are known only if the host told them all.
         sigmas = self.session.where.schedule or [self._sigmas[i] for i in sorted(self._sigmas)]
         if len(sigmas) == self.steps and all(b < a for a, b in itertools.pairwise(sigmas)):
@@ -372,7 +365,7 @@ class _Job:
         return fingerprint(
             list(self.sampler.session.layers),
             model=self.sampler.model,
-            head_dims=self.watcher.head_dims,
+            head_dims=self.watcher.seen.head_dims,
         )
 
 

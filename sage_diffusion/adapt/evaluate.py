@@ -14,8 +14,7 @@ from sage_diffusion.accuracy.compare import Generation, end_to_end
 from sage_diffusion.adapt.costs import CostTableError, load_costs, relative_cost
 from sage_diffusion.adapt.frechet import frechet_distance, picture_features
 from sage_diffusion.adapt.planner import predicted_time
-from sage_diffusion.adapt.table import BOTH, ScoreTable
-from sage_diffusion.attend.calls import AttentionEvent
+from sage_diffusion.adapt.table import BOTH, ScoreTable, SeenCalls
 from sage_diffusion.attend.session import AttentionSession
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -102,33 +101,6 @@ class Evaluation:
         }
 
 
-class WorkWatch:
-    """Observer that records which cells a model calls and how much work they are."""
-
-    def __init__(self) -> None:
-        self.table = ScoreTable((), 0)
-        self._calls: dict[tuple[str, int, str | None], list[float]] = {}
-        self._head_dims: dict[str, int] = {}
-        self._tokens: dict[str, tuple[int, int]] = {}
-
-    def observe(self, event: AttentionEvent) -> None:
-        """See :class:`sage_diffusion.attend.calls.Observer`."""
-        if event.step >= 0:
-            batch, heads, q_len, dim = event.q.shape
-            k_len = event.k.shape[2]
-            work = float(batch * heads * q_len * k_len * dim)
-            self._head_dims[event.layer], self._tokens[event.layer] = dim, (q_len, k_len)
-            self._calls.setdefault((event.layer, event.step, event.branch), []).append(work)
-
-    def finish(self, steps: int) -> ScoreTable:
-        """A table without scores, for predicting times."""
-        table = ScoreTable((), steps, {"head_dims": dict(self._head_dims)})
-        for (layer, step, branch), work in self._calls.items():
-            mean, tokens = sum(work) / len(work), self._tokens[layer]
-            table.saw(layer, step, branch, mean, len(work), tokens)
-        return table
-
-
 def evaluate(
     generate: Callable[[AttentionSession, Any, int], Generation],
     pairs: Sequence[tuple[Any, int]],
@@ -164,10 +136,11 @@ def evaluate(
         raise ValueError(f"need held-out runs and plans, got {len(pairs)} and {len(plans)}")
     prices = load_costs(costs)
     known = [str(AttentionSpec.parse(spec)) for spec in uniform if has_cost(spec, prices)]
-    watch = WorkWatch()
-    session = AttentionSession("fp16", observers=(watch,))
+    seen = SeenCalls()
+    session = AttentionSession("fp16", observers=(seen,))
     exact = [generate(session, prompt, seed) for prompt, seed in pairs[:1]]
-    table = watch.finish(session.where.steps)
+    table = ScoreTable((), session.where.steps, {"head_dims": seen.head_dims})  # to predict times
+    seen.store(table)
     if not table.layers:
         raise ValueError("no attention call reached the session: there is nothing to evaluate")
     for plan in parsed.values():  # before anything else is run

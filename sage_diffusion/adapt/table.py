@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sage_diffusion.adapt.table_json import VERSION, TableError, parse_table
+from sage_diffusion.attend.calls import AttentionEvent
 from sage_diffusion.attend.rows import METRICS
 from sage_diffusion.files import write_text
 from sage_diffusion.json_files import JSONError, read_json
@@ -40,15 +41,16 @@ class ScoreTable:
         schedule_unit: what its numbers are, as in a plan.
         runs: finished ``(prompt, seed)`` pairs.
         extra: cells ``(layer, step, branch)`` measured in a second pass, extra_runs: its runs.
-        count: measurements of every cell, ``[L, S, B]``.
+        count: runs that measured every cell, ``[L, S, B]``.
         mean, m2: running mean and sum of squared deviations ``[L, S, B, K, len(METRICS)]``.
-        work: ``B * H * Lq * Lk * D`` of one call, ``[L, S, B]``; NaN where no call was seen.
+        work: ``B * H * Lq * Lk * D`` of one call, ``[L, S, B]``, of several their mean; NaN where
+            no call was seen.
         calls: calls per run of every cell, ``[L, S, B]``.
         outliers: max over runs of the outlier factor of Q, K and V, ``[L, S, B, 3]``.
         sensitivity: effect on the final latent, see :mod:`sage_diffusion.adapt.sensitivity`.
         unfinished: what that stage has found so far while it is under way.
-        tokens: of a layer's Q and of its K and V, as its last call had them; layers of tables that
-            were made before this was kept are missing.
+        tokens: of a layer's Q and of its K and V, as its largest call of the last run had them;
+            layers of tables that were made before this was kept are missing.
     """
 
     specs: tuple[str, ...]
@@ -105,7 +107,7 @@ class ScoreTable:
         calls: int,
         tokens: tuple[int, int] | None = None,
     ) -> None:
-        """A run called this cell ``calls`` times with this much work a call."""
+        """A run called this cell ``calls`` times with this much work a call in the mean."""
         i, b = self._grow(layer, branch or BOTH)
         self.work[i, step, b], self.calls[i, step, b] = work, calls
         if tokens is not None:
@@ -262,6 +264,37 @@ class ScoreTable:
                 f"the score table was made with other {kind}: {'; '.join(differences)}; delete the "
                 "file or calibrate into another one"
             )
+
+
+class SeenCalls:
+    """Observer of which cells a run calls, and of how much work they are.
+
+    Attributes:
+        head_dims: of each layer.
+    """
+
+    def __init__(self) -> None:
+        self.head_dims: dict[str, int] = {}
+        self._work: dict[tuple[str, int, str | None], list[int]] = {}
+        self._largest: dict[str, tuple[int, tuple[int, int]]] = {}
+
+    def observe(self, event: AttentionEvent) -> None:
+        """See :class:`sage_diffusion.attend.calls.Observer`."""
+        if event.step < 0:
+            return
+        batch, heads, q_len, dim = event.q.shape
+        k_len = event.k.shape[2]
+        work = batch * heads * q_len * k_len * dim
+        self.head_dims[event.layer] = dim
+        self._work.setdefault((event.layer, event.step, event.branch), []).append(work)
+        here = work, (q_len, k_len)
+        self._largest[event.layer] = max(self._largest.get(event.layer, here), here)
+
+    def store(self, table: ScoreTable) -> None:
+        """Tell a table of them."""
+        for (layer, step, branch), work in self._work.items():
+            tokens = self._largest[layer][1]
+            table.saw(layer, step, branch, sum(work) / len(work), len(work), tokens)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

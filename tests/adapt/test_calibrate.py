@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from adapt_host import LOOPS, TinySampler
 
 from sage_diffusion.adapt.calibrate import CalibrationError, Calibrator, calibrate
@@ -14,7 +15,10 @@ from sage_diffusion.adapt.planner import make_plan, plan_index
 from sage_diffusion.adapt.sensitivity import Groups, cell_weights, stage_of
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.adapt.table_json import TableError
+from sage_diffusion.attend.rows import RowCall, measure
 from sage_diffusion.attend.session import AttentionSession
+from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.plan import PrecisionPlan
 
 SPECS = ("int8/fp8-fast", "int4/fp8-fast")
 
@@ -59,6 +63,33 @@ def test_a_sampling_run_is_not_changed_by_watching():
     run(sampler)
     assert (sampler.sample("a", 0) == before).all()
     assert not sampler.session.observers
+
+
+def test_all_calls_of_a_cell_count_by_their_elements():
+    """Text, a reference and the picture, one call each: the last is most of it."""
+    spec = AttentionSpec.parse("int4/fp8-fast")
+    session = AttentionSession(PrecisionPlan("fp16", sign_seed=None))
+    watcher = Calibrator([spec], session, share=1, rows=80, seed=0)
+    session.observers.append(watcher)
+    session.start(1, [1.0])
+    session.begin_step(0, 1.0)
+    random = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 2, 120, 32, generator=random)
+    parts, alone = [(8, 8), (32, 40), (80, 120)], []
+    for queries, keys in parts:
+        q = torch.randn(1, 2, queries, 32, generator=random)
+        q *= 4 if queries == 8 else 1  # text errs more
+        seen = q, k[:, :, :keys], v[:, :, :keys]
+        session.layer("single.00")(*seen)
+        alone.append(measure(RowCall(*seen, torch.arange(queries)), [spec])[0].double())
+    table = ScoreTable((str(spec),), 1)
+    watcher.store(table)
+    assert alone[0][2] > 1.5 * alone[2][2]
+    shares = torch.tensor([8, 32, 80]).double() / 120
+    assert np.allclose(table.mean[0, 0, 0, 0], shares @ torch.stack(alone), rtol=1e-4)
+    assert table.count.sum() == 1 and table.calls.sum() == 3
+    assert table.filled_work().sum() == 2 * 32 * sum(q * k for q, k in parts)
+    assert table.tokens == {"single.00": (80, 120)}
 
 
 def test_a_poisoned_layer_is_found():
