@@ -2,6 +2,7 @@
 
 import pytest
 from from_file import from_file
+from paced import at_most
 
 calibration = from_file("benchmarks/calibration.py")
 
@@ -29,5 +30,6 @@ def test_plans_of_made_up_tables():
 
 
 def test_completing_is_timed_by_itself():
-    found = calibration.completing(4, 10, 2, 2, 0.5)
-    assert 0 < found["seconds"] < 10 and 0 <= found["bytes"] < 2**28
+    with at_most(10_000):
+        found = calibration.completing(4, 10, 2, 2, 0.5)
+    assert found["seconds"] > 0 and 0 <= found["bytes"] < 2**28

@@ -251,12 +251,14 @@ assert launches.user_entries() == ()
 
 def test_import_time_beyond_torch(tmp_path):
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+own = time.process_time()
 import sage_diffusion
-print(time.process_time() - start)
+print((time.process_time() - own) / (own - start))
 """
-    assert float(run(code, tmp_path).stdout) < 0.1
+    assert float(run(code, tmp_path).stdout) < 0.1  # 0.001 measured
 
 
 def test_a_checkout_works_without_installation(tmp_path):

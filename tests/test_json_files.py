@@ -1,9 +1,9 @@
 """JSON from users: taken or refused quickly, with the path of what is wrong."""
 
 import json
-import time
 
 import pytest
+from paced import at_most
 
 from sage_diffusion.json_files import (
     DEEPEST,
@@ -40,10 +40,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused_is_named(kind):
     text, message = REFUSED[kind]
-    start = time.process_time()
-    with pytest.raises(JSONError, match=message) as caught:
+    with at_most(1000), pytest.raises(JSONError, match=message) as caught:
         parse_json(text)
-    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 250
     assert isinstance(caught.value, NotJSON) == ("is not JSON" in message)
 
@@ -66,9 +64,8 @@ def test_what_python_reads_and_others_too_is_read(text):
 def test_a_large_table_takes_no_longer_than_reading_it_twice():
     data = {"mean": [[[0.123456] * 18] * 60] * 400}
     text = json.dumps(data)
-    start = time.process_time()
-    assert parse_json(text) == data
-    assert time.process_time() - start < 1  # 0.07 measured
+    with at_most(1000):  # 70 measured
+        assert parse_json(text) == data
 
 
 def test_files(tmp_path, monkeypatch):

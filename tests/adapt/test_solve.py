@@ -1,10 +1,10 @@
 """The knapsack against brute force, and its bound."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
+from paced import at_most
 
 from sage_diffusion.adapt.solve import Infeasible, solve
 
@@ -44,9 +44,8 @@ def test_a_large_model_is_planned_in_time_with_a_small_gap(uniform):
         weight *= rng.choice([1.0, 2.3, 0.7, 1.137], (cells, 1))
     kind = np.array([0, 1e-6, 1e-4, 1.5e-4, 1e-2, 1.1e-2])
     objective = kind * np.exp(rng.normal(0, 1.5, (cells, 1)) + rng.normal(0, 0.3, (cells, 6)))
-    began = time.process_time()
-    found = solve(objective, weight, weight.min(1).sum() * 1.1)
-    assert time.process_time() - began < 5
+    with at_most(5000):  # 40 and 400 measured
+        found = solve(objective, weight, weight.min(1).sum() * 1.1)
     assert found.gap < 1e-3
     assert found.bound <= found.objective
 

@@ -12,7 +12,7 @@ async function main() {
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'));
   await page.getByText('sage_diffusion', { exact: false }).first().click();
   await page.getByText('vq_fill', { exact: false }).first().click();
-  await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionVQFill'), null, { timeout: 30000 });
+  await page.waitForFunction(() => window.app.graph._nodes.some((n) => n.type === 'SageDiffusionVQFill'));
   await page.waitForTimeout(1500);
   await page.keyboard.press('Escape');
   await page.evaluate(() => {
@@ -37,13 +37,13 @@ async function main() {
   await page.waitForFunction(() => {
     const node = window.app.graph._nodes.find((n) => n.type === 'LoadImage');
     return node.widgets.find((w) => w.name === 'image').value === 'photograph.png' && node.imgs?.[0]?.naturalWidth === 128;
-  }, null, { timeout: 30000 });
+  });
 
   await page.evaluate(() => window.app.canvas.selectNode(window.app.graph._nodes.find((n) => n.type === 'LoadImage')));
   await page.waitForTimeout(500);
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.MaskEditor.OpenMaskEditor'));
   const save = page.getByRole('button', { name: /Save$/ }); // after its icon's letter
-  await save.waitFor({ timeout: 30000 });
+  await save.waitFor();
   await page.waitForTimeout(1500);
   const canvas = await page.locator('canvas[width="128"]').first().boundingBox();
   const at = (x, y) => [canvas.x + x * canvas.width, canvas.y + y * canvas.height];
@@ -57,7 +57,7 @@ async function main() {
   await page.waitForFunction(() => {
     const node = window.app.graph._nodes.find((n) => n.type === 'LoadImage');
     return node.widgets.find((w) => w.name === 'image').value.includes('painted-masked');
-  }, null, { timeout: 30000 });
+  });
 
   const finished = page.evaluate(() => new Promise((resolve, reject) => {
     window.app.api.addEventListener('execution_success', () => resolve(true));

@@ -416,10 +416,10 @@ def test_devices_run_side_by_side_without_mixing_branches():
 
     def work(device, chunks):
         with attention.forward(SimpleNamespace(), device, options(0, chunks)):
-            gate.wait(10)
+            gate.wait(60)
             session = attention.devices[device].session
             specs[chunks[0]] = str(session.spec_for("double.00", 100))
-            gate.wait(10)
+            gate.wait(60)
 
     threads = [
         threading.Thread(target=work, args=arguments) for arguments in ((CPU, [0]), (meta, [1]))

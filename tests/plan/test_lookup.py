@@ -4,10 +4,10 @@ import copy
 import json
 import pickle
 import random
-import time
 from fnmatch import fnmatchcase
 
 import pytest
+from paced import at_most
 
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 from sage_diffusion.plan.globs import GlobIndex
@@ -115,22 +115,18 @@ THOUSANDS = {
 @pytest.mark.parametrize("kind", THOUSANDS)
 def test_six_thousand_rules_load_and_resolve_quickly(kind):
     text = json.dumps({"version": 1, "default": "fp16", "rules": THOUSANDS[kind]})
-    start = time.process_time()
-    plan = PrecisionPlan.from_json(text)
-    assert time.process_time() - start < 2  # 0.1 to 0.3 measured; every pair took minutes
+    with at_most(2000):  # 100 to 300 measured; every pair took minutes
+        plan = PrecisionPlan.from_json(text)
     layers = [f"blocks.{i}.attn" for i in range(30)]
     for layer in layers:
         plan.resolve(layer, 0.5, tokens=64)
-    start, calls = time.process_time(), 0
-    for step in range(200):
-        for layer in layers:
-            plan.resolve(layer, step / 199, tokens=64)
-            calls += 1
-    assert (time.process_time() - start) / calls < 20e-6  # 0.7 measured
-    start = time.process_time()
-    plan.unmatched(layers)
-    assert all(plan.may_quantize(layer) for layer in layers) == (kind != "letters")
-    assert time.process_time() - start < 1
+    with at_most(100):  # 4 measured
+        for step in range(200):
+            for layer in layers:
+                plan.resolve(layer, step / 199, tokens=64)
+    with at_most(1000):
+        plan.unmatched(layers)
+        assert all(plan.may_quantize(layer) for layer in layers) == (kind != "letters")
 
 
 def test_the_last_of_six_thousand_rules_that_never_applies_is_named():
@@ -146,9 +142,8 @@ def test_thousands_of_globs_of_wildcards_alone_are_refused_quickly():
         Rule("int8/fp8", "".join(pick.choice(["[ab]", "[bc]", "?"]) for _ in range(12)) + "*")
         for _ in range(6000)
     ]
-    began = time.process_time()
-    with pytest.raises(PlanError, match="at most 200 different globs of wildcards alone, got 5"):
+    message = "at most 200 different globs of wildcards alone, got 5"
+    with at_most(5000), pytest.raises(PlanError, match=message):
         PrecisionPlan("fp16", tuple(rules))
-    assert time.process_time() - began < 5
     few = [Rule("int8/fp8", "?" * n) for n in range(1, 200)]
     assert PrecisionPlan("fp16", tuple(few)).resolve("abc", 0.5).quantized

@@ -1,9 +1,9 @@
 import json
 import os
-import time
 
 import pytest
 import torch
+from paced import at_most
 
 from sage_diffusion.kernels.spec import AttentionSpec
 from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_progress
@@ -159,10 +159,9 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
     ],
 )
 def test_bad_plans_name_the_path(text, message):
-    start = time.process_time()
-    with pytest.raises(PlanError, match=message) as caught:
+    with at_most(2000), pytest.raises(PlanError, match=message) as caught:
         PrecisionPlan.from_json(text)
-    assert time.process_time() - start < 2 and len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("values", [("1.0", "0.5"), (True, False), (2.0, float("nan")), (1e400, 1)])
