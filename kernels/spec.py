@@ -27,10 +27,20 @@ ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4":
 
 #: What a name switches on has changed; files say by their version which edition their names are of.
 #: In edition 1 only 4 bit rotated, no channels were balanced, INT8 V was not smoothed and its P was
-#: signed.  Up to edition 2 V's scales came from all of its tokens.
-EDITION = 3
+#: signed.  Up to edition 2 V's scales came from all of its tokens, up to 3 clipping shrank scores.
+EDITION = 4
 
-_FLAGS = ("smooth_q", "smooth_k", "smooth_v", "rotate", "balance", "sample_v", "clip", "unsigned_p")
+_FLAGS = (
+    "smooth_q",
+    "smooth_k",
+    "smooth_v",
+    "rotate",
+    "balance",
+    "sample_v",
+    "clip",
+    "unbiased",
+    "unsigned_p",
+)
 _QK = ("fp16", "fp8", "int8", "int4", "fp4")
 _PV = ("fp16", "fp8", "int8", "fp4")
 
@@ -59,6 +69,9 @@ class AttentionSpec:
             none, 64 tokens share a factor.  Off for other formats of V, and without ``balance``.
         clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
             least squared error instead of the largest value.
+        unbiased: multiply Q K^T by what such scales of Q and K take off it, which is the same for
+            all rows (:func:`.quantize.limits.score_gain`): its error then has no part that is alike
+            at every step.  Off without ``clip``.
         unsigned_p: codes of an INT8 P are 0 .. 255 instead of 0 .. 127: P has no sign to keep.
         granularity: one scale of Q and K per token, or per block of 128 queries and 64 keys.
     """
@@ -73,6 +86,7 @@ class AttentionSpec:
     balance: bool = False
     sample_v: bool = False
     clip: bool = False
+    unbiased: bool = False
     unsigned_p: bool = False
     granularity: Literal["token", "block"] = "token"
 
@@ -102,6 +116,8 @@ class AttentionSpec:
             set_field(self, "granularity", "token")
         if not self.balance or self.pv not in SAMPLED:
             set_field(self, "sample_v", False)
+        if not self.clip:
+            set_field(self, "unbiased", False)
         if self.pv_accumulator == "fp16" and self.pv is not Precision.FP8:
             raise ValueError(f"pv_accumulator='fp16' needs pv='fp8', got pv={self.pv.value!r}")
         if self.unsigned_p and self.pv is not Precision.INT8:
@@ -133,8 +149,8 @@ class AttentionSpec:
         ``int8``, ``int4``, ``fp8`` and ``fp4`` are short for :data:`ALIASES`.
 
         A quantized name switches on smooth_k, rotate and balance, one that begins with int4 or fp4
-        smooth_q and clip too, one whose P and V are int8 smooth_v and unsigned_p, and one whose P
-        and V are fp8 or fp4 sample_v.
+        smooth_q, clip and unbiased too, one whose P and V are int8 smooth_v and unsigned_p, and one
+        whose P and V are fp8 or fp4 sample_v.
 
         Args:
             text: the name; an AttentionSpec is returned as it is.
@@ -170,6 +186,7 @@ class AttentionSpec:
             for name in _FLAGS
             if getattr(self, name) != getattr(preset, name)
             and (name != "sample_v" or self.balance)  # without it off anyway
+            and (name != "unbiased" or self.clip)
         )
         return base + changes + ("+block" if self.granularity == "block" else "")
 
@@ -195,6 +212,7 @@ def _preset(
         balance=edition > 1,
         sample_v=edition > 2,
         clip=four_bit,
+        unbiased=four_bit and edition > 3,
         unsigned_p=int8_value,
     )
 

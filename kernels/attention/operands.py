@@ -18,6 +18,7 @@ from ..formats import (
     Sample,
 )
 from ..quantize import triton as quantize
+from ..quantize.limits import score_gain
 from ..quantize.stats import joined
 from ..quantize.triton_value import value_options
 from ..rope import Rope
@@ -28,7 +29,8 @@ class Operands(NamedTuple):
     """What an attention kernel reads.
 
     Attributes:
-        q: balanced; its scales carry ``multiplier`` and are positive.
+        q: balanced; its scales carry ``multiplier`` and the spec's gain (:func:`.score_gain`), and
+            are positive.
         k: without its mean, if the spec smooths it.
         v: as it came, where P V runs in the model's half type.
         q_mean: ``[B, H, ceil(Lq / 128), D]`` float32, what smooth_q took out of Q, or None.
@@ -75,16 +77,17 @@ def quantize_operands(
     """
     sm_scale = q.shape[-1] ** -0.5 if scale is None else scale
     multiplier = max(abs(sm_scale) * LOG2E, MIN_MULTIPLIER)
+    of_scores = multiplier * score_gain(spec, q.shape[-1])
     rows = q if sm_scale >= 0 else -q  # the scales stay positive
     options: dict[str, Any] = {"rope_q": rope_q, "rope_k": rope_k, "sign_seed": sign_seed}
     found, stats = _statistics(q, k, v, spec, rope_q, rope_k)
     if spec.balance and spec.granularity == "token":
         options |= {"permuted": permuted, "column_factor": column_factor}
         q_codes, q_mean, k_codes, values = quantize.quantize_together(
-            rows, k, v, spec, found, multiplier=multiplier, **options
+            rows, k, v, spec, found, multiplier=of_scores, **options
         )
     else:
-        q_codes, q_mean, k_codes = _rows(rows, k, spec, found, multiplier, **options)
+        q_codes, q_mean, k_codes = _rows(rows, k, spec, found, of_scores, **options)
         values = _value(v, spec, found, stats, permuted)
     return Operands(
         q_codes,

@@ -27,7 +27,7 @@ from ..formats import (
     encode_fp4,
 )
 from ..quantize import reference as quantize
-from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY, finite
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY, finite, score_gain
 from ..quantize.permute import group_tokens, ungroup_tokens
 from ..rope import Rope, apply_rope
 from ..spec import AttentionSpec
@@ -84,7 +84,7 @@ def attention(
         mean=q_mean,
         factor=q_factor,
         block=Q_SCALE_BLOCK if by_block else 1,
-        multiplier=sm_scale * LOG2E,
+        multiplier=sm_scale * LOG2E * score_gain(spec, q.shape[-1]),
         **options,
     )
     k_codes = quantize.quantize_rows(

@@ -27,6 +27,7 @@ from sage_diffusion.kernels.formats import (
     Sample,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
+from sage_diffusion.kernels.quantize.limits import score_gain
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 #: Columns of what :func:`measure` returns.  ``error`` is the squared error relative to the squared
@@ -154,7 +155,7 @@ class RowCall:
     def _q_codes(
         self, spec: AttentionSpec, mean: Tensor | None, factor: Tensor | None
     ) -> QuantizedTensor:
-        key = ("q", *_of_rows(spec), spec.smooth_k and spec.balance)
+        key = ("q", *_of_rows(spec), spec.unbiased, spec.smooth_k and spec.balance)
         if key not in self._made:
             self._made[key] = self._quantize_q(spec, mean, factor)
         return self._made[key]
@@ -167,7 +168,7 @@ class RowCall:
             "sign_seed": self.sign_seed,
             "clip": spec.clip,
             "factor": factor,
-            "multiplier": self.scale * LOG2E,
+            "multiplier": self.scale * LOG2E * score_gain(spec, self.q.shape[-1]),
         }
         if spec.granularity == "token":
             rows = self.q[:, :, self.index].float()

@@ -17,6 +17,7 @@ from torch import Tensor
 from sage_diffusion.kernels.attention import reference, terms
 from sage_diffusion.kernels.formats import Precision, QuantizedTensor, QuantizedValue
 from sage_diffusion.kernels.quantize import reference as twin
+from sage_diffusion.kernels.quantize.limits import score_gain
 from sage_diffusion.kernels.quantize.permute import permute_value
 from sage_diffusion.kernels.rope import apply_rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -126,11 +127,12 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         "sign_seed": here.sign_seed,
         "clip": spec.clip,
     }
+    of_scores = operands.multiplier * score_gain(spec, q.shape[-1])
     found = []
     if spec.balance and (wrong := _wrong_balance(q, k, here.v, spec, operands)):
         found.append(Finding(names[1], case.name, wrong))
     for letter, name, rows, mean, factor, codes, multiplier in (
-        ("q", names[0], q, operands.q_mean, operands.q_factor, operands.q, operands.multiplier),
+        ("q", names[0], q, operands.q_mean, operands.q_factor, operands.q, of_scores),
         ("k", names[1], k, operands.k_mean, operands.k_factor, operands.k, 1.0),
     ):
         mean = None if mean is None else mean.cpu()

@@ -31,7 +31,7 @@ def test_a_table_reads_back_to_itself(stored, tmp_path):
     assert ScoreTable.from_dict(older).to_dict() == stored
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_specs_of_an_older_table_are_those_that_were_measured(stored, version):
     """In version 1 8 bit did not rotate, in version 2 V was read twice."""
     older = ScoreTable.from_dict({**stored, "version": version})
@@ -45,7 +45,7 @@ def test_specs_of_an_older_table_are_those_that_were_measured(stored, version):
     [
         ("{", "is not JSON"),
         ("[]", "version is missing"),
-        ('{"version": 9}', "version 9, this program reads up to 3"),
+        ('{"version": 9}', "version 9, this program reads up to 4"),
         ('{"version": true}', "version is missing"),
         ('{"version": 1}', "metrics is missing"),
         ("\xff", "is not UTF-8"),

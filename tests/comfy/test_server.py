@@ -198,7 +198,7 @@ def test_a_changed_file_is_not_served_from_the_cache(server, request):
     folder.mkdir(parents=True, exist_ok=True)
     prompt = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "changes"})
     for spec in ("int8/fp16", "int8/int8"):
-        (folder / "changes.json").write_text(f'{{"version": 4, "default": "{spec}"}}')
+        (folder / "changes.json").write_text(f'{{"version": 5, "default": "{spec}"}}')
         done = server.run(prompt)
         assert done["outputs"]["7"]["text"][0].startswith(f"{spec}: 6 of 6")
     query = "/sage_diffusion/plan?file=changes"

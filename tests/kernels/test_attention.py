@@ -110,6 +110,24 @@ def test_log_sum_exp_is_of_the_unsmoothed_scores(spec):
     torch.testing.assert_close(lse.double(), want, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("qk", ["int4", "fp4"])
+def test_unbiased_scores_are_right_in_expectation(qk, head_dim):
+    """V of ones on the diagonal shows P, and P the scores: their slope on the exact ones."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 8, length, head_dim) for length in (1024, 64))
+    v = torch.eye(64, head_dim).expand(1, 8, -1, -1)
+    exact = q @ k.transpose(2, 3) / head_dim**0.5
+    exact = exact - exact.mean(-1, keepdim=True)
+
+    def slope(name):
+        p = reference.attention(q, k, v, AttentionSpec.parse(name))[0][..., :64]
+        return ((p.log() * exact).sum() / exact.square().sum()).item()
+
+    assert slope(f"{qk}/fp16") == pytest.approx(1, abs=3e-3)
+    assert slope(f"{qk}/fp16-unbiased") < 0.985
+
+
 def test_int8_tile_without_a_visible_key_below_a_low_maximum():
     """Its own maximum is -inf; any stand-in above the running one would overflow exp2."""
     q, k = torch.full((1, 1, 1, 64), -40.0), torch.full((1, 1, 128, 64), 40.0)

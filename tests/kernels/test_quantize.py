@@ -6,6 +6,7 @@ from helpers import fused_view
 
 from sage_diffusion.kernels.formats import Precision, unpack_int4
 from sage_diffusion.kernels.quantize import reference
+from sage_diffusion.kernels.quantize.limits import SHRINKAGE
 from sage_diffusion.plan.signs import step_seed
 
 QK = [Precision.INT8, Precision.INT4, Precision.FP8, Precision.FP4]
@@ -119,6 +120,16 @@ def test_clipping_never_raises_the_squared_error(precision):
     # The search counts in steps of 2^-14 of a squared step.
     assert (clipped <= plain * 1.001).all()
     assert clipped.sum() < 0.95 * plain.sum()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("precision", SHRINKAGE)
+def test_clipping_shrinks_rows_by_a_known_share(precision, dim):
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 2**19 // dim, dim)
+    found = reference.dequantize_rows(reference.quantize_rows(x, precision, clip=True))
+    share = 1 - ((found * x).sum() / x.square().sum()).item()
+    assert share == pytest.approx(SHRINKAGE[precision][dim], abs=3e-4)
 
 
 def test_clipping_lowers_the_squared_error_of_fp4_values():

@@ -35,7 +35,7 @@ def test_what_the_names_switch_on():
         spec = AttentionSpec.parse(name)
         four_bit = name.startswith(("int4", "fp4"))
         assert spec.smooth_k and spec.rotate and spec.balance
-        assert spec.smooth_q == spec.clip == four_bit
+        assert spec.smooth_q == spec.clip == spec.unbiased == four_bit
         assert spec.smooth_v == spec.unsigned_p == name.endswith("/int8")
         assert spec.sample_v == name.endswith(("/fp8", "/fp8-fast", "/fp4"))
         assert spec.pv_accumulator == ("fp16" if name.endswith("-fast") else "fp32")
@@ -61,9 +61,24 @@ def test_names_of_the_first_edition_mean_what_they_meant():
 def test_names_of_the_second_edition_mean_what_they_meant():
     for name in LADDER[1:]:
         old, today = AttentionSpec.parse(name, edition=2), AttentionSpec.parse(name)
-        assert not old.sample_v and dataclasses.replace(today, sample_v=False) == old
+        assert not (old.sample_v or old.unbiased)
+        assert dataclasses.replace(today, sample_v=False, unbiased=False) == old
         assert AttentionSpec.parse(str(old)) == old
     assert str(AttentionSpec.parse("int8/fp8", edition=2)) == "int8/fp8-sample_v"
+
+
+def test_names_of_the_third_edition_mean_what_they_meant():
+    for name in LADDER[1:]:
+        old, today = AttentionSpec.parse(name, edition=3), AttentionSpec.parse(name)
+        assert not old.unbiased and dataclasses.replace(today, unbiased=False) == old
+        assert AttentionSpec.parse(str(old)) == old
+    assert str(AttentionSpec.parse("int4/int8", edition=3)) == "int4/int8-unbiased"
+
+
+def test_only_clipped_scores_have_a_bias():
+    assert not AttentionSpec("int4", "fp8", unbiased=True).unbiased
+    assert str(AttentionSpec.parse("int4/int8-clip")) == "int4/int8-clip"
+    assert not AttentionSpec.parse("int8/fp16+unbiased").unbiased
 
 
 def test_a_sample_serves_v_only_where_there_is_one():

@@ -46,7 +46,7 @@ def test_a_plan_edited_by_hand_loads_and_is_known():
             embed_plan(PLAN, "a").replace('"start":0.5', '"start":5'),
             "embedded plan 'a': rules[0].start",
         ),
-        (embed_plan(PLAN, "a").replace('"version":4', '"version":9'), "this plan has version 9"),
+        (embed_plan(PLAN, "a").replace('"version":5', '"version":9'), "this plan has version 9"),
         ("x" * (5 << 20), "at most 256 kB, got 5120 kB; load it from a file"),
     ],
 )

@@ -10,7 +10,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_p
 
 
 def plan_json(**fields):
-    return json.dumps({"version": 4, "default": "int8/fp8", **fields})
+    return json.dumps({"version": 5, "default": "int8/fp8", **fields})
 
 
 def test_first_match_wins_and_ranges_are_half_open():
@@ -72,13 +72,22 @@ def test_plans_of_version_3_read_v_twice():
     rules = [{"spec": "int8/fp8", "end": 0.5}, {"spec": {"pv": "fp8"}, "end": 0.7}]
     text = json.dumps({"version": 3, "default": "int4/fp8-fast", "rules": rules})
     old = PrecisionPlan.from_json(text)
-    assert str(old.default) == "int4/fp8-fast-sample_v" and not old.rules[0].spec.sample_v
+    assert str(old.default) == "int4/fp8-fast-sample_v-unbiased" and not old.rules[0].spec.sample_v
     assert PrecisionPlan.from_json(old.to_json()) == old
     today = PrecisionPlan.from_json(plan_json(default="int8/fp16", rules=rules))
     assert all(rule.spec.sample_v for rule in today.rules) and not today.default.sample_v
     rules[1]["spec"]["sample_v"] = False
     today = PrecisionPlan.from_json(plan_json(default="int8/fp16", rules=rules))
     assert not today.rules[1].spec.sample_v
+
+
+def test_scores_of_plans_of_version_4_are_as_clipping_leaves_them():
+    rules = [{"spec": "int8/fp8", "end": 0.5}, {"spec": {"smooth_v": True}, "end": 0.7}]
+    text = json.dumps({"version": 4, "default": "int4/fp8-fast", "rules": rules})
+    old = PrecisionPlan.from_json(text)
+    assert str(old.default) == "int4/fp8-fast-unbiased" and not old.rules[1].spec.unbiased
+    assert old.rules[0].spec == AttentionSpec.parse("int8/fp8")
+    assert PrecisionPlan.from_json(old.to_json()) == old
 
 
 def test_plans_of_version_1_rotate_alike_at_all_steps():
@@ -107,8 +116,8 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ("[]", "a plan must be a JSON object, got list"),
         ('{"version": 1}', "default: is missing"),
         ('{"default": "fp16"}', "version: is missing"),
-        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 4, got 0"),
-        ('{"version": 5, "new": 1}', "reads up to 4: update sage-diffusion"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 5, got 0"),
+        ('{"version": 6, "new": 1}', "reads up to 5: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
         ('{"version": 1, "default": "fp16", "sign_seed": 1}', "sign_seed: .* version 1 have none"),
         (plan_json(sign_seed=-1), "^sign_seed must be a whole number from 0 to 2147483647 or null"),
