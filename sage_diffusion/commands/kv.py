@@ -12,6 +12,8 @@ from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_std
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sage_diffusion.kv.calibration import Calibration
+
 app = typer.Typer(help="Compress the K and V that a model keeps.", no_args_is_help=True)
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
@@ -33,9 +35,23 @@ def _reading(model: Path, needed: bool = True) -> tuple[Any, Any]:
 
 
 def _ids(tokenizer: Any, path: Path) -> Tensor:
-    """Tokens ``[n]`` of a text."""
-    ids: Tensor = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    """Tokens ``[n]`` of a text, one at least."""
+    text = path.read_text(encoding="utf-8")
+    if not text:
+        raise CommandError(f"{path} must have some text, it is empty")
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
     return ids
+
+
+def _calibration(path: Path | None) -> Calibration | None:
+    from sage_diffusion.kv.calibration import Calibration
+
+    return None if path is None else Calibration.load(path)
+
+
+GivenCalibration = Annotated[
+    Optional[Path], typer.Option(help="Of this model, as `kv calibrate` writes it.")
+]
 
 
 @app.command("report")
@@ -49,6 +65,7 @@ def report(
     new: Annotated[int, typer.Option(help="Tokens decoded after it.", min=0)] = 8,
     sink: Annotated[int, typer.Option(help="First tokens that stay exact.", min=0)] = 32,
     window: Annotated[int, typer.Option(help="Last tokens that stay exact.", min=0)] = 128,
+    calibration: GivenCalibration = None,
     as_json: AsJson = False,
 ) -> None:
     """What a compressed cache takes, measured on a prompt and a few decoded tokens."""
@@ -56,9 +73,10 @@ def report(
 
     from sage_diffusion.integrations.transformers.cache import KVCache, argument
 
+    given = _calibration(calibration)
     loaded, tokenizer = _reading(model, text is not None)
     with quiet_stdout():
-        cache = KVCache.for_model(loaded, preset, sink=sink, window=window)
+        cache = KVCache.for_model(loaded, preset, given, sink=sink, window=window)
     if text is None:
         size = loaded.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -125,26 +143,27 @@ def bench(
     model: Model,
     text: Annotated[Path, typer.Option(help="What is scored; not what was calibrated on.")],
     preset: Annotated[list[str], typer.Option(help="How to compress; give it again for more.")],
-    calibration: Annotated[
-        Optional[Path], typer.Option(help="Of this model, as `kv calibrate` writes it.")
-    ] = None,
+    calibration: GivenCalibration = None,
     tokens: Annotated[int, typer.Option(help="Prefilled, and compressed.", min=256)] = 3584,
-    scored: Annotated[int, typer.Option(help="Tokens after them.", min=1)] = 256,
+    scored: Annotated[int, typer.Option(help="Tokens after them, at most.", min=1)] = 256,
     as_json: AsJson = False,
 ) -> None:
     """What presets do to a model's predictions, and the bits that they take."""
     from dataclasses import asdict
 
+    from sage_diffusion.integrations.transformers.cache import KVCache
     from sage_diffusion.integrations.transformers.kv_evaluate import judge, passage
-    from sage_diffusion.kv.calibration import Calibration
     from sage_diffusion.kv.presets import method
 
     methods = {name: method(name) for name in preset}
+    found = _calibration(calibration)
     loaded, tokenizer = _reading(model)
-    found = None if calibration is None else Calibration.load(calibration)
+    for made in methods.values():  # what can't be is said before anything runs
+        KVCache.for_model(loaded, made, found)
     ids = _ids(tokenizer, text)
     if ids.numel() < tokens + 2:
         raise CommandError(f"{text} must have more than {tokens + 1} tokens, it has {ids.numel()}")
+    scored = min(scored, ids.numel() - tokens - 1)
     exact = passage(loaded, ids[: tokens + scored + 1], tokens)
     rows, lines = {}, []
     for name, made in methods.items():
@@ -155,6 +174,7 @@ def bench(
             f"{name}: {bits.body:.2f} bits ({bits.all_in(tokens):.2f} all in), KL {at.kl:.5f}, "
             f"top-1 {at.top1:.3f}, perplexity {at.perplexity:.3f} ({at.exact_perplexity:.3f})"
         )
+    lines.append(f"{scored} tokens scored after {tokens}")
     emit(as_json, {"tokens": tokens, "scored": scored, "presets": rows}, *lines)
 
 

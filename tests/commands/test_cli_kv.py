@@ -45,6 +45,12 @@ def test_what_is_not_there_is_said(model, tmp_path, capsys):
     assert "must have a tokenizer to read a text" in capsys.readouterr().err
 
 
+def test_an_empty_text_is_said(model, written, capsys):
+    written.write_text("")
+    assert main(["kv", "report", str(model), "--text", str(written)]) == 1
+    assert "must have some text, it is empty" in capsys.readouterr().err
+
+
 class Letters:
     """A tokenizer that the tiny model is given."""
 
@@ -72,12 +78,19 @@ def test_calibrated_on_one_text_and_judged_on_another(model, written, tmp_path, 
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"] == out.stat().st_size and found["about"]["tokens"] == 900
     assert "matryoshka" not in found["about"]
+    report = ["kv", "report", str(model), "--preset", "matryoshka", "--tokens", "300", "--json"]
+    assert main(report) == 1
+    assert "needs a calibration of the model" in capsys.readouterr().err
+    assert main([*report, "--calibration", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["preset"] == "matryoshka"
     bench = ["kv", "bench", str(model), "--text", str(written), "--calibration", str(out)]
-    bench += ["--tokens", "512", "--scored", "64", "--preset", "lossless", "--preset", "k4v4"]
+    bench += ["--tokens", "512", "--scored", "999", "--preset", "lossless", "--preset", "k4v4"]
     assert main([*bench, "--preset", "calibrated-2.25", "--json"]) == 1  # heads of 32 channels
     assert "groups of 64 channels must divide the head's 32" in capsys.readouterr().err
     assert main([*bench, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["presets"]
+    found = json.loads(capsys.readouterr().out)
+    rows = found["presets"]
+    assert found["scored"] == 900 - 513  # all that there are
     assert rows["lossless"]["kl"] < 1e-9 < rows["k4v4"]["kl"] and rows["k4v4"]["body_bits"] == 5
 
 
@@ -91,12 +104,17 @@ def test_rotations_are_trained_on_request(model, written, tmp_path, capsys):
     assert "post.losses" in Calibration.load(out).tensors
 
 
-def test_bench_refuses_what_it_cannot_judge(model, written, capsys):
+def test_bench_refuses_what_it_cannot_judge(model, written, capsys, monkeypatch):
     given = ["kv", "bench", str(model), "--text", str(written), "--preset", "k4v4"]
     assert main(given) == 1
     assert "must have more than 3585 tokens, it has 900" in capsys.readouterr().err
     assert main([*given, "--preset", "k5v5"]) == 1
     assert "preset must be one of" in capsys.readouterr().err
+    from sage_diffusion.integrations.transformers import kv_evaluate
+
+    monkeypatch.setattr(kv_evaluate, "passage", None)  # before the text is read
+    assert main([*given, "--preset", "matryoshka", "--tokens", "512"]) == 1
+    assert "needs a calibration of the model" in capsys.readouterr().err
 
 
 def test_a_conversion_says_what_it_costs(model, written, tmp_path, capsys):
