@@ -140,8 +140,10 @@ def bits(layers: Sequence[Layer], tokens: int) -> float:
     """All-in bits of an element if ``tokens`` were held, from what the bodies take now.
 
     Raises:
-        ValueError: some would be compressed and nothing is yet.
+        ValueError: some would be compressed and nothing is yet, or there would be no tokens.
     """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
     return 8 * sum(bytes_at(x, tokens) for x in layers) / sum(elements(x, tokens) for x in layers)
 
 

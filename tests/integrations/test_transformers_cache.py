@@ -165,6 +165,8 @@ def test_bytes_bits_and_peak_are_measured(llama):
     # One layer held the prompt exactly while the others were compressed.
     assert found.nbytes < cache.peak_bytes < found.nbytes + exact / 3
     assert cache.bits(32768) < cache.bits(4096) < cache.bits()
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        cache.bits(0)
     assert "3 layers compressed" in str(found) and "5.00 in the body" in str(found)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.peak_bytes == 0
@@ -233,6 +235,12 @@ def test_what_cannot_be_compressed_is_refused_before_anything_runs(llama):
         KVCache.for_model(llama, Kivi(2, 2, group=24))
     with pytest.raises(ValueError, match=r"layer 0 can't be compressed: .* need a calibration"):
         KVCache.for_model(llama, "calibrated-1.8")
+    with pytest.raises(ValueError, match=r"calibration must be .*, got 'kv.safetensors'"):
+        KVCache.for_model(llama, "prefixkv", "kv.safetensors")
+    with pytest.raises(ValueError, match="context must be at least 1 token, got 0"):
+        KVCache.for_model(llama, "k4v4", context=0)
+    with pytest.raises(ValueError, match="must be one of transformers, got Linear"):
+        KVCache.for_model(torch.nn.Linear(2, 2))
 
 
 def test_layers_that_slide_are_left_alone():

@@ -192,7 +192,7 @@ class KVCache(Cache):
         cls,
         model: nn.Module,
         preset: str | Method = "k3v2",
-        calibration: Any = None,
+        calibration: Calibration | None = None,
         sink: int = 32,
         window: int = 128,
         context: int | None = None,
@@ -209,7 +209,7 @@ class KVCache(Cache):
         Raises:
             ValueError: no layer can be compressed, the preset is not known, it does not fit a
                 layer's heads and channels, its basis does not pay, or it wants K before RoPE of a
-                model whose RoPE is not known.
+                model whose RoPE is not known; calibration or context are none.
         """
         method = by_name(preset)
         config = text_config(model)
@@ -221,8 +221,15 @@ class KVCache(Cache):
                 f"{type(model).__name__} are of {why}"
             )
         rope = model_rope(model) if method.pre_rope else None
-        if isinstance(calibration, Calibration):
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                raise ValueError(
+                    "calibration must be what Calibration.load or calibrate returns, got "
+                    f"{calibration!r}"
+                )
             calibration.check(fingerprint(model))
+        if context is not None and context < 1:
+            raise ValueError(f"context must be at least 1 token, got {context}")
 
         def pasts() -> dict[int, Layer]:
             given: dict[str, Any] = {"rope": rope, "calibration": calibration, "shared": {}}

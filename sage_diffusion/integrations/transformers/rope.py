@@ -34,7 +34,13 @@ class ModelRope:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the part of a model that reads and writes text."""
+    """The configuration of the part of a model that reads and writes text.
+
+    Raises:
+        ValueError: it is no model of transformers.
+    """
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ValueError(f"the model must be one of transformers, got {type(model).__name__}")
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
