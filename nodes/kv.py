@@ -11,6 +11,7 @@ from sage_diffusion.nodes.host import CATEGORY, show
 from sage_diffusion.nodes.kv_calibration import KVCalibration
 
 if TYPE_CHECKING:
+    from sage_diffusion.integrations.comfy.kv import Settings
     from sage_diffusion.integrations.comfy.kv_patch import Compressed
     from sage_diffusion.kv.calibration import Calibration
     from sage_diffusion.kv.evaluate import Agreement
@@ -115,10 +116,23 @@ class KVCacheCompression(io.ComfyNode):
             found["model"] = compress_model(model, settings)
         if clip is not None:
             found["clip"] = compress_clip(clip, settings)
-        kinds = " and ".join(one.kind for one in found.values())
-        show(cls.hidden.unique_id, f"{preset}: {kinds}")
+        kinds = [one.kind for one in found.values()]
+        text = f"{preset}: {' and '.join(kinds)}"
+        if idle := _idle(settings, kinds):
+            text += f"\nwithout effect here: {', '.join(idle)}"
+        show(cls.hidden.unique_id, text)
         model, clip = (found[name].host if name in found else None for name in ("model", "clip"))
         return io.NodeOutput(model, clip, list(found.values()))
+
+
+def _idle(settings: Settings, kinds: list[str]) -> list[str]:
+    """Names of inputs that were given and that no cache of these kinds looks at."""
+    has_effect = {
+        "recent": settings.recent < 0 or kinds != ["references"],
+        "window": settings.window < 0 or "video" in kinds,
+        "calibration": settings.calibration is None or settings.method in CALIBRATED,
+    }
+    return [name for name, has in has_effect.items() if not has]
 
 
 class KVCacheReport(io.ComfyNode):

@@ -423,5 +423,10 @@ def test_the_nodes_compress_and_report(bundled, clip, monkeypatch):
     after, bars, report, data = KVCacheReport.execute("the text", cache).args
     assert after == "the text" and "at its peak instead of" in report and "WARNING" not in report
     assert bars.shape[0] == 1 and '"kind": "text"' in data and '"video"' not in data
+    told = []
+    monkeypatch.setattr("sage_diffusion.nodes.kv.show", lambda node, text: told.append(text))
+    KVCacheCompression.execute("k4v4", None, clip, window=600)
+    KVCacheCompression.execute("k4v4", bundled, clip, window=600)
+    assert told == ["k4v4: text\nwithout effect here: window", "k4v4: video and text"]
     with pytest.raises(ValueError, match="needs a model or a clip"):
         KVCacheCompression.execute("k4v4")
