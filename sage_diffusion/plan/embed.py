@@ -28,21 +28,22 @@ class EmbeddedPlan:
         file: name of the file that it was embedded from.
         plan: the plan.
         written: hash that was written beside it.
+        edited: is it another plan than the one whose hash stands beside it?
     """
 
     file: str
     plan: PrecisionPlan
     written: str
-
-    @property
-    def edited(self) -> bool:
-        """Is it another plan than the one whose hash stands beside it?"""
-        return content_hash(self.plan) != self.written
+    edited: bool
 
 
 def content_hash(plan: PrecisionPlan) -> str:
     """16 hex digits of everything that a plan says."""
-    text = json.dumps(plan.to_dict(), sort_keys=True, separators=(",", ":"))
+    return _hash(plan.to_dict())
+
+
+def _hash(data: dict[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -78,7 +79,9 @@ def read_embedded(text: str) -> EmbeddedPlan:
         plan = PrecisionPlan.from_json(json.dumps(data["plan"]))
     except PlanError as error:
         raise PlanError(f"embedded plan {shown(data['file'])}: {error}") from None
-    return EmbeddedPlan(data["file"], plan, data["sha256"])
+    # A plan of an earlier version is read as another one: its hash is that of what was written.
+    hashes = content_hash(plan), _hash(data["plan"])
+    return EmbeddedPlan(data["file"], plan, data["sha256"], data["sha256"] not in hashes)
 
 
 def _check_size(text: str) -> None:

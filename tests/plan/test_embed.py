@@ -1,5 +1,6 @@
 """Plans as text inside of something else: whole, told apart, checked, small."""
 
+import hashlib
 import json
 
 import pytest
@@ -34,6 +35,15 @@ def test_a_plan_edited_by_hand_loads_and_is_known():
     found = read_embedded(text)
     assert found.edited
     assert found.plan.rules[0].start == 0.25
+
+
+def test_a_plan_of_an_earlier_version_was_not_edited_by_hand():
+    old = {"version": 1, "default": "int8/fp8", "rules": []}
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True, separators=(",", ":")).encode())
+    text = json.dumps({"file": "a", "sha256": digest.hexdigest()[:16], "plan": old})
+    found = read_embedded(text)
+    assert found.plan != PrecisionPlan("int8/fp8") and not found.edited
+    assert read_embedded(text.replace("int8/fp8", "int8/fp16")).edited
 
 
 @pytest.mark.parametrize(
