@@ -154,8 +154,8 @@ def _tuned(
     from sage_diffusion.adapt.planner import make_plan
 
     path = Path(folder_paths.get_output_directory(), "sage_calibrations", f"{mark.name}.json")
-    if anew:
-        path.unlink(missing_ok=True)
+    if anew and _is_done(path, user_plan_folder() / f"{mark.name}.json"):
+        path.unlink()
     try:
         table = measured(node, sampler, prompts, 1, mark.card, path, share=share)
     except TableError:  # of a batch of another size, say: the file is this node's own
@@ -166,6 +166,13 @@ def _tuned(
     plan = make_plan(table, costs=costs, name=name, **wanted(goal, costs, table)).plan
     save_plan(plan, user_plan_folder(), mark.name, overwrite=True)
     return Chosen(plan, f"measured now, hash {content_hash(plan)}")
+
+
+def _is_done(table: Path, plan: Path) -> bool:
+    """Was the plan made of the table? One that was cancelled later is gone on with."""
+    if not table.exists() or not plan.exists():
+        return False
+    return table.stat().st_mtime_ns <= plan.stat().st_mtime_ns
 
 
 def _text(found: Chosen, note: str) -> str:

@@ -212,6 +212,7 @@ class SageCalibrate(io.ComfyNode):
                 share=share,
                 sensitivity=end_to_end,
                 method=_METHODS[method],
+                again="" if if_name_exists == _CONTINUE else path.stem,
             )
         except TableError as error:
             raise TableError(
@@ -238,6 +239,7 @@ def measured(
     runs: int,
     card: str,
     path: Path,
+    again: str = "",
     **settings: Any,
 ) -> ScoreTable:
     """Calibrate with a bar on a node; cancelling keeps the runs that are finished.
@@ -249,6 +251,7 @@ def measured(
         runs: of each prompt, with seeds from the sampler's own on.
         card: whose specs are measured.
         path: of the table.
+        again: name that goes on with the table; empty: queueing the node again does.
         settings: of :func:`sage_diffusion.adapt.calibrate.calibrate`.
 
     Raises:
@@ -283,7 +286,8 @@ def measured(
         )
     except comfy.model_management.InterruptProcessingException:
         kept = f"cancelled: {at.stage} had {at.done} of {at.total} runs"
-        show(node, f"{kept}\nthey are kept: queue it again to go on", "cancelled")
+        how = f"take the name {again!r} and '{_CONTINUE}'" if again else "queue it again"
+        show(node, f"{kept}\nthey are kept: {how} to go on", "cancelled")
         raise
 
 

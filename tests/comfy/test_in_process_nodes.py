@@ -209,6 +209,8 @@ def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monk
 def test_a_name_that_exists_is_never_silently_another_calibration(
     families, page, tmp_path, monkeypatch
 ):
+    from comfy.model_management import InterruptProcessingException
+
     folder = tmp_path / "sage_calibrations"
     calibrate(families, tmp_path, monkeypatch)
     first = (folder / "tiny.json").read_bytes()
@@ -218,6 +220,12 @@ def test_a_name_that_exists_is_never_silently_another_calibration(
     calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="take a new name")
     assert json.loads((folder / "tiny 2.json").read_text())["steps"] == 2
     assert (folder / "tiny.json").read_bytes() == first
+    page.cancel_at = 3
+    new = {"steps": 2, "if_name_exists": "take a new name"}
+    with pytest.raises(InterruptProcessingException):
+        calibrate(families, tmp_path, monkeypatch, **new)
+    assert "take the name 'tiny 3' and 'continue it' to go on" in page.texts[-1]
+    page.cancel_at = None
     calibrate(families, tmp_path, monkeypatch, steps=2, if_name_exists="replace it")
     assert json.loads((folder / "tiny.json").read_text())["steps"] == 2
 
@@ -335,8 +343,13 @@ def test_auto_tune_measures_once_and_a_second_instance_runs_the_same(
 
     assert torch.equal(families("sd3").sample(away.args[0]), mine)
     assert attached(away.args[0]).last.summary.shares == ran
+    page.cancel_at = 5
+    with pytest.raises(InterruptProcessingException):
+        again("here", measure_anew=True)
+    assert page.bars[0][0] == 1  # from the beginning
+    page.cancel_at = None
     again("here", measure_anew=True)
-    assert page.bars[0][0] == 1
+    assert page.bars[0][0] > 3  # it goes on after the first run
 
 
 def test_every_language_names_every_node_and_input():
