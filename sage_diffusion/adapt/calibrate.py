@@ -154,7 +154,7 @@ def calibrate(
     method: Literal["auto", "gradient", "groups"] = "auto",
     path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
-    sign_seed: int | None = None,
+    sign_seed: int | None = 0,
     min_prompts: int = MIN_PROMPTS,
 ) -> ScoreTable:
     """Measure what each spec does to each layer and step of a model, on live sampling.
@@ -184,7 +184,7 @@ def calibrate(
         path: the table's file; an existing one is continued.
         progress: called after each run.
         sign_seed: sequence of the rotations' signs, of the table and of its plans.  None has one
-            rotation for all steps: plans that know how errors add up break them up by themselves.
+            rotation for all steps, whose errors add up from step to step.
         min_prompts: different ones that there must be; a plan of a single one is for that one.
 
     Returns:

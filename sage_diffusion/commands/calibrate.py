@@ -58,14 +58,16 @@ def calibrate(
         str, typer.Option(help="Of the end-to-end stage: auto, gradient or groups.")
     ] = "auto",
     sign_seed: Annotated[
-        Optional[int],
+        int,
         typer.Option(
-            help="Sequence of the rotations' signs, other signs at every step. "
-            "[default: one rotation for all steps]",
+            help="Sequence of the rotations' signs, other signs at every step.",
             min=0,
             max=2**31 - 1,
         ),
-    ] = None,
+    ] = 0,
+    one_rotation: Annotated[
+        bool, typer.Option("--one-rotation", help="The same signs at all steps instead.")
+    ] = False,
     floor: Annotated[
         Optional[float], typer.Option(help="Fastest plan that keeps this predicted PSNR, dB.")
     ] = None,
@@ -126,7 +128,7 @@ def calibrate(
             sensitivity=sensitivity,
             method=method,  # type: ignore[arg-type]  # checked there
             path=table,
-            sign_seed=sign_seed,
+            sign_seed=None if one_rotation else sign_seed,
             progress=lambda p: bar.update(
                 task, description=p.stage, completed=p.done, total=p.total
             ),

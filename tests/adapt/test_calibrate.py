@@ -211,7 +211,7 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
         run(TinySampler(), path=path, specs=("int8/int8",))
     with pytest.raises(TableError, match="other settings: rows 16, now 8; delete"):
         run(TinySampler(), path=path, rows=8)
-    with pytest.raises(TableError, match="other settings: sign_seed None, now 3; delete"):
+    with pytest.raises(TableError, match="other settings: sign_seed 0, now 3; delete"):
         run(TinySampler(), path=path, sign_seed=3)
     guided = TinySampler()
     guided.settings = {"guidance": 3.0}
@@ -228,11 +228,11 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
 
 def test_tables_of_before_the_signs_are_continued(tmp_path):
     path = tmp_path / "scores.json"
-    table = run(TinySampler(), path=path)
+    table = run(TinySampler(), path=path, sign_seed=None)
     data = table.to_dict()
     assert data["settings"].pop("sign_seed") is None
     path.write_text(json.dumps(data))
-    again = run(TinySampler(), path=path)
+    again = run(TinySampler(), path=path, sign_seed=None)
     assert again.runs == table.runs and again.unquantized.sign_seed is None
 
 
@@ -248,7 +248,8 @@ def test_candidates_are_measured_with_the_signs_of_their_sequence(method):
     seeds = set()
     table = run(Watched(layers=2), sign_seed=5, sensitivity=2, method=method)
     assert seeds == {5} and table.settings["sign_seed"] == 5
-    fixed = run(TinySampler(layers=2))
+    fixed = run(TinySampler(layers=2), sign_seed=None)
+    assert run(TinySampler(layers=2)).unquantized.sign_seed == 0 and not fixed.unquantized.sign_seed
     assert not np.array_equal(fixed.mean, run(TinySampler(layers=2), sign_seed=5).mean)
 
 
