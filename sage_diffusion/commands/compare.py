@@ -8,7 +8,13 @@ from typing import Annotated, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_stdout
-from sage_diffusion.commands.options import call_arguments, check_names, parse_option
+from sage_diffusion.commands.options import (
+    PLAN_HELP,
+    call_arguments,
+    check_names,
+    parse_option,
+    read_plan,
+)
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -21,7 +27,7 @@ def compare(
         Optional[list[str]], typer.Option(help="Spec such as int8/fp8, repeatable.")
     ] = None,
     plan: Annotated[
-        Optional[list[Path]], typer.Option(help="Plan, a JSON file, repeatable.")
+        Optional[list[Path]], typer.Option(help=f"Plan, repeatable: {PLAN_HELP}.")
     ] = None,
     prompt: Annotated[
         Optional[list[str]],
@@ -67,7 +73,7 @@ def compare(
     from sage_diffusion.plan import PrecisionPlan
 
     plans = [(name, PrecisionPlan.of(name)) for name in spec or ()]
-    plans += [(path.stem, PrecisionPlan.load(path)) for path in plan or ()]
+    plans += [(path.stem, read_plan(path)) for path in plan or ()]
     if not plans:
         raise CommandError("give at least one --spec or --plan to compare with fp16")
     extra = dict(parse_option(text) for text in option or ())

@@ -9,11 +9,13 @@ import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, progress, quiet_stdout
 from sage_diffusion.commands.options import (
+    PLAN_HELP,
     Tokens,
     check_names,
     default_tokens,
     parse_option,
     prompts_of,
+    read_plan,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _HELD_OUT_SEED = 1000
 def evaluate(
     plan: Annotated[
         Optional[list[Path]],
-        typer.Argument(help="Plans, JSON files; the bundled model's if none."),
+        typer.Argument(help=f"Plans, each {PLAN_HELP}; the bundled model's if none."),
     ] = None,
     model: Annotated[
         str, typer.Option(help='A diffusers pipeline: a folder, a hub name, or "bundled".')
@@ -78,7 +80,6 @@ def evaluate(
     from sage_diffusion.adapt.evaluate import UNIFORM
     from sage_diffusion.adapt.evaluate import evaluate as run
     from sage_diffusion.adapt.table import ScoreTable
-    from sage_diffusion.plan import PrecisionPlan
     from sage_diffusion.plan.library import bundled_plan
 
     if bundled and model != "bundled":
@@ -88,8 +89,7 @@ def evaluate(
     paths = list(plan or ())
     stems = [path.stem for path in paths]
     plans = {
-        path.stem if stems.count(path.stem) == 1 else str(path): PrecisionPlan.load(path)
-        for path in paths
+        path.stem if stems.count(path.stem) == 1 else str(path): read_plan(path) for path in paths
     }
     if not plans:
         if model != "bundled":

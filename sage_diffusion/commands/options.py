@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from sage_diffusion.commands.common import CommandError
 from sage_diffusion.json_files import JSONError, NotJSON, parse_json
+
+if TYPE_CHECKING:
+    from sage_diffusion.plan import PrecisionPlan
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
@@ -30,6 +34,24 @@ Tokens = Annotated[
         "[default: of the calls as they are; inf for the bundled model, whose pictures are tiny]"
     ),
 ]
+
+
+#: How the help says what :func:`read_plan` takes.
+PLAN_HELP = "a JSON file, or a name of `plan list`"
+
+
+def read_plan(source: Path) -> PrecisionPlan:
+    """A plan's file, or one that comes with the package by its name.
+
+    Raises:
+        PlanError: it can't be read, or is no plan.
+    """
+    from sage_diffusion.plan import PrecisionPlan
+    from sage_diffusion.plan.catalog import shipped
+    from sage_diffusion.plan.library import shipped_plan
+
+    named = str(source) in shipped()
+    return shipped_plan(str(source)) if named else PrecisionPlan.load(source)
 
 
 def default_tokens(model: str, tokens: float | None) -> float | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from sage_diffusion.commands.common import AsJson, CommandError, emit, quiet_stdout
+from sage_diffusion.commands.options import PLAN_HELP, read_plan
 
 if TYPE_CHECKING:
     from sage_diffusion.plan import PrecisionPlan
@@ -16,10 +17,7 @@ app = typer.Typer(help="Show, check, merge and move precision plans.", no_args_i
 
 # ruff: noqa: UP045 (typer reads Optional on Python 3.10)
 
-PlanPath = Annotated[Path, typer.Argument(metavar="PATH", help="A plan, a JSON file.")]
-PlanOrName = Annotated[
-    Path, typer.Argument(metavar="PLAN", help="A plan, a JSON file, or a name of `plan list`.")
-]
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help=f"A plan: {PLAN_HELP}.")]
 
 
 @app.command("list")
@@ -51,16 +49,13 @@ def list_plans(as_json: AsJson = False) -> None:
 
 
 @app.command("show")
-def show(path: PlanOrName, as_json: AsJson = False) -> None:
+def show(path: PlanPath, as_json: AsJson = False) -> None:
     """Print a plan's rules in the order in which they are tried."""
     from rich.table import Table
 
-    from sage_diffusion.plan import PrecisionPlan
-    from sage_diffusion.plan.catalog import shipped
     from sage_diffusion.plan.show import table_of
 
-    named = str(path) in shipped()
-    plan = PrecisionPlan.of(str(path)) if named else PrecisionPlan.load(path)
+    plan = read_plan(path)
     table = Table(title=plan.name or str(path), title_justify="left")
     for heading in ("rule", "layers", "progress", "only", "spec"):
         table.add_column(heading)
@@ -87,9 +82,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check a plan; exit code 1 and the JSON path of what is wrong if it is not one."""
-    from sage_diffusion.plan import PrecisionPlan
-
-    plan = PrecisionPlan.load(path)
+    plan = read_plan(path)
     document: dict[str, Any] = {"valid": True, "rules": len(plan.rules), "warnings": []}
     text = f"{path}: valid, {len(plan.rules)} rules"
     if model is not None:
@@ -111,10 +104,9 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Two plans of one model as one: the first's rules on top, the second's default."""
-    from sage_diffusion.plan import PrecisionPlan
     from sage_diffusion.plan.edit import merge_plans
 
-    plans = PrecisionPlan.load(first), PrecisionPlan.load(second)
+    plans = read_plan(first), read_plan(second)
     _write(merge_plans(*plans), sum(len(plan.rules) for plan in plans), out, as_json)
 
 
@@ -137,12 +129,11 @@ def remap(
     Every rule covers the same sigmas as before.  Sampling does so by itself wherever a plan stores
     its schedule; this is for reading and editing the result.
     """
-    from sage_diffusion.plan import PrecisionPlan
     from sage_diffusion.plan.edit import remap_plan
 
     if (sigmas is None) == (like is None):
         raise CommandError("say which schedule: give --sigmas or --like")
-    plan = PrecisionPlan.load(path)
+    plan = read_plan(path)
     target, unit = (_numbers(sigmas), None) if sigmas is not None else _schedule_of(like or Path())
     _write(remap_plan(plan, target, unit), len(plan.rules), out, as_json)
 
@@ -166,12 +157,11 @@ def _schedule_of(path: Path) -> tuple[list[float], str | None]:
     """The schedule that a plan or a score table stores, and its unit."""
     from sage_diffusion.adapt.table import ScoreTable
     from sage_diffusion.adapt.table_json import TableError
-    from sage_diffusion.plan import PrecisionPlan
 
     try:
         source: Any = ScoreTable.load(path)
     except TableError:
-        source = PrecisionPlan.load(path)
+        source = read_plan(path)
     if not source.schedule:
         raise CommandError(f"{path} stores no schedule")
     return list(source.schedule), source.schedule_unit

@@ -13,6 +13,7 @@ from sage_diffusion import PrecisionPlan, Rule
 from sage_diffusion.adapt.table import ScoreTable
 from sage_diffusion.cli import main
 from sage_diffusion.integrations.diffusers import pipelines
+from sage_diffusion.plan.library import shipped_plan
 
 SPECS = ("--spec", "int8/fp8-fast", "--spec", "int4/fp8-fast")
 LOOPS = ("--tokens", "inf")  # the model is tiny
@@ -86,6 +87,10 @@ def test_merge(run):
     both = PrecisionPlan.load("both.json")
     assert [str(rule.spec) for rule in both.rules] == ["fp16", "int8/fp16", "int8/int8"]
     assert str(both.default) == "int4/int8"
+    assert run("plan", "merge", "top.json", "wan", "--out", "wan.json")[0] == 0
+    assert run("plan", "validate", "wan")[1]["rules"] == len(shipped_plan("wan").rules)
+    merged = PrecisionPlan.load("wan.json").rules
+    assert merged[2:] == shipped_plan("wan").rules
     PrecisionPlan("fp16", fingerprint={"model": "A"}).save("a.json")
     PrecisionPlan("fp16", fingerprint={"model": "B"}).save("b.json")
     code, document = run("plan", "merge", "a.json", "b.json")
