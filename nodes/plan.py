@@ -20,7 +20,7 @@ from sage_diffusion.nodes.host import (
     show,
     user_plan_folder,
 )
-from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 from sage_diffusion.plan.edit import renamed, with_default, with_rule, without_rule
 from sage_diffusion.plan.library import save_plan
 from sage_diffusion.plan.show import describe, draw, grid, matching, plan_layers, spec_shares
@@ -239,16 +239,26 @@ def _edited(plan: PrecisionPlan, change: dict[str, Any]) -> PrecisionPlan:
     if kind == "rename":
         return renamed(plan, change["name"])
     if kind == "write JSON":
-        return PrecisionPlan.from_json(change["json"])
+        return _from_json(change["json"])
+    layers = change["layers"].strip() or "*"
+    if "," in layers:
+        raise PlanError(f"layers must be one glob, got {layers!r}: add a rule for each")
     rule = Rule(
         change["spec"],
-        change["layers"].strip() or "*",
+        layers,
         change["start_percent"],
         change["end_percent"],
         None if change["branch"] == "both" else change["branch"],
         change["min_tokens"],
     )
     return with_rule(plan, rule, first=change["place"] == "first")
+
+
+def _from_json(text: str) -> PrecisionPlan:
+    try:
+        return PrecisionPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"json: {error}") from None
 
 
 class SagePlanPreview(io.ComfyNode):

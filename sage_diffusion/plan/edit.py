@@ -207,6 +207,8 @@ def without_rule(plan: PrecisionPlan, index: int) -> PrecisionPlan:
     Raises:
         PlanError: it has no such rule.
     """
+    if not plan.rules:
+        raise PlanError("the plan has no rules to remove, only a default")
     if not 0 <= index < len(plan.rules):
         raise PlanError(f"rule must be between 0 and {len(plan.rules) - 1}, got {index}")
     rules = (*plan.rules[:index], *plan.rules[index + 1 :])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.plan.plan import PrecisionPlan
-from sage_diffusion.plan.rules import step_progress
+from sage_diffusion.plan.rules import PlanError, step_progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,9 +94,17 @@ def spec_shares(cells: Sequence[Sequence[AttentionSpec]]) -> dict[str, float]:
 
 
 def matching(layers: Sequence[str], patterns: str) -> list[str]:
-    """Layers that one of the globs (separated by commas or spaces) names; all for no glob."""
+    """Layers that one of the globs (separated by commas or spaces) names; all for no glob.
+
+    Raises:
+        PlanError: no layer is named.
+    """
     globs = [glob for glob in re.split(r"[,\s]+", patterns) if glob] or ["*"]
-    return [name for name in layers if any(fnmatchcase(name, glob) for glob in globs)]
+    found = [name for name in layers if any(fnmatchcase(name, glob) for glob in globs)]
+    if layers and not found:
+        known = ", ".join(layers[:4]) + (" .." if len(layers) > 4 else "")
+        raise PlanError(f"layers: {patterns!r} matches none of {known}")
+    return found
 
 
 def draw(

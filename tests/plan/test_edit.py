@@ -126,6 +126,8 @@ def test_edits():
     assert [rule.layers for rule in without_rule(plan, 0).rules] == ["b"]
     with pytest.raises(PlanError, match="between 0 and 1, got 2"):
         without_rule(plan, 2)
+    with pytest.raises(PlanError, match="has no rules to remove"):
+        without_rule(PrecisionPlan("fp16"), 0)
     assert str(with_default(plan, "int8/fp8").default) == "int8/fp8"
     assert renamed(plan, " ").name is None
 

@@ -1,8 +1,10 @@
 """A plan as text, as a grid of specs and as a picture."""
 
+import pytest
+
 from sage_diffusion.integrations.comfy.images import as_image
 from sage_diffusion.kernels.spec import AttentionSpec
-from sage_diffusion.plan import PrecisionPlan, Rule
+from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 from sage_diffusion.plan.show import describe, draw, grid, matching, plan_layers, spec_shares
 
 
@@ -35,6 +37,8 @@ def test_a_plan_as_a_grid():
     assert plan_layers(PLAN) == ["double.*", "single.*", "(other layers)"]
     assert matching(layers, "") == layers
     assert matching(layers, "sing*, x") == ["single.00"]
+    with pytest.raises(PlanError, match=r"layers: 'x' matches none of double\.00"):
+        matching(layers, "x")
 
 
 def test_the_picture_shows_each_cell_in_its_colour():
