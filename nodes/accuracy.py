@@ -189,6 +189,7 @@ class SageAccuracyCheck(io.ComfyNode):
             denoise=denoise,
             vae=vae,
         )
+        report_path(filename_prefix, "json")  # a prefix that can't be is said before sampling
         node, both = cls.hidden.unique_id, mode == _BOTH
         names = ["without the plan"] * both + ["with the plan"]
         sample.on_step = SamplingProgress(node, model, names)

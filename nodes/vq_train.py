@@ -125,6 +125,7 @@ class TrainVQTokenizer(io.ComfyNode):
         from sage_diffusion.vq.families import compact
         from sage_diffusion.vq.training import preview, train
 
+        new_tokenizer_path(given["name"])  # a name that can't be is said before training
         with _learning():
             pictures = _pictures(given)
             with torch.random.fork_rng(devices=[]):
@@ -193,6 +194,7 @@ class CodebookRepair(io.ComfyNode):
         from sage_diffusion.vq.training import preview
 
         check_writable(tokenizer)
+        new_tokenizer_path(given["name"])
         with _learning():
             pictures, training = _pictures(given), _training(given, parts)
             watch = _Watch(cls.hidden.unique_id, training.steps, None)

@@ -150,6 +150,31 @@ def test_a_video_with_sound_is_compared_whole_and_its_video_shown(monkeypatch):
     assert seen[0] is video and decoded[0] is video
 
 
+def test_names_are_checked_before_anything_runs(families, page, tmp_path, monkeypatch):
+    from sage_diffusion.nodes import vq_train
+
+    outside = "must stay inside the folder"
+    with pytest.raises(ValueError, match=outside):
+        accuracy(families, tmp_path, monkeypatch, filename_prefix="../outside")
+    assert not page.bars and not page.texts
+    monkeypatch.setattr("folder_paths.get_folder_paths", lambda kind: [str(tmp_path)])
+    monkeypatch.setattr(vq_train, "_pictures", None)
+    with pytest.raises(ValueError, match=outside):
+        vq_train.TrainVQTokenizer.execute("vq", 16, 4, 1, 1, name="../outside")
+
+
+def test_an_edit_that_cannot_be_says_what_is_wrong():
+    from sage_diffusion.nodes.plan import SageEditPlan
+
+    rule = {"spec": "fp16", "start_percent": 0.0, "end_percent": 1.0, "branch": "both"}
+    for change, said in (
+        ({"change": "write JSON", "json": "{"}, "json: is not JSON"),
+        ({"change": "add a rule", "layers": "a, b", **rule}, "one glob, got 'a, b'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SageEditPlan.execute(change)
+
+
 def test_limits_are_checked_before_anything_runs():
     from sage_diffusion.nodes.accuracy import SageAccuracyCheck
 
