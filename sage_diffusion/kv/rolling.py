@@ -23,7 +23,8 @@ class Rolling(Method):
         span: its tokens; rounded up to whole units of the method.
 
     Raises:
-        ValueError: the method compresses K before RoPE: it counts its tokens to know their places.
+        ValueError: the method compresses K before RoPE: it counts its tokens to know their places;
+            or it keeps what queries attend to most, and spans are not told of queries.
     """
 
     method: Method
@@ -36,6 +37,11 @@ class Rolling(Method):
             raise ValueError(
                 f"{type(self.method).__name__} compresses K before RoPE and can't drop its oldest "
                 "tokens; choose a method that compresses K after RoPE"
+            )
+        if self.method.heavy:
+            raise ValueError(
+                f"{type(self.method).__name__} keeps the tokens that queries attend to most, and a "
+                "past that drops its oldest tokens sees no queries; choose a method without"
             )
 
     def body(self, place: Place) -> RollingBody:

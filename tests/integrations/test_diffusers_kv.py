@@ -232,6 +232,15 @@ def test_what_does_not_fit_is_said(transformer, video):
     run = cached(transformer, WanKVCache(BLOCKS))
     with run, pytest.raises(ValueError, match="has 32 frames, the chunk ends at frame 33"):
         run(chunks[0], torch.zeros(2), prompt, frame_offset=31)
-    for settings in ({"num_blocks": 0}, {"window_size": 0}, {"budget": 0}, {"method": "k9"}):
-        with pytest.raises(ValueError, match=next(iter(settings)).replace("method", "preset")):
+    for settings, said in (
+        ({"num_blocks": 0}, "num_blocks"),
+        ({"window_size": 0}, "window_size"),
+        ({"budget": 0}, "budget"),
+        ({"method": "k9"}, "preset"),
+        ({"method": "calibrated-2.25"}, "K before RoPE"),
+        ({"method": "prefixkv"}, "sees no queries"),
+        ({"sink": -1}, "sink and window must not be negative"),
+        ({"span": 0}, "span"),
+    ):
+        with pytest.raises(ValueError, match=said):
             WanKVCache(**{"num_blocks": 1, **settings})

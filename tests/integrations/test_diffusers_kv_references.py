@@ -127,5 +127,8 @@ def test_an_empty_cache_says_what_its_own_class_says():
     cache, layers = container("flux2")
     with compressed_references(cache), pytest.raises(RuntimeError, match="not been populated"):
         layers[0].get()
+    for method, said in (("xkv", "K before RoPE"), ("prefixkv", "see no queries")):
+        with pytest.raises(ValueError, match=said):
+            compressed_references(cache, method)
     with pytest.raises(ValueError, match="list is not a cache of Flux2KVLayerCache"):
         compressed_references([], "k8v8")

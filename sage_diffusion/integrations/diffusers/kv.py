@@ -69,11 +69,10 @@ class WanKVCache:
             raise ValueError(f"budget must be at least 1 byte, got {budget}")
         self.num_blocks, self.window_size, self.budget = num_blocks, window_size, budget
         self.method, self.sink, self.recent, self.span = method_of(method), sink, recent, span
+        self._layer(0, 1 if span is None else span)  # what can't be is said here
         self._appends = True
         self.scratch = Scratch()
         self.layers: list[Layer] = []
-        self._chunk = [0] * num_blocks
-        self.reset()
 
     def enable_append_mode(self) -> None:
         """What the next forward pass brings is a new chunk: a chunk's first denoising step."""
@@ -86,8 +85,10 @@ class WanKVCache:
     def reset(self) -> None:
         """Forget everything, as between two videos."""
         self.layers = []
-        self._chunk = [0] * self.num_blocks
         self.scratch.clear()
+
+    def _layer(self, number: int, span: int) -> Layer:
+        return Layer(Rolling(self.method, span), self.sink, self.recent, number)
 
     def update(self, block_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Take a chunk's K and V, and give all that it may attend to.
@@ -104,10 +105,7 @@ class WanKVCache:
         """
         if not self.layers:
             span = key.shape[1] if self.span is None else self.span
-            self.layers = [
-                Layer(Rolling(self.method, span), self.sink, self.recent, number)
-                for number in range(self.num_blocks)
-            ]
+            self.layers = [self._layer(number, span) for number in range(self.num_blocks)]
         layer, count = self.layers[block_idx], key.shape[1]
         if not self._appends and layer.tokens:
             layer.crop(max(layer.tokens - count, 0))

@@ -125,6 +125,11 @@ class CompressedReferences:
                 f"{type(self.method).__name__} compresses K before RoPE, and how these caches "
                 "rotate is not known"
             )
+        if self.method.heavy:
+            raise ValueError(
+                f"{type(self.method).__name__} keeps the tokens that queries attend to most, and "
+                "these caches see no queries"
+            )
         self._layers: list[_LayerCache] = []
         self._hooks: list[Any] = []
 
@@ -204,7 +209,8 @@ def compressed_references(target: Any, method: str | Method = "k8v8") -> Compres
         method: a preset's name or a method.
 
     Raises:
-        ValueError: the cache or the method is not known, or the method wants K before RoPE.
+        ValueError: the cache or the method is not known, or the method wants K before RoPE, or
+            queries.
     """
     handle = CompressedReferences(method)
     if hasattr(target, "register_forward_hook"):
