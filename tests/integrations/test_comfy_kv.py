@@ -188,8 +188,10 @@ def test_the_report_says_what_was_measured():
     memory.left["the state of a linear layer"] = 3
     text = text_of(memory)
     assert f"{size(memory.peak)} at its peak instead of {size(memory.host)}" in text
-    assert f"{memory.host / memory.peak:.1f}x smaller" in text
+    assert f"{memory.peak / memory.host:.2f}x as much" in text  # a single layer, decoded once more
     assert "left as it is: 3 x the state of a linear layer" in text
+    less = text_of(Memory(host=1 << 20, layers=2, tokens=9, kept=1 << 18, peak=1 << 19))
+    assert "512.0 KiB at its peak instead of 1.0 MiB, 2.0x smaller" in less
     data = json.loads(json.dumps(memory.to_dict()))
     assert data["parts"]["sink"] > 0 and data["left"] == {"the state of a linear layer": 3}
     assert data["peak"] == memory.peak

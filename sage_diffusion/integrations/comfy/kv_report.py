@@ -35,9 +35,10 @@ def text_of(memory: Memory) -> str:
     if memory.kept == 0:
         text = "WARNING: no run has used this KV cache yet"
         return text + "".join(f"\nleft as it is: {n} x {why}" for why, n in memory.left.items())
+    ratio = memory.host / memory.peak
+    gain = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x as much"
     lines = [
-        f"KV cache: {size(memory.peak)} at its peak instead of {size(memory.host)}, "
-        f"{memory.host / memory.peak:.1f}x smaller",
+        f"KV cache: {size(memory.peak)} at its peak instead of {size(memory.host)}, {gain}",
         f"{memory.layers} layers, {memory.tokens} tokens; {size(memory.kept)} kept at the end",
     ]
     lines += [f"  {name}: {size(count)}" for name, count in memory.parts.most_common() if count]
