@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sage_diffusion.integrations.comfy import causal_wan
 from sage_diffusion.integrations.comfy.kv import (
     Memory,
     Newest,
@@ -177,6 +178,16 @@ def test_references_of_a_run_are_reported_until_another_begins():
     cache.begin()  # its second step
     cache["double_0"]
     assert (memory.layers, memory.kept) == (1, kept // 2)
+
+
+def test_the_bundled_video_model_becomes_a_checkpoint(tmp_path, capsys):
+    out = tmp_path / "video.safetensors"
+    causal_wan.main([str(out)])
+    assert out.stat().st_size > 1e6
+    assert f"wrote {out}: put it into" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        causal_wan.main([str(out), "--transformer", str(tmp_path / "none")])
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_the_report_says_what_was_measured():

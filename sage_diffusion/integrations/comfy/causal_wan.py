@@ -98,7 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="a .safetensors file")
     parser.add_argument("--transformer", type=Path, default=BUNDLED)
     args = parser.parse_args(arguments)
+    if not args.transformer.is_dir():
+        parser.error(
+            f"there is no folder {args.transformer}: the bundled model is in the repository, not "
+            "in the registry's archive"
+        )
     convert(args.transformer, args.out)
+    print(f"wrote {args.out}: put it into ComfyUI's models/diffusion_models")
 
 
 if __name__ == "__main__":
