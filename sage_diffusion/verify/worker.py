@@ -28,6 +28,9 @@ from sage_diffusion.verify.run import CardLost, Verdict
 #: Seconds that one kernel may take, compilation included, before it counts as hung.
 PATIENCE = 240.0
 
+#: Seconds that a worker may take to be ready, at least.
+_START = 60.0
+
 #: Seconds after which compiling ahead ends; what is missing is compiled where it is needed.
 AHEAD = 150.0
 
@@ -99,9 +102,10 @@ def _served(
         for kernel in (None, *kernels):
             end = ""
             try:
-                line = lines.get(timeout=patience)
+                wait = max(patience, _START) if kernel is None else patience
+                line = lines.get(timeout=wait)
             except queue.Empty:
-                line, end = None, f"no result after {patience:.0f} seconds: it hangs"
+                line, end = None, f"no result after {wait:.0f} seconds: it hangs"
             if line is None:
                 end = end or _last_words(process, threads[1], errors)
                 if kernel is None:

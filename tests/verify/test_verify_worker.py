@@ -82,8 +82,8 @@ for backend, spec in job['kernels']:
         time.sleep(600)
     say(backend, spec)
 """
-    _, hung, last = found(tmp_path, script, patience=5.0)
-    assert hung.status == "failed" and "no result after 5 seconds: it hangs" in hung.reason
+    _, hung, last = found(tmp_path, script, patience=2.0)
+    assert hung.status == "failed" and "no result after 2 seconds: it hangs" in hung.reason
     assert last.status == "right"
 
 
