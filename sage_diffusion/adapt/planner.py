@@ -211,10 +211,13 @@ def make_plan(
 
     Raises:
         Unreachable: no plan meets the floor or the budget; says the best reachable.
-        ValueError: not exactly one of ``floor`` and ``budget``.
+        ValueError: not exactly one of ``floor`` and ``budget``, or one that is no number.
     """
     if (floor is None) == (budget is None):
         raise ValueError(f"give either floor or budget, got floor={floor}, budget={budget}")
+    for name_of, goal in (("floor", floor), ("budget", budget)):
+        if goal is not None and math.isnan(goal):
+            raise ValueError(f"{name_of} must be a number, got {goal}")
     prices = load_costs(costs)
     task = problem(table, prices, specs)
     find = _independent if task.coupling is None else _together

@@ -133,11 +133,11 @@ def calibrate(
                 task, description=p.stage, completed=p.done, total=p.total
             ),
         )
+    fastest = min(
+        predicted_time(found, name, costs) for name in found.specs if has_cost(name, costs)
+    )
     if floor is None and budget is None:
-        times = [
-            predicted_time(found, name, costs) for name in found.specs if has_cost(name, costs)
-        ]
-        budget = min(round(1.1 * min(times), 4), 1.0)
+        budget = min(round(1.1 * fastest, 4), 1.0)
     made = make_plan(found, floor=floor, budget=budget, costs=costs, name=out.stem)
     made.plan.save(out)
     files = [str(table), str(out)]
@@ -146,11 +146,13 @@ def calibrate(
 
         files += map(str, calibration_plots(found, made.plan, plots))
     data = summary_of(made, files)
-    if data["share"].get("fp16") == 1:
+    if data["share"].get("fp16") == 1 and fastest >= 1:
         data["note"] = (
             f"no spec is predicted to make these calls faster on {card}: quantizing and launching "
             "takes what the main loop gains; --tokens N plans for longer ones"
         )
+    elif data["share"].get("fp16") == 1 and floor is not None:
+        data["note"] = f"nothing but fp16 is predicted to keep {floor:g} dB"
     emit(as_json, data, text_of(data))
 
 

@@ -220,6 +220,10 @@ def test_calls_too_short_to_gain_are_said_to_be(run):
     code, document = run("calibrate", "tiny", *short, *PROMPTS, "--tokens", "16384")
     assert code == 0 and document["share"]["fp16"] < 1 and "note" not in document
     assert document["calibration"]["tokens"] == 16384
+    code, document = run("calibrate", "tiny", *QUICK, *PROMPTS, "--floor", "120")
+    assert document["note"] == "nothing but fp16 is predicted to keep 120 dB"
+    code, document = run("calibrate", "tiny", *QUICK, *PROMPTS, "--floor", "nan")
+    assert code == 1 and document["error"] == "floor must be a number, got nan"
 
 
 @pytest.mark.parametrize(
