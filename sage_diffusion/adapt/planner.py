@@ -236,13 +236,14 @@ def make_plan(
         raise Unreachable(message) from None
     ideal_time, ideal_damage = task.totals(index)
     time_, damage_ = task.totals(packed.index)
+    schedule = table.schedule if table.steps > 1 else None  # one step covers any schedule
     plan = PrecisionPlan(
         AttentionSpec.parse(packed.default),
         packed.rules,
         model=table.fingerprint.get("model"),
         name=name,
-        schedule=None if table.schedule is None else tuple(table.schedule),
-        schedule_unit=table.schedule_unit,
+        schedule=None if schedule is None else tuple(schedule),
+        schedule_unit=None if schedule is None else table.schedule_unit,
         fingerprint=table.fingerprint or None,
         calibration=_provenance(task, time_, damage_, floor, budget, prices),
         sign_seed=table.unquantized.sign_seed,

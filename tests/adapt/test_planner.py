@@ -154,6 +154,15 @@ def test_compression_keeps_the_limit_on_damage():
     assert time < 0.6
 
 
+def test_a_single_step_is_planned_for_any_schedule():
+    table = table_of(steps=1)
+    table.schedule, table.schedule_unit = [14.6], "sigma"
+    made = make_plan(table, budget=0.3)
+    assert made.plan.schedule is None and 0 < made.time <= 0.3
+    specs = {str(made.plan.resolve(name, at)) for name in table.layers for at in (0.0, 0.5, 1.0)}
+    assert specs == {str(made.plan.resolve(name, 0.0)) for name in table.layers}
+
+
 def test_unreachable_says_what_is_reachable():
     table = table_of()
     with pytest.raises(Unreachable, match=r"fastest takes 0\.188"):
