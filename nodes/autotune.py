@@ -19,6 +19,7 @@ from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.attention import compare_speed_input
 from sage_diffusion.nodes.calibrate import (
     card_input,
+    fp16_note,
     goal_input,
     measured,
     second_prompt_input,
@@ -185,7 +186,7 @@ def _text(found: Chosen, note: str) -> str:
         lines.insert(
             0, f"predicted bound on {card}: {time:.2f} of FP16's attention time{loops}{note}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + fp16_note(found.plan)
 
 
 def _carried(found: Chosen, mark: Mark) -> str:

@@ -14,6 +14,7 @@ from sage_diffusion.adapt import DEFAULT_SHARE
 from sage_diffusion.adapt.costs import Costs
 from sage_diffusion.adapt.presets import this_card
 from sage_diffusion.adapt.table import ScoreTable, TableError
+from sage_diffusion.attend.runs import quantizes
 from sage_diffusion.integrations.comfy.accuracy import KSampling
 from sage_diffusion.integrations.comfy.sampler import (
     CARDS,
@@ -27,6 +28,7 @@ from sage_diffusion.integrations.comfy.sampler import (
 from sage_diffusion.nodes.accuracy import sampling_inputs
 from sage_diffusion.nodes.host import CATEGORY, Plan, show, without_ending
 from sage_diffusion.nodes.progress import SamplingProgress
+from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.show import describe
 
 _AS_FAST, _FLOOR, _BUDGET = "as fast as fast, better", "least quality", "most time"
@@ -224,7 +226,8 @@ class SageCalibrate(io.ComfyNode):
         text = (
             f"{describe(planned.plan)}\n"
             f"predicted bound on {card}: {planned.time:.2f} of FP16's attention time, "
-            f"{planned.quality:.1f} dB{of_what}{note}\nmeasured values: {path}"
+            f"{planned.quality:.1f} dB{of_what}{note}{fp16_note(planned.plan)}\n"
+            f"measured values: {path}"
         )
         if len(prompts) == 1:
             text += "\nmeasured on one prompt: try it on others with Attention Accuracy Check"
@@ -296,6 +299,13 @@ def wanted(goal: dict[str, Any], costs: Costs, table: ScoreTable) -> dict[str, A
     if goal["goal"] == _AS_FAST:
         return {"budget": fast_time(costs, table)}
     return {"budget": goal["time"]} if goal["goal"] == _BUDGET else {"floor": goal["decibel"]}
+
+
+def fp16_note(plan: PrecisionPlan) -> str:
+    """A line for a plan that quantizes nothing; empty for others."""
+    if quantizes(plan):
+        return ""
+    return "\nfp16 everywhere: nothing faster is predicted, or nothing faster meets the goal"
 
 
 def the_card(card: str, model: Any) -> tuple[str, str]:

@@ -228,7 +228,10 @@ def test_cancelling_a_calibration_keeps_its_table(families, page, tmp_path, monk
     assert page.bars[0][0] > 3  # it goes on after the first run
     assert plan.calibration["predicted"]["time"] <= 0.214  # of fast, at this head dim
     assert "predicted bound on rtx4090" in text and "nothing is known of cpu" in text
-    assert "measured on one prompt" in text  # with two seeds
+    assert "measured on one prompt" in text and "fp16 everywhere" not in text  # with two seeds
+    goal = {"goal": "least quality", "decibel": 100.0}
+    plan, text = calibrate(families, tmp_path, monkeypatch, goal=goal)
+    assert not plan.default.quantized and "fp16 everywhere: nothing faster" in text
 
 
 def test_a_name_that_exists_is_never_silently_another_calibration(
