@@ -102,6 +102,13 @@ def test_files_and_texts(model, calibration, tmp_path):
         calibrate(model, ["text"], recipe=RECIPE)
 
 
+def test_a_recipe_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="chunk must have more than 800 tokens, got 100"):
+        Recipe(chunk=100)
+    with pytest.raises(ValueError, match="draws must be at least 0, got -1"):
+        Recipe(draws=-1)
+
+
 def test_attention_that_is_not_seen_is_refused():
     other = llama()
     other.set_attn_implementation("eager")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ class Recipe:
         draws: labels drawn from the model for each token, a backward pass each; 0 for plain
             covariance (PCA).
         seed: of the draws.
+
+    Raises:
+        ValueError: one is too small; nothing of a chunk would be left to look at.
     """
 
     chunk: int = 1280
@@ -37,6 +40,23 @@ class Recipe:
     sink: int = 32
     draws: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, {"scored": 1, "gap": 0, "sink": 0, "draws": 0})
+        if self.chunk <= self.least:
+            raise ValueError(f"chunk must have more than {self.least} tokens, got {self.chunk}")
+
+    @property
+    def least(self) -> int:
+        """Tokens that a chunk must exceed."""
+        return self.sink + 2 * self.gap + self.scored
+
+
+def check_least(settings: Any, least: Mapping[str, float]) -> None:
+    """Raise ValueError where one of these attributes is smaller than it may be."""
+    for name, smallest in least.items():
+        if not (value := getattr(settings, name)) >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
 def calibrate(
@@ -57,12 +77,11 @@ def calibrate(
     Raises:
         CalibrationError: there is too little text, or a model whose attention is not seen.
     """
-    least = recipe.sink + 2 * recipe.gap + recipe.scored
     parts = [x for text in texts for x in token_ids(text, tokenizer).split(recipe.chunk)]
-    chunks = [x for x in parts if x.numel() > least]
+    chunks = [x for x in parts if x.numel() > recipe.least]
     if not chunks:
         raise CalibrationError(
-            f"a text must have more than {least} tokens, none of the {len(texts)} has"
+            f"a text must have more than {recipe.least} tokens, none of the {len(texts)} has"
         )
     config = text_config(model)
     kinds = get_layer_types_and_kwargs(config)[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sage_diffusion.integrations.transformers.kv_calibration import token_ids
+from sage_diffusion.integrations.transformers.kv_calibration import check_least, token_ids
 from sage_diffusion.kv.calibration import Calibration, CalibrationError, fingerprint
 
 _LEAST = {
@@ -64,9 +64,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if not (value := getattr(self, name)) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_least(self, _LEAST)
         if self.chunk <= self.sink + self.window:
             raise ValueError(
                 f"a chunk must have more tokens than sink and window together "
