@@ -322,6 +322,9 @@ def test_flux_references_are_kept_in_few_bits(families):
     assert torch.equal(found, want) and exact.kind == "references"
     assert torch.equal(near[:2], want[:2]) and 0 < difference(near, want) < 0.01
     assert small.memory.layers == 2 and small.memory.tokens == 64
+    smaller = compress_model(small.host, settings("k4v4"))  # takes the place of k8v8
+    two_steps(smaller.host)
+    assert 0 < smaller.memory.kept < small.memory.kept
     attention, inputs = patches_of(small.host)
     of_the_run, reported = weakref.ref(attention.cache), small.memory.to_dict()
     attention.cleanup()  # as ComfyUI does when a run ends; the report comes after

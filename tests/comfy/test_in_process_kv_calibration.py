@@ -108,6 +108,15 @@ def test_it_is_compressed_anew_while_an_older_copy_is_loaded(calibrated):
     assert second.memory.layers == 4 and not second.memory.left
 
 
+def test_a_second_compression_takes_the_place_of_the_first(calibrated):
+    from sage_diffusion.integrations.comfy.kv_patch import compress_clip
+
+    first = compress_clip(calibrated[0], settings("k4v4", sink=8, recent=8))
+    second = compress_clip(first.host, settings("k2v2", sink=8, recent=8))
+    second.host.write(prompt=100, length=4)
+    assert second.memory.layers == 4 and not second.memory.left and not first.memory.layers
+
+
 def test_what_does_not_fit_is_refused(calibrated):
     from sage_diffusion.integrations.comfy.kv_calibration import (
         calibrate_clip,

@@ -344,7 +344,8 @@ def text_cache(
     another's cache, caches that grow by themselves.
 
     Args:
-        original: is asked for a cache of three tokens, to see what it is made of.
+        original: is asked for a cache of three tokens, to see what it is made of; attribute
+            ``replaced`` of what is returned.
         sliding: tokens of each layer's sliding window, 0 for none; such a layer keeps its newest
             tokens, exact, and no others.
         rope: of the others, for methods that take K before it.
@@ -367,6 +368,7 @@ def text_cache(
             entries[number] = (*Pair(past, layer, shape, 2, entry[0].dtype).sides, 0)
         return entries
 
+    init_kv_cache.replaced = original  # type: ignore[attr-defined]
     return init_kv_cache
 
 

@@ -64,7 +64,7 @@ def compress_model(model: Any, settings: Settings) -> Compressed:
         patched.add_object_patch("diffusion_model.init_kv_caches", caches)
         return Compressed(model, patched, "video", settings, memory)
     for patch in _patches(model, "attn1_patch"):
-        if type(patch).__name__ == "KV_Attn_Input":
+        if any(kind.__name__ == "KV_Attn_Input" for kind in type(patch).__mro__):
             return _with_references(model, patch, settings, memory)
     raise ValueError(
         f"{type(model.model).__name__} keeps no KV cache: it must be an autoregressive video model "
@@ -129,7 +129,8 @@ def compress_clip(clip: Any, settings: Settings) -> Compressed:
         name = f"{path}.init_kv_cache"
         rope = _needed(settings, module)
         # The module's own: while another copy is loaded, its patch stands there.
-        original = patched.patcher.get_model_object(name)
+        found = patched.patcher.get_model_object(name)
+        original = getattr(found, "replaced", found)  # one compression takes another's place
         cache = text_cache(original, settings, memory, sliding(module), rope)
         patched.patcher.add_object_patch(name, cache)
     return Compressed(clip, patched, "text", settings, memory)
