@@ -147,6 +147,7 @@ def test_references_are_written_once_and_read_often():
     k, v = (torch.randn(1, 2, 96, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     assert len(cache) == 0 and "double_0" not in cache
     cache["double_0"], cache["double_1"] = (k, v), (v, k)
+    assert 0 < memory.kept == memory.peak < memory.host  # a run of one step ends here
     for _ in range(2):
         for name, want in (("double_0", (k, v)), ("double_1", (v, k))):
             for found, side in zip(cache[name], want, strict=True):

@@ -86,7 +86,7 @@ class Past:
     """All layers of one run.
 
     Attributes:
-        memory: measured whenever a layer is read.
+        memory: see :meth:`measure`, which every read calls.
     """
 
     def __init__(self, memory: Memory):
@@ -127,10 +127,11 @@ class Past:
             exact = isinstance(layer, Newest)
             self._views = layer.read() if exact else self.scratch.fill(layer)
             self._shown = layer
-            self._measure()
+            self.measure()
         return self._views
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Look at what all layers take."""
         memory = self.memory
         memory.kept = sum(layer.nbytes for layer in self.layers)
         memory.peak = max(memory.peak, memory.kept + self.scratch.nbytes)
@@ -425,6 +426,7 @@ class References(MutableMapping[str, tuple[Tensor, Tensor]]):
         host_bytes = sum(x.numel() * x.element_size() for x in value)
         self._held[key] = layer, host_bytes
         self._past.add(layer, host_bytes)
+        self._past.measure()  # a run of one step never reads
 
     def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
         return self._past.read(self._held[key][0])
