@@ -27,6 +27,7 @@ from sage_diffusion.nodes.calibrate import (
     wanted,
 )
 from sage_diffusion.nodes.host import CATEGORY, Plan, embed_inputs, show, user_plan_folder
+from sage_diffusion.plan import PrecisionPlan
 from sage_diffusion.plan.embed import content_hash, embed_plan
 from sage_diffusion.plan.library import save_plan
 from sage_diffusion.plan.show import describe
@@ -123,6 +124,8 @@ class SageAutoTune(io.ComfyNode):
         settings["latent"] = settings["latent"][1:]  # a batch of any size runs the same plan
         mark = mark_of(model, settings, card)
         path = user_plan_folder() / f"{mark.name}.json"
+        if measure_anew and path.exists():
+            PrecisionPlan.load(path)  # what is no plan is never replaced: say so before measuring
         found = None if measure_anew else find(mark, embedded_plan if embed_plan else "", path)
         if found is None:
             sampler = ComfySampler(model, sampling, _NAME)

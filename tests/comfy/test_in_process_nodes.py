@@ -378,6 +378,11 @@ def test_auto_tune_measures_once_and_a_second_instance_runs_the_same(
     page.cancel_at = None
     again("here", measure_anew=True)
     assert page.bars[0][0] > 3  # it goes on after the first run
+    for path in (tmp_path / "here" / "plans").rglob("*.json"):
+        path.write_text("mine")
+    with pytest.raises(ValueError, match="is not JSON"):
+        again("here", measure_anew=True)
+    assert not page.bars  # said before anything is measured
 
 
 def test_every_language_names_every_node_and_input():
