@@ -346,8 +346,8 @@ class _Job:
             session.observers.remove(watcher)
         if not watcher.steps:
             raise CalibrationError(
-                "no attention call was seen while sampling: the model has no attention that is "
-                "reached, or its host never called session.start and session.begin_step"
+                "no attention call was seen while sampling: no step was taken, the model has no "
+                "attention that is reached, or its host never called session.start and begin_step"
             )
         if not self.table.steps:
             self.table = replace(self.table, steps=watcher.steps)
