@@ -60,8 +60,9 @@ ENTRIES = {
     "SDXL - balanced": Entry(
         flows.sdxl,
         "SDXL, balanced",
-        "The preset **balanced** takes INT8 scores and FP8 (or INT8) values, whichever the GPU "
-        "computes. Cross-attention to the text has 77 tokens and stays as it is.",
+        "The preset **balanced** takes INT8 scores, and INT8 or FP8 values, whichever are the "
+        "more accurate ones at the card's best speed. Cross-attention to the text has 77 tokens "
+        "and stays as it is.",
         "balanced",
         "replace *Sage Attention* by *Auto-tune Attention* for a plan of your own checkpoint.",
         Calls(4096, 20, 64),
