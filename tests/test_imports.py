@@ -209,6 +209,21 @@ def run(code, cwd):
     )
 
 
+def test_a_host_that_is_not_installed_is_named_with_its_remedy(tmp_path):
+    code = """
+import sys
+sys.modules["transformers"] = None  # as where it is not installed
+import sage_diffusion.kv
+try:
+    sage_diffusion.kv.KVCache
+except ImportError as error:
+    print(error)
+"""
+    done = run(code, tmp_path)
+    asked = "sage_diffusion.kv.KVCache needs transformers: pip install 'sage-diffusion[kv]'"
+    assert done.stdout.strip() == asked, done.stderr
+
+
 def test_importing_the_package_imports_no_heavy_or_foreign_module(tmp_path):
     code = """
 import sys

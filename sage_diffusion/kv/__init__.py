@@ -51,7 +51,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise ImportError(
+            f"sage_diffusion.kv.{name} needs transformers: pip install 'sage-diffusion[kv]'"
+        ) from error
+    value = getattr(home, name)
     globals()[name] = value
     return value
 
