@@ -1,9 +1,9 @@
 """Errors that add up: neighbouring steps err alike, so 4 bit hurts less in every other step.
 
-From one step to the next a layer's Q and K hardly change, and so rounding goes wrong in the same
-direction: what two steps do to the final latents is correlated, positively from step to step and
-negatively between the two halves of guidance, of which one is subtracted.  With ``d`` the effect of
-every cell alone and ``C`` the correlation, the squared error of a plan is
+From one step to the next a layer's Q and K hardly change, and so, under one rotation, rounding goes
+wrong in the same direction: what two steps do to the final latents is correlated, positively from
+step to step and negatively between the two halves of guidance, of which one is subtracted.  With
+``d`` the effect of every cell alone and ``C`` the correlation, the squared error of a plan is
 
     sum over layers and formats of Q K^T of  r^T C r,   r = sqrt(d) of the cells in that format
 
