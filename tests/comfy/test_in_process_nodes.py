@@ -93,6 +93,7 @@ def test_the_check_shows_a_bar_previews_and_the_time_left(families, page, tmp_pa
     assert " s left" in told
     assert page.states[-1] == "done"
     assert page.texts[-1].startswith("PASSED: cosine 0.9\n20 of 20 quantized calls compared")
+    assert "with exact attention, guidance's halves apart" in page.texts[-1]
     assert out[5] is True
 
 

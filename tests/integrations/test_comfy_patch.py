@@ -213,6 +213,7 @@ def test_a_check_runs_with_and_without_the_plan():
     assert as_images(done.exact).shape == (1, 24, 16, 3)
     assert done.quantized == {"double.00": 3, "double.01": 3}
     assert "6 of 6 quantized calls compared" in done.brief()
+    assert "halves" not in done.brief()  # this host's calls have one each
     assert "for accuracy, not for speed" in done.brief()
     assert "PSNR" in done.brief()
     assert side_by_side(done).shape == (1, 24, 32, 3)
