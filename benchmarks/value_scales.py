@@ -67,6 +67,18 @@ def int8_tiles(power_of_two: bool) -> Quantizer:
     return back
 
 
+def int8_own_tiles(tokens: int) -> Quantizer:
+    """INT8 minus the sample's mean, with a scale per channel and so many tokens."""
+
+    def back(v: Tensor) -> Tensor:
+        mean = _sampled(v).mean(2, keepdim=True)
+        tiles = (v - mean).unflatten(2, (-1, tokens))
+        scale = tiles.abs().amax(3, keepdim=True) / Precision.INT8.qmax
+        return ((tiles / scale).round() * scale).flatten(2, 3) + mean
+
+    return back
+
+
 def _sampled(v: Tensor) -> Tensor:
     return v[:, :, quantize.sampled_tokens(v.shape[2], v.device)]
 
@@ -81,6 +93,7 @@ VARIANTS: dict[str, Quantizer] = {
     **{f"fp8, sample, room {room:g}": with_room(room) for room in (1.0, 2.0, 64.0, 256.0, 512.0)},
     "fp8 within 2.25, sample, tiles": with_tiles,
     "int8, all tokens": from_all(Precision.INT8),
+    **{f"int8, channels and {n} tokens": int8_own_tiles(n) for n in (64, 128)},
     "int8, sample, tiles": int8_tiles(False),
     "int8, sample, tiles, powers of two": int8_tiles(True),
 }

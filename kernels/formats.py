@@ -99,10 +99,13 @@ class QuantizedTensor(NamedTuple):
 class QuantizedValue(NamedTuple):
     """V per channel and transposed: ``v[l, d] ~= data[d, l] * scale[d] + mean[d]``.
 
+    An INT8 V may have scales of its own for every 64 tokens, ``scale[l // 64, d]``.
+
     Attributes:
         data: ``[B, H, D, Lp]`` int8 or float8_e4m3fn, or ``[B, H, D, Lp / 2]`` uint8 for FP4; Lp is
             L rounded up to a multiple of 64, the padding is zero.
-        scale: ``[B, H, D]`` float32.
+        scale: ``[B, H, D]`` float32.  Of 64 tokens each: ``[B, H, Lp / 64, D]`` float32 whose last
+            16 bits are 0 (``quantize.permute.permute_scales`` for the kernels that permute V).
         precision: the format of ``data``.
         length: L, the tokens that are not padding.
         mean: ``[B, H, D]`` float32 that was subtracted from V (smooth_v), or None.
@@ -123,6 +126,11 @@ class QuantizedValue(NamedTuple):
     micro: Tensor | None = None
     sums: Tensor | None = None
     tiles: Tensor | None = None
+
+    @property
+    def tile_scales(self) -> bool:
+        """Whether every 64 tokens have scales of their own."""
+        return self.scale.ndim == 4
 
 
 class Sample(NamedTuple):

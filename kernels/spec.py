@@ -27,8 +27,9 @@ ALIASES = {"int8": "int8/fp8", "int4": "int4/fp8-fast", "fp8": "fp8/fp8", "fp4":
 
 #: What a name switches on has changed; files say by their version which edition their names are of.
 #: In edition 1 only 4 bit rotated, no channels were balanced, INT8 V was not smoothed and its P was
-#: signed.  Up to edition 2 V's scales came from all of its tokens, up to 3 clipping shrank scores.
-EDITION = 4
+#: signed.  Up to edition 2 V's scales came from all of its tokens, up to 3 clipping shrank scores,
+#: up to 4 a channel of an INT8 V had one scale for all tokens.
+EDITION = 5
 
 _FLAGS = (
     "smooth_q",
@@ -37,6 +38,7 @@ _FLAGS = (
     "rotate",
     "balance",
     "sample_v",
+    "tile_v",
     "clip",
     "unbiased",
     "unsigned_p",
@@ -67,6 +69,8 @@ class AttentionSpec:
         sample_v: the scales of an FP8 or FP4 V come from those tokens, too, so that V is read once.
             There is room for values 256 times as large; where P V accumulates in FP16, which has
             none, 64 tokens share a factor.  Off for other formats of V, and without ``balance``.
+        tile_v: a channel of an INT8 V has a scale for every 64 tokens instead of one for all, which
+            takes a third off the error and spares a second read of V.  Off for other formats.
         clip: choose the scales of 4-bit Q, K and V (INT4: of a row, FP4: of 16 values) for the
             least squared error instead of the largest value.
         unbiased: multiply Q K^T by what such scales of Q and K take off it, which is the same for
@@ -85,6 +89,7 @@ class AttentionSpec:
     rotate: bool = False
     balance: bool = False
     sample_v: bool = False
+    tile_v: bool = False
     clip: bool = False
     unbiased: bool = False
     unsigned_p: bool = False
@@ -118,6 +123,8 @@ class AttentionSpec:
             set_field(self, "sample_v", False)
         if not self.clip:
             set_field(self, "unbiased", False)
+        if self.pv is not Precision.INT8:
+            set_field(self, "tile_v", False)
         if self.pv_accumulator == "fp16" and self.pv is not Precision.FP8:
             raise ValueError(f"pv_accumulator='fp16' needs pv='fp8', got pv={self.pv.value!r}")
         if self.unsigned_p and self.pv is not Precision.INT8:
@@ -149,8 +156,8 @@ class AttentionSpec:
         ``int8``, ``int4``, ``fp8`` and ``fp4`` are short for :data:`ALIASES`.
 
         A quantized name switches on smooth_k, rotate and balance, one that begins with int4 or fp4
-        smooth_q, clip and unbiased too, one whose P and V are int8 smooth_v and unsigned_p, and one
-        whose P and V are fp8 or fp4 sample_v.
+        smooth_q, clip and unbiased too, one whose P and V are int8 smooth_v, tile_v and unsigned_p,
+        and one whose P and V are fp8 or fp4 sample_v.
 
         Args:
             text: the name; an AttentionSpec is returned as it is.
@@ -211,6 +218,7 @@ def _preset(
         rotate=four_bit or edition > 1,
         balance=edition > 1,
         sample_v=edition > 2,
+        tile_v=edition > 4,
         clip=four_bit,
         unbiased=four_bit and edition > 3,
         unsigned_p=int8_value,

@@ -155,10 +155,13 @@ _GLUON_FP4 = {("gluon", "fp4/int8", 128, v): ("sm_120",) for v in _MASKS}  # not
 _HALF_90 = {("triton", "int8/fp16", 128, v): ("sm_90",) for v in ("plain", "causal")}
 
 #: Spills that are known at smaller head dims, by Triton, then by backend, spec, head dim and
-#: variant of the test.  Masks of rows that are not aligned are padded and spill as "bool" does.
+#: variant of the test; those of Gluon's INT8 P and V stand around the main loop, but for 2 to 4
+#: instructions before 3.9.  Masks of rows that are not aligned are padded and spill as "bool" does.
 _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]] = {
     (3, 6): {
         **_GLUON_MASKS,
+        ("gluon", "int8/int8", 128, "plain"): ("sm_80", *_ADA),
+        ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),
         ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
         ("triton", "int8/fp16", 128, "plain"): ("sm_90", "gfx1100"),
         ("triton", "int8/fp16", 128, "causal"): ("sm_90",),
@@ -166,7 +169,7 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         ("triton", "int8/int8", 64, "plain"): ("sm_100",),
         ("triton", "int8/int8", 64, "causal"): _ADA,
         ("triton", "int8/int8", 64, "keys"): _ADA,
-        ("triton", "int8/int8", 128, "plain"): ("sm_120",),
+        ("triton", "int8/int8", 128, "plain"): (*_ADA, "sm_120"),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
         ("triton", "int8/int8", 128, "keys"): ("sm_100", "sm_120"),
         ("triton", "int8/int8", 128, "bool"): ("sm_80",),
@@ -180,10 +183,11 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         **_HALF_90,
         ("hopper", "int8/fp8", 128, "causal"): ("sm_90",),
         ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
-        ("gluon", "int8/int8", 128, "plain"): _ADA,
-        ("triton", "int8/int8", 64, "plain"): ("sm_100",),
+        ("gluon", "int8/int8", 128, "plain"): ("sm_80", *_ADA, "sm_120"),
+        ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),
+        ("triton", "int8/int8", 64, "plain"): (*_ADA, "sm_100"),
         ("triton", "int8/int8", 64, "causal"): ("sm_100",),
-        ("triton", "int8/int8", 128, "plain"): ("sm_120", "gfx1201"),
+        ("triton", "int8/int8", 128, "plain"): (*_ADA, "sm_120", "gfx1201"),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_100", "sm_120"),
         ("triton", "int8/int8", 128, "keys"): ("sm_100",),
         ("triton", "int8/int8", 128, "bool"): ("sm_80",),
@@ -195,8 +199,10 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         **_GLUON_MASKS,
         **_HALF_90,
         ("hopper", "fp8/fp8", 128, "causal"): ("sm_90",),
-        ("gluon", "int8/int8", 128, "plain"): _ADA,
-        ("triton", "int8/int8", 128, "plain"): ("gfx1201",),
+        ("gluon", "int8/int8", 128, "plain"): ("sm_80", *_ADA, "sm_120"),
+        ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),
+        ("triton", "int8/int8", 64, "plain"): (*_ADA, "gfx1100"),
+        ("triton", "int8/int8", 128, "plain"): (*_ADA, "gfx1201"),
         ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
         **{("triton", "int8/fp8", 128, v): ("sm_120",) for v in ("causal", "keys", "bool")},
     },
@@ -204,8 +210,18 @@ _SPILLS: dict[tuple[int, int], dict[tuple[str, str, int, str], tuple[str, ...]]]
         **_GLUON_MASKS,
         **_HALF_90,
         **_GLUON_FP4,
-        ("gluon", "int8/int8", 128, "additive"): ("sm_80", *_ADA),
-        ("triton", "int8/int8", 128, "causal"): ("sm_80", "sm_120"),
+        ("gluon", "fp4/int8", 128, "plain"): ("sm_120",),
+        ("gluon", "fp4/int8", 128, "causal"): ("sm_120",),
+        ("gluon", "int8/int8", 128, "plain"): ("sm_80", *_ADA, "sm_120"),
+        ("gluon", "int8/int8", 128, "causal"): (*_ADA, "sm_120"),
+        **{("gluon", "int8/int8", 128, v): ("sm_80", *_ADA, "sm_120") for v in _MASKS},
+        **{("gluon", "int4/int8", 128, v): _ADA for v in ("plain", "keys", "bool")},
+        ("triton", "int8/int8", 64, "plain"): ("sm_80", *_ADA, "sm_100"),
+        ("triton", "int8/int8", 64, "causal"): ("sm_80", *_ADA, "sm_100"),
+        ("triton", "int8/int8", 128, "plain"): (*_ADA, "sm_120", "gfx1201"),
+        ("triton", "int8/int8", 128, "causal"): ("sm_80", *_ADA, "sm_100", "sm_120"),
+        ("triton", "int8/int8", 128, "keys"): ("sm_80", *_ADA, "sm_120"),
+        **{("triton", "int8/int8", 128, v): (*_ADA, "sm_120") for v in ("bool", "additive")},
         **{("triton", "int8/fp8", 128, v): ("sm_120",) for v in ("causal", "keys", "bool")},
         ("triton", "fp4/fp4", 128, "bool"): ("sm_100",),
         ("triton", "fp4/fp4", 128, "additive"): ("sm_100",),
@@ -218,9 +234,9 @@ _QUANTIZER_SPILLS = {
     (3, 7): {
         "rope sample": ("gfx1100", "gfx1201"),
         "together fp4/fp4": ("sm_120",),
-        "rope together int4/int8": ("sm_80",),
     },
-    (3, 8): {"sample int8/int8": ("sm_90",)},
+    (3, 8): {"sample int8/int8-tile_v": ("sm_90",)},
+    (3, 9): {"rope together int4/int8": ("sm_80",)},
 }
 
 
@@ -269,7 +285,7 @@ QUANTIZERS = {
     "statistics": EVERY,
     "mean": EVERY,
     "sample": EVERY,
-    "sample int8/int8": ("sm_80", "sm_90", "gfx90a"),
+    "sample int8/int8-tile_v": ("sm_80", "sm_90", "gfx90a"),
     "rows int8": EVERY,
     "rows int4": WITH_INT4,
     "smoothed rows int4": WITH_INT4,
@@ -289,6 +305,7 @@ QUANTIZERS = {
     "rope rows fp4": ("sm_120",),
     "together int8/fp16": EVERY,
     "together int8/int8": ("sm_80", "sm_90", "gfx90a", "gfx1100"),
+    "together int8/int8-tile_v": ("sm_80", "gfx90a"),
     "together int8/fp8": WITH_FP8,
     "together int8/fp8-fast": ("sm_89", "sm_120"),
     "together int4/int8": WITH_INT4,

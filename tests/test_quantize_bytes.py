@@ -29,8 +29,10 @@ def test_quantization_moves_little_more_than_it_must(quantize_bytes, length):
     found = quantize_bytes.measure(length)
     assert {row["spec"] for row in found} == {
         "int8/fp16",
+        "int8/int8",
         "int8/fp8",
         "int8/fp8-fast",
+        "int4/int8",
         "int4/fp8-fast",
         "fp4/fp8-fast",
         "fp4/fp4",
@@ -86,6 +88,8 @@ def traffic(monkeypatch):
         (89, "int8/fp16", 64),
         (89, "int8/fp8", 128),
         (80, "int8/int8", 64),
+        (80, "int8/int8-tile_v", 64),
+        (80, "int4/int8", 64),
         (89, "int4/fp8-fast", 64),
         (120, "fp4/fp4", 64),
     ],

@@ -69,6 +69,9 @@ def attend_quantized(
     head_dim = v.data.shape[2]
     q_words, k_words, v_words = (x.data.contiguous().view(torch.int32) for x in (q, k, v))
     dim = q_words.shape[3] * (4 if q.precision is Precision.INT8 else 8)
+    v_scale = v.scale.contiguous()
+    if v.tile_scales:
+        v_scale = v_scale.view(torch.int32)
     config = launch or launch_for(dim)
     micro = tuple(
         None if x.micro is None else x.micro.contiguous().view(torch.int32) for x in (q, k, v)
@@ -91,7 +94,7 @@ def attend_quantized(
                 q.scale.contiguous(),
                 scales,
                 *micro,
-                v.scale.contiguous(),
+                v_scale,
                 None if v.mean is None else v.mean.contiguous(),
                 v.tiles,
                 added,

@@ -22,6 +22,9 @@ _MINUS_MAGIC, _PLUS_MAGIC = f"0f{MAGIC_BITS:08X}", f"0f{MAGIC_BITS ^ 1 << 31:08X
 #: later cards the conversion (I2FP) costs what the subtraction does.
 CONVERTED = 3
 
+#: The same where sums are scaled.
+CONVERTED_SCALED = 3
+
 #: Four bytes of one, with which ``dp4a`` adds a word's bytes.
 _ONES = 0x01010101
 
@@ -165,19 +168,36 @@ def values_int8(outputs, inputs):
     With a total, also ``total * alpha + sum of round(p)`` of one thread's columns, as
     :func:`add_row` has them.
     """
-    return _values_int8(_INT8, "s32", outputs, inputs)
+    return _values_int8(_INT8, "s32", False, outputs, inputs)
 
 
 @gluon.constexpr_function
 def values_uint8(outputs, inputs):
     """As :func:`values_int8`; p is at most 255."""
-    return _values_int8(_UINT8, "u32", outputs, inputs)
+    return _values_int8(_UINT8, "u32", False, outputs, inputs)
 
 
 @gluon.constexpr_function
-def _values_int8(mma, bytes_of_p, outputs, inputs):
+def values_int8_tiles(outputs, inputs):
+    """``acc * alpha + scale * (round(p) @ v)``, with a total as :func:`values_int8`.
+
+    Scales come in words of two channels' bfloat16s.
+    """
+    return _values_int8(_INT8, "s32", True, outputs, inputs)
+
+
+@gluon.constexpr_function
+def values_uint8_tiles(outputs, inputs):
+    """As :func:`values_int8_tiles`; p is at most 255."""
+    return _values_int8(_UINT8, "u32", True, outputs, inputs)
+
+
+@gluon.constexpr_function
+def _values_int8(mma, bytes_of_p, scaled, outputs, inputs):
     out, *sums = outputs
     p, v, acc, alpha, magic, *totals = inputs
+    if scaled:
+        scales, *totals = totals
     words = _p_words(p)
     k_tiles = len(words) // 4
     lines = [f"{{ .reg .b32 a<{len(words)}>, b<4>, c<4>, z; .reg .f32 x<4>; mov.b32 z, 0;"]
@@ -195,7 +215,8 @@ def _values_int8(mma, bytes_of_p, outputs, inputs):
             lines.append(f"mov.b32 x{row}, c{row}; sub.rn.f32 x{row}, {_MINUS_MAGIC}, x{row};")
             lines.append(f"fma.rn.f32 {joined[row]}, {total[row]}, {alpha[row]}, x{row};")
     for n in range(len(out) // 4):
-        convert = n * CONVERTED % 8 < CONVERTED
+        share = CONVERTED_SCALED if scaled else CONVERTED
+        convert = n * share % 8 < share
         start = "{z, z, z, z}" if convert else regs(magic)
         for k in range(k_tiles):
             word = 2 * (n * k_tiles + k)
@@ -203,14 +224,47 @@ def _values_int8(mma, bytes_of_p, outputs, inputs):
                 f"{mma} {{c0, c1, c2, c3}}, {regs([f'a{4 * k + i}' for i in range(4)])}, "
                 f"{regs(v[word : word + 2])}, {'{c0, c1, c2, c3}' if k else start};"
             )
-        for i in range(4):
-            r = 4 * n + i
-            if convert:
-                lines.append(f"cvt.rn.f32.s32 x{i}, c{i};")
-            else:
-                lines.append(f"mov.b32 x{i}, c{i}; sub.rn.f32 x{i}, {_MINUS_MAGIC}, x{i};")
-            lines.append(f"fma.rn.f32 {out[r]}, {acc[r]}, {alpha[i // 2]}, x{i};")
+        of = slice(4 * n, 4 * n + 4)
+        if scaled:
+            lines += _join_scaled(out[of], acc[of], alpha, scales[n], convert)
+        else:
+            lines += _join(out[of], acc[of], alpha, convert)
     return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _join(out, acc, alpha, convert):
+    """``out = acc * alpha + sum`` of an n8 tile, whose integers are in c and become floats in x."""
+    lines = []
+    for i in range(4):
+        if convert:
+            lines.append(f"cvt.rn.f32.s32 x{i}, c{i};")
+        else:
+            lines.append(f"mov.b32 x{i}, c{i}; sub.rn.f32 x{i}, {_MINUS_MAGIC}, x{i};")
+        lines.append(f"fma.rn.f32 {out[i]}, {acc[i]}, {alpha[i // 2]}, x{i};")
+    return lines
+
+
+@gluon.constexpr_function
+def _join_scaled(out, acc, alpha, word, convert):
+    """``out = acc * alpha + scale * sum``, scales of two channels in a word.
+
+    Not converted, what a sum starts from is taken out of ``acc * alpha`` in the same fma: that
+    rounds to half a unit of the sum, which V's rounding moves by a hundred of them.
+    """
+    lines = [f"{{ .reg .b32 s; .reg .f32 f<2>, m<2>; shl.b32 s, {word}, 16; mov.b32 f0, s;"]
+    lines.append(f"and.b32 s, {word}, 0xFFFF0000; mov.b32 f1, s;")
+    for i in range(2 * (not convert)):
+        lines.append(f"mul.rn.f32 m{i}, f{i}, {_MINUS_MAGIC}; neg.f32 f{i}, f{i};")
+    for i in range(4):
+        one, other = (acc[i], alpha[i // 2]), (f"x{i}", f"f{i % 2}")
+        if convert:
+            lines.append(f"cvt.rn.f32.s32 x{i}, c{i}; mul.rn.f32 {out[i]}, {one[0]}, {one[1]};")
+        else:
+            lines.append(f"mov.b32 x{i}, c{i};")
+            lines.append(f"fma.rn.f32 {out[i]}, {one[0]}, {one[1]}, m{i % 2};")
+        lines.append(f"fma.rn.f32 {out[i]}, {other[0]}, {other[1]}, {out[i]};")
+    return [*lines, "}"]
 
 
 @gluon.constexpr_function

@@ -26,6 +26,7 @@ from .gluon_layouts import (
 from .gluon_program import (
     extent,
     lane_columns,
+    lane_scales,
     mask_span,
     mask_words,
     place,
@@ -71,6 +72,7 @@ def _attend_range(
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILED: gl.constexpr,
+    BY_TILE: gl.constexpr,
     D: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -103,7 +105,9 @@ def _attend_range(
                 MASK,
                 CAUSAL,
                 TILED,
+                BY_TILE,
                 D,
+                STEP,
                 mma,
             )
     return state
@@ -149,7 +153,7 @@ def attention_kernel(
     p_q_micro,  # [B, H, Lq, DP / 64] int32, or None
     p_k_micro,  # [B, Hkv, Lk, DP / 64] int32, or None
     p_v_micro,  # [B, Hkv, Lp / 64, D] int32, or None
-    p_v_scale,  # [B, Hkv, D] float32
+    p_v_scale,  # [B, Hkv, D] float32, or [B, Hkv, Lp / 64, DP / 2] int32 of ``permute_scales``
     p_v_mean,  # [B, Hkv, D] float32, or None
     p_v_tiles,  # [B, Hkv, Lp / 64 + 2, 2] float32, or None
     p_bias,  # [B, H, 128-row blocks of the launch, Lp + 128] float32, column order, or None
@@ -186,6 +190,7 @@ def attention_kernel(
     """One block of query rows of one head."""
     BIAS: gl.constexpr = p_bias is not None
     TILED: gl.constexpr = p_v_tiles is not None
+    BY_TILE: gl.constexpr = p_v_scale.dtype.element_ty == gl.int32
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     col: gl.constexpr = gl.SliceLayout(0, mma)
@@ -235,6 +240,9 @@ def attention_kernel(
         p_bias += (i_m * BM // 128).to(gl.int64) * stride_bias_m
     if TILED:
         p_v_tiles += i_bkv * ((padded // _TILE_N + 2) * 2)
+    p_scales = p_k_scale
+    if BY_TILE:
+        p_scales = p_v_scale + i_bkv * (padded // _TILE_N * (DP // 2)) + lane_scales(DP, num_warps)
     first, stop = 0, gl.cdiv(k_len, STEP * _TILE_N)
     if MASK != "none":
         # A warp's 16 rows are a group of the mask.
@@ -251,6 +259,8 @@ def attention_kernel(
             p_bias += skipped
         if TILED:
             p_v_tiles += skipped // _TILE_N * 2
+        if BY_TILE:
+            p_scales += skipped // _TILE_N * (DP // 2)
         if QK == "fp4":
             p_k_micro += skipped.to(gl.int64) * (DP // 64)
         if PV == "fp4":
@@ -287,6 +297,7 @@ def attention_kernel(
         p_k_scale if MASK == "none" else p_mask,
         p_v_tiles if TILED else p_k_scale,
         gl.to_tensor(1.0) if TILED else k_len,
+        p_scales,
     )
     words_type: gl.constexpr = distributed_type(
         gl.int32, [32 * num_warps, 4], thread_layout(num_warps)
@@ -322,6 +333,7 @@ def attention_kernel(
             MASK,
             CAUSAL,
             TILED,
+            BY_TILE,
             D,
             STEP,
             STAGES,
@@ -343,7 +355,8 @@ def attention_kernel(
         inverse *= state.factor
     out = acc * inverse[:, None]
     i_d = i_bkv * D + o_d
-    out = out * gl.load(p_v_scale + i_d, mask=o_d < D, other=0.0)[None, :]
+    if not BY_TILE:
+        out = out * gl.load(p_v_scale + i_d, mask=o_d < D, other=0.0)[None, :]
     if p_v_mean is not None:
         out = out + gl.load(p_v_mean + i_d, mask=o_d < D, other=0.0)[None, :]
     out = gl.where(seen[:, None], out, 0.0)

@@ -35,6 +35,18 @@ def lane_layout(warps):
 
 
 @gluon.constexpr_function
+def scale_layout(dim, warps):
+    """Scales of V's channels (``permute.channel_order``), words of two, as :func:`lane_layout`."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1 << i] for i in range((dim // 8).bit_length() - 1)],
+        lane_bases=[[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]],
+        warp_bases=[[0, 0]] * (warps.bit_length() - 1),
+        block_bases=[],
+        shape=[4, dim // 8],
+    )
+
+
+@gluon.constexpr_function
 def partial_layout(warps):
     """``[BM, 4]``: a thread's own part of its rows' sums; four threads share a row."""
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]

@@ -10,7 +10,7 @@ from ..formats import TILE_N
 from ..tiles import adding_up
 from ..versions import NATIVE_ASSEMBLY, inline_asm
 from .gluon_asm import add_bf16, add_fp16, add_fp32, program_after
-from .gluon_layouts import lane_layout
+from .gluon_layouts import lane_layout, scale_layout
 
 _TILE_N, _HALF_MAX = gl.constexpr(TILE_N), gl.constexpr(65504.0)
 _NAN = gl.constexpr(tl.PropagateNan.ALL)
@@ -75,6 +75,15 @@ def lane_columns(num_warps: gl.constexpr):
     lane = gl.arange(0, 4, gl.SliceLayout(1, layout))
     lane = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [lane], gl.int32, False, 1)
     return lane[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def lane_scales(dim: gl.constexpr, num_warps: gl.constexpr):
+    """Where a lane's words stand in a tile's list of V's scales, [4, dim / 8]."""
+    layout: gl.constexpr = scale_layout(dim, num_warps)
+    lane = gl.arange(0, 4, gl.SliceLayout(1, layout))
+    word = gl.arange(0, dim // 8, gl.SliceLayout(0, layout))
+    return lane[:, None] * 4 + (word // 4 * 16 + word % 4)[None, :]
 
 
 @gluon.jit

@@ -17,20 +17,20 @@ from .gluon_asm import (
     scores_int8,
     values_fp8,
     values_int8,
+    values_int8_tiles,
     values_uint8,
+    values_uint8_tiles,
 )
 from .gluon_fp4 import scores_fp4, values_fp4, weigh_fp4
 from .gluon_program import add_mask, multiply_up, subtract_up
+from .terms import LAG
 
 _TILE_N, _MINUS_MAGIC = gl.constexpr(TILE_N), gl.constexpr(12582912.0)
 
 #: log2 of P's largest code.
 RANGE_FP8 = gl.constexpr(math.log2(448.0))
 RANGE_INT8, RANGE_UINT8 = gl.constexpr(math.log2(127.0)), gl.constexpr(math.log2(255.0))
-
-#: An INT8 tile's own maximum serves as reference down to 2^-32 of the row's largest weight; below
-#: that its codes don't reach float32's last bit.
-_LAG = gl.constexpr(32.0)
+_LAG = gl.constexpr(LAG)
 
 
 class State(NamedTuple):
@@ -52,6 +52,7 @@ class State(NamedTuple):
     p_mask: Any
     p_tiles: Any
     factor: Any  # of V's last tile, in whose units acc is
+    p_v_scale: Any  # [4, DP / 8] words of two scales of an INT8 V, a lane's
 
 
 @gluon.jit
@@ -71,6 +72,7 @@ def copied(state, p_k, p_v):
         state.p_mask,
         state.p_tiles,
         state.factor,
+        state.p_v_scale,
     )
 
 
@@ -93,7 +95,9 @@ def attend_tile(
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILED: gl.constexpr,
+    BY_TILE: gl.constexpr,
     D: gl.constexpr,
+    STEP: gl.constexpr,
     mma: gl.constexpr,
 ):
     """64 keys of the online softmax."""
@@ -106,7 +110,7 @@ def attend_tile(
     acc, total, top, reference = state.acc, state.total, state.top, state.reference
     p_k, p_v, p_k_scale, p_bias = state.p_k, state.p_v, state.p_k_scale, state.p_bias
     p_k_micro, p_v_micro, p_mask = state.p_k_micro, state.p_v_micro, state.p_mask
-    p_tiles, factor = state.p_tiles, state.factor
+    p_tiles, factor, p_v_scale = state.p_tiles, state.factor, state.p_v_scale
 
     s_type: gl.constexpr = distributed_type(gl.float32, [q.shape[0], _TILE_N], mma)
     k = k_tile.permute((1, 0)).load(rhs)
@@ -190,6 +194,7 @@ def attend_tile(
             p_mask,
             p_tiles,
             factor,
+            p_v_scale,
         )
     tile_top = gl.max(s, 1)
     if not SCALED:
@@ -210,7 +215,9 @@ def attend_tile(
         p = gl.exp2(gl.fma(s, _down(q_scale, s), _down(-shift, s)))
     # Of INT4 Q and K the rounded codes are added, together with P V.
     ROUNDED: gl.constexpr = QK == "int4" and not FP8
-    values: gl.constexpr = values_uint8 if UNSIGNED else values_int8
+    plain: gl.constexpr = values_uint8 if UNSIGNED else values_int8
+    scaled: gl.constexpr = values_uint8_tiles if UNSIGNED else values_int8_tiles
+    values: gl.constexpr = scaled if BY_TILE else plain
     if not ROUNDED:
         total = inline_asm(
             add_row, ("=&f", "f", "f", "f"), [p, total, alpha], total.type, is_pure=True
@@ -221,6 +228,13 @@ def attend_tile(
         alpha = alpha * (factor * gl.load(p_tiles + 1))
         factor = gl.load(p_tiles)
         p_tiles += 2
+    scales = ()
+    if BY_TILE:
+        scales = (gl.load(p_v_scale),)  # type: ignore[assignment]
+        step = v_tile.shape[0] // 2
+        if EDGE and STEP > 1:  # a tile beyond the last has none, and nothing to scale
+            step = gl.where(start + _TILE_N < k_len, step, 0)
+        p_v_scale += step
     if FP8:
         acc = inline_asm(
             values_fp8, ("=&f", "f", "r", "f", "f"), [p, v, acc, alpha], acc.type, is_pure=True
@@ -229,16 +243,16 @@ def attend_tile(
         types: gl.constexpr = (acc.type, total.type)
         acc, total = inline_asm(
             values,
-            ("=&f", "=&f", "f", "r", "f", "f", "r", "f"),
-            [p, v, acc, alpha, magic, total],
+            _value_constraints(True, BY_TILE),
+            (p, v, acc, alpha, magic) + scales + (total,),  # noqa: RUF005
             types,
             is_pure=True,
         )
     else:
         acc = inline_asm(
             values,
-            ("=&f", "f", "r", "f", "f", "r"),
-            [p, v, acc, alpha, magic],
+            _value_constraints(False, BY_TILE),
+            (p, v, acc, alpha, magic) + scales,  # noqa: RUF005
             acc.type,
             is_pure=True,
         )
@@ -256,7 +270,15 @@ def attend_tile(
         p_mask,
         p_tiles,
         factor,
+        p_v_scale,
     )
+
+
+@gluon.constexpr_function
+def _value_constraints(total, by_tile):
+    """Of the value functions: what they always take, then V's scales, then the row sums."""
+    out = ("=&f", "=&f") if total else ("=&f",)
+    return (*out, "f", "r", "f", "f", "r", *["r"] * by_tile, *["f"] * total)
 
 
 @gluon.constexpr_function

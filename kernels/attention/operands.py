@@ -112,8 +112,10 @@ def _statistics(
             return found, None
         return found, joined(found.v_extremes)
     k_mean = quantize.token_mean(k, rope_k) if spec.smooth_k else None
-    stats = quantize.channel_stats(v) if spec.smooth_v else None
-    return Sample(k_mean, None if stats is None else stats.mean), stats
+    if spec.tile_v or not spec.smooth_v:
+        return Sample(k_mean, quantize.token_mean(v) if spec.smooth_v else None), None
+    stats = quantize.channel_stats(v)
+    return Sample(k_mean, stats.mean), stats
 
 
 def _rows(
@@ -170,5 +172,6 @@ def _value(
         mean=found.v_mean,
         scale=found.v_scale,
         stats=stats,
+        by_tile=spec.tile_v,
         **value_options(spec, permuted),
     )

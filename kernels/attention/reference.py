@@ -104,6 +104,7 @@ def attention(
             scale=v_scale,
             fast=spec.pv_accumulator == "fp16",
             clip=spec.clip,
+            by_tile=spec.tile_v,
         )
     out, lse = attend_quantized(
         q_codes,
@@ -260,13 +261,16 @@ class _ValueTiles:
             codes = quantize.value_codes(v._replace(tiles=None))
             self.tiles = None if v.tiles is None else v.tiles.repeat_interleave(group, 1)
             self.rows = codes.transpose(2, 3).repeat_interleave(group, 1)
-            self.scale = v.scale.repeat_interleave(group, 1)[:, :, None]
+            self.tile_scales = v.tile_scales
+            scale = v.scale.repeat_interleave(group, 1)
+            self.scale = scale if v.tile_scales else scale[:, :, None]
             self.mean = None if v.mean is None else v.mean.repeat_interleave(group, 1)[:, :, None]
         else:
             self.head_dim = v.shape[-1]
             # float32 models have no half type of their own; their V is rounded to FP16 with a
             # power-of-two scale per channel where it would overflow.
             self.half = torch.float16 if v.dtype in (torch.float32, torch.float64) else v.dtype
+            self.tile_scales = False
             values, self.scale = half_value(v)
             self.rows = values.float().repeat_interleave(group, 1)
             self.scale = self.scale.repeat_interleave(group, 1)[:, :, None]
@@ -283,6 +287,8 @@ class _ValueTiles:
             codes = (torch.exp2(s - tile_top) * self.p_top).round()
             back = torch.exp2(tile_top - top) * (1.0 / self.p_top)
             product = (codes @ rows) * back
+            if self.tile_scales:
+                product = product * self.scale[:, :, start // TILE_N, None]
             if self.rounded_sums:
                 return codes.sum(-1, keepdim=True) * back, product
             return torch.exp2(s - top).sum(-1, keepdim=True), product
@@ -319,7 +325,8 @@ class _ValueTiles:
 
     def finish(self, out: Tensor, seen: Tensor) -> Tensor:
         """V's scale and mean, applied once at the end; rows that saw no key stay 0."""
-        out = out * self.scale
+        if not self.tile_scales:
+            out = out * self.scale
         if self.mean is not None:
             out = torch.where(seen, out + self.mean, 0.0)
         return out

@@ -11,6 +11,10 @@ from ..rope import Rope, apply_rope
 #: An additive mask is clamped to this, so that a row of ``finfo.min`` stays finite in base 2.
 MASK_FLOOR = -3.0e38
 
+#: What an INT8 P of a tile is relative to: the tile's own maximum, but not less than 2 to minus
+#: this of the row's largest weight, below which its codes don't reach float32's last bit.
+LAG = 32.0
+
 
 def smoothed_lse(q: Tensor, k_mean: Tensor, sm_scale: float, rope_q: Rope | None = None) -> Tensor:
     """The part of the log-sum-exp that smooth_k removed, ``[B, H, Lq]`` float32."""

@@ -38,12 +38,13 @@ from ..tiles import (
 from ..versions import fence_copies, to_e4m3
 from . import triton_fp4, tuning
 from .entry import Bias, attention_of, outputs
-from .terms import MASK_FLOOR
+from .terms import LAG, MASK_FLOOR
 from .triton_masks import as_tiles
 from .triton_value import as_read
 
 _LOG2E = tl.constexpr(LOG2E)
 _MASK_FLOOR = tl.constexpr(MASK_FLOOR)
+_LAG = tl.constexpr(LAG)
 
 #: log2 of the largest code of P.
 _P_RANGE = {
@@ -79,6 +80,7 @@ def _attend_range(
     acc,  # [BLOCK_M, DP] float32
     total,  # [BLOCK_M] float32
     top,  # [BLOCK_M] float32, log2 units
+    reference,  # [BLOCK_M], what acc and an INT8 P are relative to; of others top is
     q,  # [BLOCK_M, DP] int8
     q_scale,  # [BLOCK_M] float32, positive
     o_m,  # [BLOCK_M] query indices
@@ -92,6 +94,7 @@ def _attend_range(
     p_sums,  # of V's codes in the first key's tile, or anything
     p_tiles,  # of V, at the first key's tile, or anything
     factor,  # of V's last tile, in whose units acc is
+    p_v_scale,  # of the first key's tile, or anything
     p_mask,  # at the first key
     at_k,  # [DP, 64], where a tile's elements lie
     at_v,  # [64, DP]
@@ -107,6 +110,7 @@ def _attend_range(
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     TILED: tl.constexpr,
+    BY_TILE: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -145,17 +149,16 @@ def _attend_range(
         else:
             tile_top = tl.max(s, 1) * q_scale
         new_top = tl.maximum(top, tile_top)
-        # 0 for a row that saw no key yet: exponents stay defined.
-        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top) if MASK else new_top
-        alpha = tl.exp2(top - safe_top)
+        now, before = new_top, top
         if INT8:
-            # One scale per row and tile, the tile's own maximum (or anything, if it sees no key).
-            # Rounded up, so that no code is beyond its byte, however large the scores are.
-            if MASK or EDGE:
-                tile_top = tl.where(tile_top == -float("inf"), safe_top, tile_top)
-            shift = subtract_up(tile_top, P_RANGE)
-        else:
-            shift = safe_top - P_RANGE
+            # P relative to the tile's own maximum fills its codes, whatever came before.
+            now, before = tl.maximum(tile_top, new_top - _LAG), reference
+            reference = now
+        # 0 for a row that saw no key yet: exponents stay defined.
+        safe = tl.where(now == -float("inf"), 0.0, now) if MASK else now
+        alpha = tl.exp2(before - safe)
+        # Rounded up, so that no code is beyond its byte, however large the scores are.
+        shift = subtract_up(safe, P_RANGE) if INT8 else safe - P_RANGE
         if MASK == 2:
             p = tl.exp2(s - shift[:, None])
         else:
@@ -171,9 +174,6 @@ def _attend_range(
             # Transposed V is padded to whole tiles with zeros.
             v = _load_tile(p_v + at_v, inside[:, None], o_d[None, :] < D, False, D != DP)
             if INT8:
-                # Not above 0, also where the compiler fuses the product that tile_top is.
-                back = tl.exp2(tl.minimum(tile_top - safe_top, 0.0))
-                seen_total *= back
                 if PV == "uint8":
                     added = tl.load(p_sums + o_d, mask=o_d < D, other=0).to(tl.int32) * 128
                     base = tl.broadcast_to(added[None, :], acc.shape)
@@ -181,7 +181,12 @@ def _attend_range(
                     p_sums += D
                 else:
                     product = tl.dot(round_to_int(p).to(tl.int8), v)
-                acc = acc * alpha[:, None] + int_to_float(product, SHIFT) * back[:, None]
+                summed = int_to_float(product, SHIFT)
+                if BY_TILE:
+                    scale = tl.load(p_v_scale + o_d, mask=o_d < D, other=0.0)
+                    summed *= scale[None, :]
+                    p_v_scale += D
+                acc = acc * alpha[:, None] + summed
             else:
                 # A fresh accumulator per tile, joined by an fma that the compiler cannot fold back
                 # into the product: Ada and Hopper keep 14 bits of a float32 sum of FP8 products.
@@ -200,7 +205,7 @@ def _attend_range(
         p_v += tile * stride_vn
         if MASK:
             p_mask += tile * stride_mn
-    return acc, total, top, p_k, p_v, p_sums, p_tiles, factor, p_mask
+    return acc, total, top, reference, p_k, p_v, p_sums, p_tiles, factor, p_v_scale, p_mask
 
 
 @triton.jit
@@ -222,6 +227,7 @@ def _attention_fwd_kernel(
     p_q_scale,  # [B, H, ceil(Lq / Q_BLOCK)]
     p_k_scale,  # [B, Hkv, ceil(Lk / K_BLOCK)]
     p_v_scale,  # [B, Hkv, D], or None
+    p_v_scales,  # [B, Hkv, Lp / 64, D], or None
     p_v_mean,  # [B, Hkv, D], or None
     p_v_sums,  # [B, Hkv, Lp / 64, D] int16, of an unsigned P only
     p_v_tiles,  # [B, Hkv, Lp / 64 + 2, 2], or None
@@ -288,48 +294,60 @@ def _attention_fwd_kernel(
     if TILED:
         p_tiles = p_v_tiles + i_bkv * ((tl.cdiv(k_len, BLOCK_N) + 2) * 2)
 
+    BY_TILE: tl.constexpr = p_v_scales is not None
+    p_scale = p_k_scale
+    if BY_TILE:
+        p_scale = p_v_scales + i_bkv * tl.cdiv(k_len, BLOCK_N) * D
+
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    INT8: tl.constexpr = PV == "int8" or PV == "uint8"
+    reference = top if INT8 else factor
     whole, stop = k_len // BLOCK_N * BLOCK_N, k_len
     if CAUSAL:
         whole = tl.minimum(whole, (i_m * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         stop = tl.minimum(k_len, (i_m + 1) * BLOCK_M)
     for EDGE in tl.static_range(2):
-        acc, total, top, p_k, p_v, p_sums, p_tiles, factor, p_mask = _attend_range(
-            acc,
-            total,
-            top,
-            q,
-            q_scale,
-            rows,
-            whole * EDGE,
-            stop if EDGE else whole,
-            k_len,
-            mask_len,
-            p_k,
-            p_k_scale,
-            p_v,
-            p_sums,
-            p_tiles,
-            factor,
-            p_mask,
-            at_k,
-            at_v,
-            at_mask,
-            stride_vn,
-            stride_mn,
-            EDGE,
-            D,
-            DP,
-            PV,
-            P_RANGE,
-            K_BLOCK,
-            MASK,
-            CAUSAL,
-            TILED,
-            SHIFT,
-            BLOCK_N,
+        acc, total, top, reference, p_k, p_v, p_sums, p_tiles, factor, p_scale, p_mask = (
+            _attend_range(
+                acc,
+                total,
+                top,
+                reference,
+                q,
+                q_scale,
+                rows,
+                whole * EDGE,
+                stop if EDGE else whole,
+                k_len,
+                mask_len,
+                p_k,
+                p_k_scale,
+                p_v,
+                p_sums,
+                p_tiles,
+                factor,
+                p_scale,
+                p_mask,
+                at_k,
+                at_v,
+                at_mask,
+                stride_vn,
+                stride_mn,
+                EDGE,
+                D,
+                DP,
+                PV,
+                P_RANGE,
+                K_BLOCK,
+                MASK,
+                CAUSAL,
+                TILED,
+                BY_TILE,
+                SHIFT,
+                BLOCK_N,
+            )
         )
 
     # The same again, from an argument of which the compiler can't know that it is the same: kept
@@ -350,7 +368,8 @@ def _attention_fwd_kernel(
     inside = (rows[:, None] < q_len) & in_d[None, :]
     tl.store(p_out + at, to_output(out, p_out), mask=inside)
     if p_lse is not None:
-        lse = tl.where(seen, (top + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
+        of = reference if INT8 else top
+        lse = tl.where(seen, (of + (tl.log2(total) - P_RANGE)) / _LOG2E, -float("inf"))
         tl.store(p_lse + i_bh * q_len + rows, lse, mask=rows < q_len)
 
 
@@ -408,6 +427,7 @@ def attend_quantized(
     device = q.data.device
     *values, head_dim, v_strides, pv = as_read(v, fp16_accumulator, unsigned_p)
     codes, v_scale, v_mean, v_sums, v_tiles = values
+    by_tile = v_scale is not None and v_scale.ndim == 4
     kind, strides, mask_len = 0, [0, 0, 0, 0], k_len
     if mask is not None:
         kind, mask = as_tiles(mask, k_len)
@@ -427,7 +447,8 @@ def attend_quantized(
             codes,
             q.scale.contiguous(),
             k.scale.contiguous(),
-            v_scale,
+            None if by_tile else v_scale,
+            v_scale if by_tile else None,
             v_mean,
             v_sums,
             v_tiles,

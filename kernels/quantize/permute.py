@@ -9,9 +9,10 @@ registers want them: P then needs no exchange between threads.  ``docs/kernels.m
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import TILE_N, Precision, QuantizedValue
+from ..formats import TILE_N, Precision, QuantizedValue, padded_dim
 
 #: Tokens that change places among themselves: the k extent of an 8-bit ``mma``, half a 4-bit one's.
 GROUP = 32
@@ -61,17 +62,45 @@ def ungroup_tokens(x: Tensor) -> Tensor:
     return x.unflatten(-2, (-1, 2)).unflatten(-1, (4, 4)).transpose(-3, -2).flatten(-4)
 
 
+def channel_order() -> Tensor:
+    """Position in a tile's list of V's scales -> channel, ``[32]`` int64, within every 32.
+
+    The 8 channels of a thread stand side by side, so that it reads bfloat16 scales 16 bytes at a
+    time.
+    """
+    position = torch.arange(GROUP)
+    return ((position & 6) << 2) | ((position >> 2) & 6) | (position & 1)
+
+
+def permute_scales(scale: Tensor) -> Tensor:
+    """V's scales by tiles, ``[.., D]`` float32 -> ``[.., Dp]`` bfloat16 by :func:`channel_order`.
+
+    1 beyond D.
+    """
+    dim = scale.shape[-1]
+    padded = F.pad(scale, (0, padded_dim(dim) - dim), value=1.0).unflatten(-1, (-1, GROUP))
+    return padded[..., channel_order().to(scale.device)].flatten(-2).bfloat16()
+
+
+def restore_scales(scale: Tensor, head_dim: int) -> Tensor:
+    """The inverse of :func:`permute_scales`."""
+    order = channel_order().argsort().to(scale.device)
+    rows = scale.float().unflatten(-1, (-1, GROUP))[..., order].flatten(-2)
+    return rows[..., :head_dim].contiguous()
+
+
 def permute_value(v: QuantizedValue) -> QuantizedValue:
     """A quantized V with its tokens in the kernels' order within each 32.
 
-    Eight bit: :func:`token_order`.  FP4: :func:`fp4_token_order`, and the micro scales by tiles of
-    64 tokens, ``[B, H, Lp / 64, D, 4]``.
+    Eight bit: :func:`token_order`, and :func:`permute_scales` where tiles have scales.  FP4:
+    :func:`fp4_token_order`, and the micro scales by tiles of 64 tokens, ``[B, H, Lp / 64, D, 4]``.
     """
     if v.precision is Precision.FP4:
         assert v.micro is not None
         tiles = v.micro.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(2, 3).contiguous()
         return v._replace(data=_swap_pairs(v.data), micro=tiles.view(v.micro.dtype))
-    return v._replace(data=_gather(v.data, token_order()))
+    scale = permute_scales(v.scale) if v.tile_scales else v.scale
+    return v._replace(data=_gather(v.data, token_order()), scale=scale)
 
 
 def restore_value(v: QuantizedValue) -> QuantizedValue:
@@ -80,7 +109,8 @@ def restore_value(v: QuantizedValue) -> QuantizedValue:
         assert v.micro is not None
         rows = v.micro.view(torch.uint8).transpose(2, 3).flatten(-2)
         return v._replace(data=_swap_pairs(v.data), micro=rows.view(v.micro.dtype))
-    return v._replace(data=_gather(v.data, token_order().argsort()))
+    scale = restore_scales(v.scale, v.data.shape[2]) if v.tile_scales else v.scale
+    return v._replace(data=_gather(v.data, token_order().argsort()), scale=scale)
 
 
 def _swap_pairs(data: Tensor) -> Tensor:

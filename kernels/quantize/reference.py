@@ -260,6 +260,7 @@ def quantize_value(
     fast: bool = False,
     clip: bool = False,
     sums: bool = False,
+    by_tile: bool = False,
 ) -> QuantizedValue:
     """Quantize V per channel and transpose it.
 
@@ -272,12 +273,19 @@ def quantize_value(
             given, by a factor of every 64 tokens.
         clip: FP4 only, search the micro scales as :func:`quantize_rows` does.
         sums: INT8 only, add up the codes of every 64 tokens.
+        by_tile: INT8 only, scales of every 64 tokens, rounded up to bfloat16.
     """
     length = v.shape[2]
     rows = finite(v) if mean is None else finite(v) - mean[:, :, None]
     channels = F.pad(rows.transpose(2, 3), (0, padded_length(length) - length))  # [B, H, D, Lp]
     top = FP8_FAST_VALUE_MAX if fast else code_top(precision)
     sampled = scale is not None
+    if by_tile:
+        scale = _round_up(_scale(channels.unflatten(-1, (-1, TILE_N)).abs().amax(-1), top))
+        codes = _encode(channels, scale.repeat_interleave(TILE_N, -1), precision)
+        added = value_sums(codes) if sums else None
+        scale = scale.transpose(2, 3).contiguous()
+        return QuantizedValue(codes, scale, precision, length, mean, sums=added)
     if scale is None:
         scale = _scale(channels.abs().amax(-1), top)
     if precision is Precision.FP4:
@@ -326,7 +334,10 @@ def dequantize_rows(x: QuantizedTensor) -> Tensor:
 
 def dequantize_value(v: QuantizedValue) -> Tensor:
     """``[B, H, L, D]`` float32, the subtracted mean added back."""
-    rows = (value_codes(v) * v.scale[..., None])[..., : v.length].transpose(2, 3)
+    scale = v.scale[..., None]
+    if v.tile_scales:
+        scale = v.scale.transpose(2, 3).repeat_interleave(TILE_N, -1)
+    rows = (value_codes(v) * scale)[..., : v.length].transpose(2, 3)
     return rows if v.mean is None else rows + v.mean[:, :, None]
 
 
@@ -345,6 +356,11 @@ def _scale(amax: Tensor, top: float) -> Tensor:
     """Dequantization scale of groups with these largest magnitudes; 1 for a group of zeros."""
     scale = amax * (1.0 / top)
     return torch.where(scale < MIN_SCALE, 1.0, scale.clamp(max=MAX_SCALE))
+
+
+def _round_up(scale: Tensor) -> Tensor:
+    """The next bfloat16 that is not below a positive float32."""
+    return ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 def _encode(x: Tensor, scale: Tensor, precision: Precision, top: float | None = None) -> Tensor:

@@ -360,7 +360,7 @@ def sample(
     )
     factors = torch.empty((2, *shape), dtype=torch.float32, device=device)
     extremes, parts, programs = None, 0, batch * kv_heads
-    if spec.pv is not Precision.FP16 and not spec.sample_v:
+    if spec.pv is not Precision.FP16 and not (spec.sample_v or spec.tile_v):
         parts = cdiv(k_len, STATS_CHUNK)
         pair = (2, batch, kv_heads, parts, head_dim)
         extremes = torch.empty(pair, dtype=torch.float32, device=device)

@@ -112,6 +112,7 @@ def _quantize_kernel(
     V_FORMAT: tl.constexpr,
     V_SHARES: tl.constexpr,
     PERMUTED: tl.constexpr,
+    V_BY_TILE: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < q_programs:
@@ -213,7 +214,7 @@ def _quantize_kernel(
             v_d,
         )
         program -= q_programs + k_programs
-        value_program(v, program, D, V_BLOCK_D, V_TOP, V_FORMAT, V_SHARES, PERMUTED)
+        value_program(v, program, D, V_BLOCK_D, V_TOP, V_FORMAT, V_SHARES, PERMUTED, V_BY_TILE)
 
 
 def quantize_together(
@@ -337,8 +338,10 @@ def _launch(spec: AttentionSpec, dim: int, rotated: bool) -> dict[str, Any]:
     return {"num_warps": 8 if dim > 128 or searches or (spec.smooth_q and rotated) else 4}
 
 
-def _scale(v: Tensor, found: Sample) -> Tensor | ChannelStats:
-    """V's scales, or what they come from."""
+def _scale(v: Tensor, spec: AttentionSpec, found: Sample) -> Tensor | ChannelStats | None:
+    """V's scales, or what they come from; None where every tile finds its own."""
+    if spec.tile_v:
+        return None
     if found.v_scale is not None:
         return found.v_scale
     return extremes(v) if found.v_extremes is None else joined(found.v_extremes)
@@ -348,7 +351,7 @@ def _value(
     v: Tensor, spec: AttentionSpec, found: Sample, permuted: bool
 ) -> tuple[Tensor | QuantizedValue, tuple[Any, ...], dict[str, Any], int]:
     """V's part of the launch, as of :func:`.triton_value.value_arguments`; in half it has none."""
-    names = ("BLOCK_D", "TOP", "FORMAT", "SHARES")
+    names = ("BLOCK_D", "TOP", "FORMAT", "SHARES", "BY_TILE")
     if spec.pv is Precision.FP16:
         nothing = {f"V_{name}": None for name in names}
         return v, (None,) * len(Value._fields), {**nothing, "PERMUTED": False}, 0
@@ -356,7 +359,7 @@ def _value(
         v,
         spec.pv,
         mean=found.v_mean,
-        scale=_scale(v, found),
+        scale=_scale(v, spec, found),
         **value_options(spec, permuted),
     )
     own = {f"V_{name}": constants[name] for name in names}

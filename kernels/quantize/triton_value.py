@@ -76,6 +76,18 @@ def scale_of(amax, INVERSE_TOP: tl.constexpr):
     return tl.where(scale < _MIN_SCALE, 1.0, tl.minimum(scale, _MAX_SCALE))
 
 
+@triton.jit
+def _round_up(scale):
+    """The next bfloat16 that is not below a positive float32."""
+    return ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _channel_position(channel):
+    """Where a channel's scale stands in a tile's list (``permute.channel_order``)."""
+    return (channel & ~31) | ((channel & 6) << 2) | ((channel & 24) >> 2) | (channel & 1)
+
+
 class Value(NamedTuple):
     """V as a program finds it, and where its codes go."""
 
@@ -84,7 +96,7 @@ class Value(NamedTuple):
     p_low: Any  # [B, H, D], the extremes of every channel, or None
     p_high: Any
     p_codes: Any  # [B, H, D, bytes of Lp]
-    p_scale: Any  # [B, H, D], given if there are no extremes
+    p_scale: Any  # [B, H, D], given if there are no extremes; or of tiles
     p_micro: Any  # [B, H, Lp / 64, D, 4], FP4 only
     p_sums: Any  # [B, H, Lp / 64, D], or None
     p_tiles: Any  # [B, H, Lp / 64 + 2, 2], or None
@@ -106,6 +118,7 @@ def value_program(
     FORMAT: tl.constexpr,  # "int8", "fp8", "fp4"
     SHARES: tl.constexpr,  # candidates of clipping, FP4 only
     PERMUTED: tl.constexpr,
+    BY_TILE: tl.constexpr,  # scales of these tokens; a program has all channels
 ):
     """Quantize 64 tokens of some channels of V, and transpose them."""
     tiles = tl.cdiv(v.length, _TILE_N)
@@ -122,7 +135,14 @@ def value_program(
     if v.p_mean is not None:
         mean = tl.load(v.p_mean + at, mask=o_d < D, other=0.0)
         x = tl.where(inside, x - mean[None, :], 0.0)
-    if v.p_low is not None:
+    if BY_TILE:
+        scale = _round_up(scale_of(tl.max(tl.abs(x), 0), 1.0 / TOP))
+        if PERMUTED:
+            p_scale = v.p_scale + (i_bh * tiles + i_l) * BLOCK_D + _channel_position(o_d)
+            tl.store(p_scale, scale.to(tl.bfloat16))
+        else:
+            tl.store(v.p_scale + (i_bh * tiles + i_l) * D + o_d, scale, mask=o_d < D)
+    elif v.p_low is not None:
         low = tl.load(v.p_low + at, mask=o_d < D, other=0.0)
         high = tl.load(v.p_high + at, mask=o_d < D, other=0.0)
         if v.p_mean is not None:
@@ -193,6 +213,7 @@ def _quantize_value_kernel(
     FORMAT: tl.constexpr,
     SHARES: tl.constexpr,
     PERMUTED: tl.constexpr,
+    BY_TILE: tl.constexpr,
 ):
     v = Value(
         p_x,
@@ -211,7 +232,7 @@ def _quantize_value_kernel(
         stride_l,
         stride_d,
     )
-    value_program(v, tl.program_id(0), D, BLOCK_D, TOP, FORMAT, SHARES, PERMUTED)
+    value_program(v, tl.program_id(0), D, BLOCK_D, TOP, FORMAT, SHARES, PERMUTED, BY_TILE)
 
 
 def value_arguments(
@@ -219,7 +240,7 @@ def value_arguments(
     precision: Precision,
     *,
     mean: Tensor | None,
-    scale: Tensor | ChannelStats,
+    scale: Tensor | ChannelStats | None,
     fast: bool,
     clip: bool,
     sums: bool,
@@ -229,7 +250,7 @@ def value_arguments(
 
     Args:
         v, precision, mean, fast, clip, sums, permuted: as there.
-        scale: given, or what it comes from.
+        scale: given, or what it comes from; None where every tile finds its own.
 
     Returns:
         The result, :class:`Value`, the constants of :func:`value_program`, and its programs.
@@ -244,7 +265,13 @@ def value_arguments(
     if precision is Precision.FP4:
         groups = (batch, heads, tiles, head_dim, TILE_N // FP4_GROUP)
         micro = torch.empty(groups, dtype=torch.float8_e4m3fn, device=device)
-    if isinstance(scale, ChannelStats):
+    by_tile = scale is None
+    if scale is None:
+        width, kind = head_dim, torch.float32
+        if permuted:
+            width, kind = padded_dim(head_dim), torch.bfloat16
+        scale = torch.empty(batch, heads, tiles, width, dtype=kind, device=device)
+    elif isinstance(scale, ChannelStats):
         low, high = scale.low, scale.high
         scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=device)
     elif fast:
@@ -262,6 +289,7 @@ def value_arguments(
         "FORMAT": precision.value,
         "SHARES": shares(precision, clip),
         "PERMUTED": permuted,
+        "BY_TILE": by_tile,
     }
     result = QuantizedValue(codes, scale, precision, length, mean, micro, added, factors)
     return result, value, constants, tiles * batch * heads * cdiv(head_dim, block_d)
@@ -277,12 +305,14 @@ def quantize_value(
     clip: bool = False,
     sums: bool = False,
     permuted: bool = False,
+    by_tile: bool = False,
     stats: ChannelStats | None = None,
 ) -> QuantizedValue:
     """As :func:`.reference.quantize_value`, for INT8, FP8 and FP4.
 
     Args:
-        permuted: store the tokens as :func:`.permute.permute_value` does; FP4 must be.
+        permuted: store tokens and scales of tiles as :func:`.permute.permute_value` does; FP4
+            must be.
         stats: V's :func:`channel_stats` where they are known; saves one pass over V.
 
     Raises:
@@ -292,12 +322,15 @@ def quantize_value(
         raise ValueError(f"precision must be int8, fp8 or fp4, got {precision.value}")
     if precision is Precision.FP4 and not permuted:
         raise ValueError("permuted must be True for fp4, got False")
-    given: Tensor | ChannelStats | None = stats if scale is None else scale
+    given: Tensor | ChannelStats | None = None
+    if not by_tile:
+        given = stats if scale is None else scale
+        given = extremes(v) if given is None else given
     result, value, constants, programs = value_arguments(
         v,
         precision,
         mean=mean,
-        scale=extremes(v) if given is None else given,
+        scale=given,
         fast=fast,
         clip=clip,
         sums=sums,

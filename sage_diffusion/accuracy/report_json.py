@@ -16,7 +16,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan
 from sage_diffusion.plan.plan_json import error_message, error_path, plan_fields
 
 #: And edition of the names of specs (``kernels.spec.EDITION``), which are read as what they meant.
-VERSION = 4
+VERSION = 5
 
 #: Columns of a row, in this order: a large model has many thousand rows.
 COLUMNS = (

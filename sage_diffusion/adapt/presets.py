@@ -32,7 +32,13 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule
 MIN_TOKENS = 128
 
 #: 8 bits throughout, by accuracy; comfy-kitchen, which serves RTX 20, does not smooth V.
-EIGHT_BIT = ("int8/int8", "int8/fp8", "int8/fp8-fast", "int8/int8-smooth_v-balance", "int8/fp16")
+EIGHT_BIT = (
+    "int8/int8",
+    "int8/fp8",
+    "int8/fp8-fast",
+    "int8/int8-smooth_v-balance-tile_v",
+    "int8/fp16",
+)
 
 #: The same and half P and V first.
 ACCURATE = ("int8/fp16", *EIGHT_BIT[:-1])
@@ -40,8 +46,8 @@ ACCURATE = ("int8/fp16", *EIGHT_BIT[:-1])
 #: Main loops that take more than this of FP16's are not worth an error.
 WORTH = 0.9
 
-#: 4-bit Q and K.
-FOUR_BIT = ("int4/fp8-fast", "int4/int8", "fp4/fp8-fast")
+#: 4-bit Q and K.  On an A100 scales of V by tiles cost more than the pass over V that they spare.
+FOUR_BIT = ("int4/fp8-fast", "int4/int8", "int4/int8-tile_v", "fp4/fp8-fast")
 
 #: Heads and head dim of the calls that a preset's numbers of tokens are predicted for, and the
 #: steps in which those are told apart.

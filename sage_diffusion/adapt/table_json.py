@@ -16,7 +16,7 @@ from sage_diffusion.kernels.spec import EDITION, AttentionSpec
 from sage_diffusion.plan.rules import UNITS
 
 #: And edition of the names of specs (``kernels.spec.EDITION``), which are read as what they meant.
-VERSION = 4
+VERSION = 5
 
 _LARGE = 10**9  # of steps and head dims
 

@@ -29,7 +29,7 @@ _SAGE2 = {
 _SAGE1_SPEC = "int8/fp16-rotate-balance+block"
 
 
-_KITCHEN_SPEC = "int8/int8-smooth_v-balance"
+_KITCHEN_SPEC = "int8/int8-smooth_v-balance-tile_v"
 
 
 def _refuse_common(call: AttentionCall, package: str) -> str | None:

@@ -204,10 +204,16 @@ class RowCall:
         _, fast = _of_value(spec)
         clip = spec.clip and spec.pv is Precision.FP4  # nothing to search in the others
         smoothed = spec.smooth_v and (1, spec.balance)
-        key = ("v", *_of_value(spec), smoothed, spec.sample_v, clip)
+        key = ("v", *_of_value(spec), smoothed, spec.sample_v, spec.tile_v, clip)
         if key not in self._made:
             self._made[key] = quantize.quantize_value(
-                self.v, spec.pv, mean=mean, scale=scale, fast=fast, clip=clip
+                self.v,
+                spec.pv,
+                mean=mean,
+                scale=scale,
+                fast=fast,
+                clip=clip,
+                by_tile=spec.tile_v,
             )
         return self._made[key]
 

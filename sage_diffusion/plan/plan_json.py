@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage_diffusion.json_files import json_path, shown
+from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.spec import SAMPLED, AttentionSpec
 from sage_diffusion.plan.rules import EDITIONS, VERSION, PlanError, Rule
 
@@ -100,6 +101,8 @@ def _spec(value: SpecText, default: AttentionSpec, path: str, edition: int) -> A
         fields = dict(value)
         if edition > 2 and "pv" in fields and default.pv not in SAMPLED:
             fields.setdefault("sample_v", True)  # of which another V's spec says nothing
+        if edition > 4 and "pv" in fields and default.pv is not Precision.INT8:
+            fields.setdefault("tile_v", True)
         return AttentionSpec.from_dict(fields, default)
     except (ValueError, TypeError) as error:
         # Errors of a single field begin with its name: `qk must be one of ..`.

@@ -14,11 +14,12 @@ from sage_diffusion.plan.names import means
 
 #: Of the JSON.  1 knew no :attr:`.PrecisionPlan.sign_seed`: its rotations have the same signs at
 #: every step.  Up to 2 names of specs are of edition 1, in which 8 bit did not rotate; in 3 of
-#: edition 2, in which V was read twice; in 4 of edition 3, in which clipping shrank scores.
-VERSION = 5
+#: edition 2, in which V was read twice; in 4 of edition 3, in which clipping shrank scores; in 5 of
+#: edition 4, in which a channel of an INT8 V had one scale.
+VERSION = 6
 
 #: Edition of the names of specs in a plan, by its version (``kernels.spec.EDITION``).
-EDITIONS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4}
+EDITIONS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
 
 #: What the numbers of a schedule may be, see :mod:`sage_diffusion.plan.noise`.
 UNITS = ("timesteps", "sigmas", "flow-sigmas", "log-snr")

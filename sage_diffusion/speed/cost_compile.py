@@ -32,6 +32,7 @@ from sage_diffusion.kernels.formats import (
     QuantizedValue,
     padded_dim,
 )
+from sage_diffusion.kernels.quantize.permute import permute_scales
 from sage_diffusion.kernels.spec import AttentionSpec
 
 #: Tokens and heads of the call that is compiled: as divisible as real ones, none equal to one.
@@ -213,8 +214,9 @@ def compile_backend(
         spec, head_dim, is_causal, launch: as in :func:`compile_attention`.
         return_lse: the variant that writes the log-sum-exp.
     """
-    q, k, v, delta_s = _operands(spec, head_dim)
-    module = backends.ours()[backend].load()
+    kernels = backends.ours()[backend]
+    q, k, v, delta_s = _operands(spec, head_dim, kernels.permuted(spec))
+    module = kernels.load()
     options = {"unsigned_p": True} if spec.unsigned_p else {}
     with compiling_for(arch) as driver:
         module.attend_quantized(
@@ -234,7 +236,7 @@ def compile_backend(
 
 
 def _operands(
-    spec: AttentionSpec, head_dim: int
+    spec: AttentionSpec, head_dim: int, permuted: bool
 ) -> tuple[QuantizedTensor, QuantizedTensor, Tensor | QuantizedValue, Tensor | None]:
     """Q, K, V as the quantizers would hand them over, with nothing in them, and delta-S."""
     dim = padded_dim(head_dim)
@@ -274,6 +276,9 @@ def _operands(
         LENGTH,
         channels if spec.smooth_v else None,
     )
+    if spec.tile_v:
+        scales = torch.ones(BATCH, KV_HEADS, LENGTH // TILE_N, head_dim)
+        value = value._replace(scale=permute_scales(scales) if permuted else scales)
     if spec.unsigned_p:
         shape = (BATCH, KV_HEADS, LENGTH // TILE_N, head_dim)
         value = value._replace(sums=torch.zeros(shape, dtype=torch.int16))

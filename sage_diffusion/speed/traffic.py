@@ -104,13 +104,18 @@ def rows(
     )
 
 
-def value(spec: AttentionSpec, length: int, head_dim: int, sums: bool = False) -> Traffic:
+def value(
+    spec: AttentionSpec, length: int, head_dim: int, sums: bool = False, permuted: bool = False
+) -> Traffic:
     """``quantize_value``, its statistics apart."""
     padded = padded_length(length)
     tiles, vector = padded // TILE_N, head_dim * FLOAT
-    vectors = (1 if spec.sample_v else 2) + spec.smooth_v  # the scale or extremes, and the mean
+    # The scale or extremes, and the mean.
+    vectors = (0 if spec.tile_v else 1 if spec.sample_v else 2) + spec.smooth_v
     written = code_bytes(padded * head_dim, spec.pv) + tiles * head_dim * SUM * sums
-    if not spec.sample_v:
+    if spec.tile_v:
+        written += tiles * (padded_dim(head_dim) * HALF if permuted else vector)
+    elif not spec.sample_v:
         written += vector
     elif spec.pv_accumulator == "fp16":
         written += (tiles + 2) * 2 * FLOAT
@@ -125,7 +130,7 @@ def launches(
     Args:
         spec, length, head_dim: of the call.
         sums: of V's codes, which the plain kernel needs for an unsigned P.
-        columns: K's scales in column order, where Q, K and V share a launch.
+        columns: K's and V's scales as lanes read them, where Q, K and V share a launch.
     """
     of_q, of_k = "own" if spec.smooth_q else "none", "given" if spec.smooth_k else "none"
     total = rows(length, head_dim, spec.qk, of_q, spec.clip, factor=spec.balance)
@@ -146,7 +151,7 @@ def launches(
     if _value_kinds(spec):
         total += stats(length, head_dim, _value_kinds(spec))
     if spec.pv is not Precision.FP16:
-        total += value(spec, length, head_dim, sums)
+        total += value(spec, length, head_dim, sums, columns)
     return total
 
 
@@ -167,7 +172,7 @@ def _value_kinds(spec: AttentionSpec) -> int:
     """Statistics of all of V: its extremes and its mean, where no sample gives them."""
     if spec.pv is Precision.FP16 or spec.sample_v:
         return 0
-    return 2 + (spec.smooth_v and not spec.balance)
+    return 2 * (not spec.tile_v) + (spec.smooth_v and not spec.balance)
 
 
 def statistics(spec: AttentionSpec, length: int, head_dim: int) -> dict[str, int]:
@@ -226,7 +231,7 @@ def starts(spec: AttentionSpec, length: int) -> int:
     elif spec.smooth_k:
         count += 1 + joins
     if kinds := _value_kinds(spec):
-        count += (not spec.balance) + joins * (kinds - 1)
+        count += (not spec.balance) + joins * max(1, kinds - 1)
     return count
 
 

@@ -152,7 +152,14 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         if scale is not None and (wrong := _wrong_scale(here.v, scale, spec)):
             found.append(Finding(names[2], case.name, wrong))
         want_v = twin.quantize_value(
-            here.v, spec.pv, mean=mean, scale=scale, fast=fast, clip=clip, sums=sums
+            here.v,
+            spec.pv,
+            mean=mean,
+            scale=scale,
+            fast=fast,
+            clip=clip,
+            sums=sums,
+            by_tile=spec.tile_v,
         )
         want_v = permute_value(want_v) if kernel.permuted else want_v
         found += _compare(names[2], case, "v", operands.v, want_v)

@@ -118,7 +118,7 @@ def test_json_round_trip() -> None:
     assert back == report and back.pictures == ()
     assert back.to_json() == text
     data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert data["version"] == 4
+    assert data["version"] == 5
     assert data["end_to_end"]["psnr"] == [30.0, "inf"]
     assert data["end_to_end"]["ssim"] == [0.9, None]
     assert data["rows"][0][:5] == ["blocks.0.attn1", 0, 0.0, None, "int4/fp8-fast"]
@@ -147,8 +147,8 @@ def test_specs_of_an_older_report_are_those_that_ran(version: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=5), "version: this report has version 5"),
-        (lambda d: d.update(version=0), "version: must be 1 to 4, got 0"),
+        (lambda d: d.update(version=6), "version: this report has version 6"),
+        (lambda d: d.update(version=0), "version: must be 1 to 5, got 0"),
         (lambda d: d.update(extra=1), "extra: "),
         (lambda d: d["rows"][1].__setitem__(6, "low"), r"rows\[1\]\[6\]"),
         (lambda d: d["rows"][1].__setitem__(4, "int5/fp8"), r"rows\[1\]\[4\]: 'int5/fp8' is not"),

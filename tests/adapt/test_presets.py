@@ -62,7 +62,7 @@ def test_presets(name, first, middle):
         ("rtx3090", "int8/fp16", "int8/fp16", "int8/int8", "int4/int8"),
         ("rtx4090", "int8/fp16", "int8/fp16", "int8/int8", "int4/fp8-fast"),
         ("rtx5090", "int8/fp16", "int8/fp16", "int8/int8", "fp4/fp8-fast"),
-        ("a100", "int8/int8", "int8/fp16", "int8/int8", "int4/int8"),
+        ("a100", "int8/int8", "int8/fp16", "int8/int8", "int4/int8-tile_v"),
         ("h100", "int8/fp8", "fp16", "int8/fp8", "int8/fp8"),
     ],
 )
@@ -78,7 +78,7 @@ def test_the_best_spec_is_that_of_the_card(on, card, quality, edge, balanced, fa
     plan = preset("fast")
     assert spec_at(plan, tokens=32768) == fast
     assert spec_at(plan, progress=0.05, tokens=32768) == balanced
-    assert spec_at(plan, tokens=512) == "fp16"
+    assert spec_at(plan, tokens=448) == "fp16"
 
 
 def test_four_bit_begins_where_it_is_faster(on):

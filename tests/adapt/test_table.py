@@ -45,7 +45,7 @@ def test_specs_of_an_older_table_are_those_that_were_measured(stored, version):
     [
         ("{", "is not JSON"),
         ("[]", "version is missing"),
-        ('{"version": 9}', "version 9, this program reads up to 4"),
+        ('{"version": 9}', "version 9, this program reads up to 5"),
         ('{"version": true}', "version is missing"),
         ('{"version": 1}', "metrics is missing"),
         ("\xff", "is not UTF-8"),

@@ -182,7 +182,7 @@ def test_auto_on_a_gpu_takes_our_kernels_and_never_the_twin(packages):
 
 def test_turing_is_served_by_a_provider_where_one_is_installed(packages):
     packages["comfy_kitchen"] = "0.2.40"
-    spec = "int8/int8-smooth_v-balance"
+    spec = "int8/int8-smooth_v-balance-tile_v"
     assert select(gpu_call(spec, capability=(7, 5))).name == "comfy_kitchen"
     assert "not causal" in backends.refusals(gpu_call(spec, is_causal=True))["comfy_kitchen"]
     assert f"{spec}, not int8/int8" in backends.refusals(gpu_call("int8/int8"))["comfy_kitchen"]

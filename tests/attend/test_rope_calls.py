@@ -91,7 +91,7 @@ def test_our_kernels_are_handed_the_tables(backend):
     ("package", "version", "function", "spec"),
     [
         ("sageattention", "2.2.0", "sageattn_qk_int8_pv_fp8_cuda", "int8/fp8-rotate-balance"),
-        ("comfy_kitchen", "0.2.40", "int8_attention", "int8/int8-smooth_v-balance"),
+        ("comfy_kitchen", "0.2.40", "int8_attention", "int8/int8-smooth_v-balance-tile_v"),
     ],
 )
 def test_providers_get_what_pytorch_rotated(monkeypatch, package, version, function, spec):

@@ -53,6 +53,9 @@ CASES = {
     "sm90-pair": Case(90, "int8", 128, 65, 65, heads=4, group=2, batch=2, smooth_v=True),
     "sm80-unsigned": Case(80, "int8", 40, 70, 130, mask="bool", unsigned_p=True),
     "sm90-unsigned": Case(90, "int8", 64, 65, 130, is_causal=True, smooth_v=True, unsigned_p=True),
+    "sm80-tiles": Case(80, "int8", 40, 70, 200, mask="bool", unsigned_p=True, tiled=True),
+    "sm90-tiles": Case(90, "int8", 128, 65, 130, is_causal=True, unsigned_p=True, tiled=True),
+    "sm120-tiles": Case(120, "int8", 64, 33, 70, mask="additive", smooth_v=True, tiled=True),
     "sm90-row": Case(90, "fp16", 40, 1, 200, mask="bool"),
     "sm90-fast": Case(90, "fp8-fast", 128, 63, 129, mask="keys", block=True, tiled=True),
     "sm120-block": Case(120, "fp16", 128, 200, 200, heads=3, group=3, block=True),
@@ -109,6 +112,7 @@ def test_compiled_kernel(name: str):
         made = {"mean": mean, "fast": fast, "sums": case.unsigned_p}
         if case.tiled:
             v, made["scale"] = steep(v)
+        made["by_tile"] = case.tiled and case.pv == "int8"
         values = quantize.quantize_value(v, Precision(case.pv[:4].strip("-")), **made)
     mask = make_mask(case.mask, case)
     options = {"mask": mask, "is_causal": case.is_causal, "fp16_accumulator": fast}

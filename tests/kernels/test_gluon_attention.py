@@ -38,21 +38,28 @@ class Case(NamedTuple):
     launch: GluonLaunch | None = None
 
 
+#: Tiles come by twos.
+TWO = GluonLaunch(8, 2, 2)
+
 CASES = [
     Case(89, "int4", "fp8", 128, 130, 257, delta_s=True, tiled=True),
-    Case(89, "int4", "fp8", 64, 63, 200, mask="bool", tiled=True, launch=GluonLaunch(8, 2, 2)),
-    Case(80, "int4", "int8", 128, 200, 127, is_causal=True, delta_s=True, smooth_v=True),
+    Case(89, "int4", "fp8", 64, 63, 200, mask="bool", tiled=True, launch=TWO),
+    Case(
+        80, "int4", "int8", 128, 200, 127, is_causal=True, delta_s=True, smooth_v=True, tiled=True
+    ),
     Case(80, "int4", "int8", 40, 65, 64, mask="additive", is_causal=True),
     Case(86, "int8", "int8", 72, 63, 65, heads=3, kv_heads=1),
-    Case(86, "int8", "int8", 72, 63, 130, heads=3, kv_heads=1, smooth_v=True, unsigned_p=True),
-    Case(80, "int4", "int8", 64, 65, 130, mask="bool", delta_s=True, unsigned_p=True),
-    Case(80, "int8", "int8", 128, 127, 200, mask="additive", block=True),
+    Case(86, "int8", "int8", 72, 63, 130, heads=3, kv_heads=1, unsigned_p=True, tiled=True),
+    Case(86, "int8", "int8", 64, 63, 130, smooth_v=True, unsigned_p=True),
+    Case(80, "int4", "int8", 64, 65, 130, mask="bool", unsigned_p=True, tiled=True, launch=TWO),
+    Case(80, "int8", "int8", 128, 127, 200, mask="additive", block=True, tiled=True),
+    Case(89, "int8", "int8", 128, 33, 330, unsigned_p=True, tiled=True, launch=TWO),
     Case(89, "int8", "fp8", 96, 257, 257, is_causal=True, heads=3, kv_heads=1, tiled=True),
     Case(89, "int8", "fp8", 1, 1, 1),
     Case(89, "int4", "fp8", 160, 65, 127),
-    Case(80, "int4", "int8", 256, 64, 63, delta_s=True),
+    Case(80, "int4", "int8", 256, 64, 63, delta_s=True, tiled=True),
     Case(120, "fp4", "fp8", 128, 127, 130, delta_s=True, smooth_v=True, tiled=True),
-    Case(120, "fp4", "int8", 64, 63, 65, mask="additive", heads=3, kv_heads=1),
+    Case(120, "fp4", "int8", 64, 63, 65, mask="additive", heads=3, kv_heads=1, tiled=True),
     Case(120, "fp4", "fp4", 128, 200, 200, is_causal=True, delta_s=True),
     Case(120, "fp4", "fp4", 64, 63, 65, mask="additive", heads=3, kv_heads=1, smooth_v=True),
     Case(120, "fp4", "fp4", 72, 65, 63, mask="bool", delta_s=True, launch=GluonLaunch(4, 2, 2)),
@@ -93,10 +100,11 @@ def test_equals_the_twin(case):
         quantize.quantize_rows(k, qk, block=64 if case.block else 1),
     )
     mean = quantize.token_mean(v) if case.smooth_v else None
-    scale = None
+    scale, by_tile = None, case.tiled and case.pv == "int8"
     if case.tiled:
         v, scale = steep(v)
-    values = quantize.quantize_value(v, Precision(case.pv), mean=mean, scale=scale, fast=fast)
+    made = {"mean": mean, "scale": scale, "fast": fast, "by_tile": by_tile}
+    values = quantize.quantize_value(v, Precision(case.pv), **made)
     options = {"is_causal": case.is_causal, "fp16_accumulator": fast, "mask": masked(case, g)}
     options["unsigned_p"] = case.unsigned_p
     if case.delta_s:

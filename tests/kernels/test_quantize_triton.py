@@ -8,6 +8,7 @@ from ptxvm import gpu
 
 from sage_diffusion.kernels.formats import Precision
 from sage_diffusion.kernels.quantize import reference
+from sage_diffusion.kernels.quantize.permute import permute_value
 
 triton = pytest.importorskip("sage_diffusion.kernels.quantize.triton")
 
@@ -127,6 +128,13 @@ def test_rows_of_any_length_and_bfloat16_extremes(precision, length):
 
 VALUES = {
     "int8": (80, 72, torch.float16, {"precision": Precision.INT8, "sums": True}),
+    "int8-tiles": (80, 72, torch.float16, {"precision": Precision.INT8, "by_tile": True}),
+    "int8-tiles-permuted": (
+        120,
+        40,
+        torch.bfloat16,
+        {"precision": Precision.INT8, "by_tile": True, "permuted": True, "mean": "token"},
+    ),
     "fp8-smooth": (89, 40, torch.float16, {"precision": Precision.FP8, "mean": "token"}),
     "fp8-fast": (120, 256, torch.bfloat16, {"precision": Precision.FP8, "fast": True}),
     "fp8-sampled": (89, 40, torch.float16, {"precision": Precision.FP8, "scale": 7.0}),
@@ -150,11 +158,18 @@ def test_values(name):
         v, scale = steep(v)
         v[:, 0, 64:128], v[:, 1, 70] = 0.0, 1e30 if dtype is torch.bfloat16 else 6e4
         options = {**options, "scale": scale.clamp(min=1e-9)}
+    by_tile = options.get("by_tile", False)
+    if by_tile:  # of other sizes, nothing, one beyond half, and a saturating one
+        v, _ = steep(v)
+        v[:, 0, 64:128], v[:, 1, 70] = 0.0, 1e30 if dtype is torch.bfloat16 else 6e4
     with gpu(cc) as driver:
         got = triton.quantize_value(v, **options)
     launched = [name for name, _ in driver.launches]
-    assert launched == ["_stats_kernel"] * ("scale" not in options) + ["_quantize_value_kernel"]
-    want = reference.quantize_value(v, **options)
+    known = by_tile or "scale" in options
+    assert launched == ["_stats_kernel"] * (not known) + ["_quantize_value_kernel"]
+    want = reference.quantize_value(v, **{k: x for k, x in options.items() if k != "permuted"})
+    assert reference.dequantize_value(want).isfinite().all()
+    want = permute_value(want) if options.get("permuted") else want
     assert same_bits(got.data, want.data)
     assert same_bits(got.scale, want.scale)
     assert (got.precision, got.length) == (want.precision, want.length)
@@ -162,7 +177,6 @@ def test_values(name):
     assert got.sums is None or torch.equal(got.sums, want.sums)
     assert (got.tiles is None) == (not options.get("fast") or "scale" not in options)
     assert got.tiles is None or torch.equal(got.tiles, want.tiles)
-    assert reference.dequantize_value(want).isfinite().all()
 
 
 def test_means_and_extremes():

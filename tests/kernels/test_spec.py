@@ -36,7 +36,7 @@ def test_what_the_names_switch_on():
         four_bit = name.startswith(("int4", "fp4"))
         assert spec.smooth_k and spec.rotate and spec.balance
         assert spec.smooth_q == spec.clip == spec.unbiased == four_bit
-        assert spec.smooth_v == spec.unsigned_p == name.endswith("/int8")
+        assert spec.smooth_v == spec.unsigned_p == spec.tile_v == name.endswith("/int8")
         assert spec.sample_v == name.endswith(("/fp8", "/fp8-fast", "/fp4"))
         assert spec.pv_accumulator == ("fp16" if name.endswith("-fast") else "fp32")
     assert AttentionSpec.parse("fp16") == AttentionSpec("fp16", "fp16")
@@ -53,7 +53,8 @@ def test_names_of_the_first_edition_mean_what_they_meant():
         assert AttentionSpec.parse(str(old)) == old
         assert old.formats == name
     today = AttentionSpec.parse("int8/int8")
-    assert AttentionSpec.parse("int8/int8+rotate+balance+smooth_v+unsigned_p", edition=1) == today
+    switches = "+rotate+balance+smooth_v+tile_v+unsigned_p"
+    assert AttentionSpec.parse(f"int8/int8{switches}", edition=1) == today
     assert str(AttentionSpec.parse("int8/fp8", edition=1)) == "int8/fp8-rotate-balance"
     assert AttentionSpec.parse(today, edition=1) is today
 
@@ -61,8 +62,8 @@ def test_names_of_the_first_edition_mean_what_they_meant():
 def test_names_of_the_second_edition_mean_what_they_meant():
     for name in LADDER[1:]:
         old, today = AttentionSpec.parse(name, edition=2), AttentionSpec.parse(name)
-        assert not (old.sample_v or old.unbiased)
-        assert dataclasses.replace(today, sample_v=False, unbiased=False) == old
+        assert not (old.sample_v or old.unbiased or old.tile_v)
+        assert dataclasses.replace(today, sample_v=False, unbiased=False, tile_v=False) == old
         assert AttentionSpec.parse(str(old)) == old
     assert str(AttentionSpec.parse("int8/fp8", edition=2)) == "int8/fp8-sample_v"
 
@@ -70,9 +71,24 @@ def test_names_of_the_second_edition_mean_what_they_meant():
 def test_names_of_the_third_edition_mean_what_they_meant():
     for name in LADDER[1:]:
         old, today = AttentionSpec.parse(name, edition=3), AttentionSpec.parse(name)
-        assert not old.unbiased and dataclasses.replace(today, unbiased=False) == old
+        assert not (old.unbiased or old.tile_v)
+        assert dataclasses.replace(today, unbiased=False, tile_v=False) == old
         assert AttentionSpec.parse(str(old)) == old
-    assert str(AttentionSpec.parse("int4/int8", edition=3)) == "int4/int8-unbiased"
+    assert str(AttentionSpec.parse("int4/int8", edition=3)) == "int4/int8-tile_v-unbiased"
+
+
+def test_names_of_the_fourth_edition_mean_what_they_meant():
+    for name in LADDER[1:]:
+        old, today = AttentionSpec.parse(name, edition=4), AttentionSpec.parse(name)
+        assert not old.tile_v and dataclasses.replace(today, tile_v=False) == old
+        assert AttentionSpec.parse(str(old)) == old
+    assert str(AttentionSpec.parse("int8/int8", edition=4)) == "int8/int8-tile_v"
+
+
+def test_only_an_int8_v_has_scales_of_its_tiles():
+    assert not AttentionSpec("int8", "fp8", tile_v=True).tile_v
+    assert AttentionSpec("int8", "int8", tile_v=True).tile_v  # with and without a sample
+    assert str(AttentionSpec.parse("int4/fp8-fast+tile_v")) == "int4/fp8-fast"
 
 
 def test_only_clipped_scores_have_a_bias():

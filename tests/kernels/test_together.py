@@ -17,6 +17,7 @@ from sage_diffusion.kernels.spec import AttentionSpec
 CASES = {
     "int8": (89, "int8/fp8-fast+smooth_v", 64, 33, 70, torch.bfloat16, False, -0.25),
     "int4": (80, "int4/int8", 72, 131, 65, torch.float16, True, 1.0),
+    "one scale": (80, "int8/int8-tile_v", 64, 33, 65, torch.float16, False, 1.0),
     "fp4": (120, "fp4/fp4", 40, 17, 64, torch.float16, True, None),
 }
 
@@ -41,10 +42,11 @@ def test_is_what_the_twins_find(name):
         )
         launched = [launch for launch, _ in gpu.launches]
         columns = None if factor is None else key_scales(k_codes, factor)
-    assert launched == ["_stats_kernel"] * (spec.pv == "int8") + ["_quantize_kernel"]
+    assert launched == ["_stats_kernel"] * (name == "one scale") + ["_quantize_kernel"]
     alike = {"rotation": True, "sign_seed": seed, "clip": spec.clip}
     of_q = {"mean": q_mean, "factor": found.q_factor, "multiplier": 0.3}
     of_v = {"mean": found.v_mean, "scale": found.v_scale, "clip": spec.clip}
+    of_v["by_tile"] = spec.tile_v
     want_q = reference.quantize_rows(turned_q, spec.qk, **of_q, **alike)
     want_k = reference.quantize_rows(
         turned_k, spec.qk, mean=found.k_mean, factor=found.k_factor, **alike

@@ -56,7 +56,7 @@ def test_a_plan_of_an_earlier_version_was_not_edited_by_hand():
             embed_plan(PLAN, "a").replace('"start":0.5', '"start":5'),
             "embedded plan 'a': rules[0].start",
         ),
-        (embed_plan(PLAN, "a").replace('"version":5', '"version":9'), "this plan has version 9"),
+        (embed_plan(PLAN, "a").replace('"version":6', '"version":9'), "this plan has version 9"),
         ("x" * (5 << 20), "at most 256 kB, got 5120 kB; load it from a file"),
     ],
 )

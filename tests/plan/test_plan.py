@@ -10,7 +10,7 @@ from sage_diffusion.plan import PlanError, PrecisionPlan, Rule, progress, step_p
 
 
 def plan_json(**fields):
-    return json.dumps({"version": 5, "default": "int8/fp8", **fields})
+    return json.dumps({"version": 6, "default": "int8/fp8", **fields})
 
 
 def test_first_match_wins_and_ranges_are_half_open():
@@ -90,6 +90,21 @@ def test_scores_of_plans_of_version_4_are_as_clipping_leaves_them():
     assert PrecisionPlan.from_json(old.to_json()) == old
 
 
+def test_an_int8_v_of_plans_of_version_5_has_one_scale_for_all_tokens():
+    """A spec as an object has today's V where it names one and its default has another."""
+    rules = [{"spec": "int4/int8", "end": 0.5}, {"spec": {"pv": "int8"}, "end": 0.7}]
+    text = json.dumps({"version": 5, "default": "int8/fp8", "rules": rules})
+    old = PrecisionPlan.from_json(text)
+    assert str(old.rules[0].spec) == "int4/int8-tile_v" and not old.rules[1].spec.tile_v
+    assert PrecisionPlan.from_json(old.to_json()) == old
+    today = PrecisionPlan.from_json(plan_json(default="int8/fp8", rules=rules))
+    assert all(rule.spec.tile_v for rule in today.rules) and not today.default.tile_v
+    rules[1]["spec"]["tile_v"] = False
+    assert (
+        not PrecisionPlan.from_json(plan_json(default="int8/fp8", rules=rules)).rules[1].spec.tile_v
+    )
+
+
 def test_plans_of_version_1_rotate_alike_at_all_steps():
     old = PrecisionPlan.from_json('{"version": 1, "default": "int4/fp8-fast"}')
     assert old.sign_seed is None
@@ -116,8 +131,8 @@ def test_a_spec_object_takes_missing_fields_from_the_default():
         ("[]", "a plan must be a JSON object, got list"),
         ('{"version": 1}', "default: is missing"),
         ('{"default": "fp16"}', "version: is missing"),
-        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 5, got 0"),
-        ('{"version": 6, "new": 1}', "reads up to 5: update sage-diffusion"),
+        ('{"version": 0, "default": "fp16"}', "version: must be 1 to 6, got 0"),
+        ('{"version": 7, "new": 1}', "reads up to 6: update sage-diffusion"),
         ('{"version": true, "default": "fp16"}', "version: "),
         ('{"version": 1, "default": "fp16", "sign_seed": 1}', "sign_seed: .* version 1 have none"),
         (plan_json(sign_seed=-1), "^sign_seed must be a whole number from 0 to 2147483647 or null"),

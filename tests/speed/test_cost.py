@@ -99,16 +99,19 @@ GOALS = [
     ("rtx4090", "int4/fp8-fast", 64, 200, 0.99),
     ("rtx4090", "int8/fp8-fast", 128, 256, 0.58),
     ("rtx4090", "int8/fp8-fast", 64, 256, 0.79),
-    ("rtx3090", "int4/int8", 128, 192, 0.66),
-    ("rtx3090", "int4/int8", 64, 202, 0.96),
+    # With one scale of a channel of V for all tokens 0.66; 202, 0.96; and 0.60.
+    ("rtx3090", "int4/int8", 128, 192, 0.81),
+    ("rtx3090", "int4/int8", 64, 222.5, 0.89),
     ("rtx3090", "int8/int8", 128, 256, 0.60),
     ("rtx5090", "int8/fp8-fast", 128, 256, 0.60),
     ("rtx5090", "fp4/fp8-fast", 128, 192, 0.65),
     ("rtx5090", "fp4/fp4", 128, 128, 0.97),
     ("rtx5090", "fp4/fp4", 64, 248, 0.77),
-    ("a100", "int8/int8", 128, 147, 0.88),
+    ("a100", "int8/int8", 128, 153, 1.0),
+    ("a100", "int8/int8-tile_v", 128, 147, 0.88),
+    ("a100", "int4/int8", 128, 154, 1.0),
     # 125 before outputs and multipliers were kept finite at the edges of half.
-    ("a100", "int4/int8", 128, 127, 1.0),
+    ("a100", "int4/int8-tile_v", 128, 127, 1.0),
     ("h100", "int8/fp8", 128, 74.2, 0.89),
     ("h100", "fp8/fp8", 128, 66.1, 1.0),
 ]

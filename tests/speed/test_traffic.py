@@ -52,6 +52,8 @@ def test_launches_are_those_of_the_docs():
     parse = AttentionSpec.parse
     assert starts(parse("int8/fp16"), 4096) == 2
     assert starts(parse("int8/fp8"), 4096) == starts(parse("int4/fp8-fast"), 4096) == 2
-    assert starts(parse("int8/int8"), 4096) == 2 + 1
-    assert starts(parse("int8/int8"), 128) == 2
-    assert starts(parse("int8/int8-balance"), 4096) == 5 + 3
+    assert starts(parse("int8/int8"), 4096) == starts(parse("int4/int8"), 4096) == 2
+    assert starts(parse("int8/int8-tile_v"), 4096) == 2 + 1
+    assert starts(parse("int8/int8-tile_v"), 128) == 2
+    assert starts(parse("int8/int8-tile_v-balance"), 4096) == 5 + 3
+    assert starts(parse("int8/int8-balance"), 4096) == 5 + 2
