@@ -127,6 +127,7 @@ def check_together(args: tuple, options: dict, got: tuple) -> None:
         fast=spec.pv_accumulator == "fp16",
         clip=spec.clip,
         sums=values.sums is not None,
+        by_tile=spec.tile_v,
     )
     same(values, permute.permute_value(want) if options["permuted"] else want)
 
