@@ -77,6 +77,7 @@ _EXCEPTIONS = {
     ("sm_90", "fp8-fast", 128): Launch(64, 4, 3),
     ("sm_80", "int8", 128): Launch(64, 4, 2, shift=True),
     ("sm_120", "fp8", 128): Launch(128, 8, 2),
+    **{(arch, "int8", 128): Launch(64, 16, 1) for arch in ("gfx1100", "gfx1101", "gfx1102")},
 }
 
 #: With FP4 Q and K.  Block-scaled ``tcgen05.mma`` has 128 rows; Triton emulates fewer in BF16.
