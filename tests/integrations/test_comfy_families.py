@@ -59,7 +59,7 @@ def test_a_unets_cross_attention_is_left_alone():
 
 @pytest.mark.parametrize(
     ("card", "careful", "rest", "least"),
-    [("rtx4090", "int8/fp16", "int8/int8", 1024), ("h100", "fp16", "int8/fp8", 2048)],
+    [("rtx4090", "int8/fp16", "int8/int8", 512), ("h100", "fp16", "int8/fp8", 2048)],
 )
 def test_rules_begin_where_the_card_gains(monkeypatch, card, careful, rest, least):
     """And what needs care never falls to the rule for the rest."""
@@ -73,7 +73,7 @@ def test_rules_begin_where_the_card_gains(monkeypatch, card, careful, rest, leas
 
     assert spec("double.07", least) == "fp16"
     pays = next(n for n in range(least, 8192, 64) if spec("double.07", n) == rest)
-    assert pays == presets.least_tokens(rest, "fp16", card, 0)
+    assert pays == presets.least_tokens(rest, "fp16", card, families.MIN_TOKENS)
     for tokens in (pays, pays + 64, 32768):
         assert (spec("double.00", tokens), spec("double.07", tokens)) == (careful, rest)
 
