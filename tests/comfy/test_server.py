@@ -194,11 +194,13 @@ def test_a_plan_that_only_the_workflow_has_runs_and_is_in_the_picture(server):
 
 
 def test_a_changed_file_is_not_served_from_the_cache(server, request):
+    from sage_diffusion.plan.rules import VERSION
+
     folder = request.config.getoption("--models") / "sage_plans"
     folder.mkdir(parents=True, exist_ok=True)
     prompt = prompts.sampling("sd3", **{"preset": "plan file", "preset.file": "changes"})
     for spec in ("int8/fp16", "int8/int8"):
-        (folder / "changes.json").write_text(f'{{"version": 5, "default": "{spec}"}}')
+        (folder / "changes.json").write_text(f'{{"version": {VERSION}, "default": "{spec}"}}')
         done = server.run(prompt)
         assert done["outputs"]["7"]["text"][0].startswith(f"{spec}: 6 of 6")
     query = "/sage_diffusion/plan?file=changes"
