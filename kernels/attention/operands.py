@@ -20,7 +20,7 @@ from ..formats import (
 from ..quantize import triton as quantize
 from ..quantize.limits import score_gain
 from ..quantize.stats import joined
-from ..quantize.triton_value import value_options
+from ..quantize.triton_value import kernel_options
 from ..rope import Rope
 from ..spec import AttentionSpec
 
@@ -173,5 +173,5 @@ def _value(
         scale=found.v_scale,
         stats=stats,
         by_tile=spec.tile_v,
-        **value_options(spec, permuted),
+        **kernel_options(spec, permuted),
     )

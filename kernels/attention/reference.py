@@ -27,7 +27,7 @@ from ..formats import (
     encode_fp4,
 )
 from ..quantize import reference as quantize
-from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY, finite, score_gain
+from ..quantize.limits import FP4_MAX, FP8_MAX, FP8_TINY, finite, score_gain, value_options
 from ..quantize.permute import group_tokens, ungroup_tokens
 from ..rope import Rope, apply_rope
 from ..spec import AttentionSpec
@@ -102,9 +102,8 @@ def attention(
             spec.pv,
             mean=v_mean,
             scale=v_scale,
-            fast=spec.pv_accumulator == "fp16",
-            clip=spec.clip,
             by_tile=spec.tile_v,
+            **value_options(spec),
         )
     out, lse = attend_quantized(
         q_codes,

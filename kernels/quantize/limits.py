@@ -58,6 +58,14 @@ def code_top(precision: Precision) -> float:
     return FP4_MAX * FP8_MAX if precision is Precision.FP4 else precision.qmax
 
 
+def value_options(spec: AttentionSpec) -> dict[str, bool]:
+    """What a spec asks of the quantizers of V, twin and kernel, beside means and scales."""
+    return {
+        "fast": spec.pv_accumulator == "fp16",
+        "clip": spec.clip and spec.pv is Precision.FP4,  # nothing to search in the others
+    }
+
+
 def score_gain(spec: AttentionSpec, head_dim: int) -> float:
     """What Q K^T of the codes is multiplied with, so that it is right in expectation.
 

@@ -32,7 +32,7 @@ from .limits import code_top
 from .rope import TABLES, Tables, rope_arguments
 from .stats import ChannelStats, extremes, joined
 from .triton_rows import Rows, check_rows, empty_rows, rows_program
-from .triton_value import Value, shares, value_arguments, value_options, value_program
+from .triton_value import Value, kernel_options, shares, value_arguments, value_program
 
 
 @triton.jit
@@ -360,7 +360,7 @@ def _value(
         spec.pv,
         mean=found.v_mean,
         scale=_scale(v, spec, found),
-        **value_options(spec, permuted),
+        **kernel_options(spec, permuted),
     )
     own = {f"V_{name}": constants[name] for name in names}
     return made, value, {**own, "PERMUTED": permuted}, programs

@@ -34,6 +34,7 @@ from .limits import (
     LARGEST_TILE,
     SMALLEST_TILE,
     code_top,
+    value_options,
 )
 from .rope import load_rows
 from .stats import ChannelStats, extremes
@@ -59,11 +60,10 @@ def shares(precision: Precision, clip: bool) -> tuple[float, ...]:
     return (1.0,) if precision is Precision.FP4 else ()
 
 
-def value_options(spec: AttentionSpec, permuted: bool) -> dict[str, Any]:
-    """What a spec asks of :func:`quantize_value`, means and scales apart."""
+def kernel_options(spec: AttentionSpec, permuted: bool) -> dict[str, bool]:
+    """:func:`.limits.value_options`, and what a kernel adds."""
     return {
-        "fast": spec.pv_accumulator == "fp16",
-        "clip": spec.clip and spec.pv is Precision.FP4,
+        **value_options(spec),
         # With V's tokens in its own order a kernel multiplies P's bytes as they are.
         "sums": spec.unsigned_p and not permuted,
         "permuted": permuted,

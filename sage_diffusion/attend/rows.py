@@ -27,7 +27,7 @@ from sage_diffusion.kernels.formats import (
     Sample,
 )
 from sage_diffusion.kernels.quantize import reference as quantize
-from sage_diffusion.kernels.quantize.limits import score_gain
+from sage_diffusion.kernels.quantize.limits import score_gain, value_options
 from sage_diffusion.kernels.spec import FP16, AttentionSpec
 
 #: Columns of what :func:`measure` returns.  ``error`` is the squared error relative to the squared
@@ -201,19 +201,12 @@ class RowCall:
         return self._made[key]
 
     def _value(self, spec: AttentionSpec, mean: Tensor | None, scale: Tensor | None) -> Any:
-        _, fast = _of_value(spec)
-        clip = spec.clip and spec.pv is Precision.FP4  # nothing to search in the others
+        options = {"by_tile": spec.tile_v, **value_options(spec)}
         smoothed = spec.smooth_v and (1, spec.balance)
-        key = ("v", *_of_value(spec), smoothed, spec.sample_v, spec.tile_v, clip)
+        key = ("v", spec.pv, smoothed, spec.sample_v, *options.values())
         if key not in self._made:
             self._made[key] = quantize.quantize_value(
-                self.v,
-                spec.pv,
-                mean=mean,
-                scale=scale,
-                fast=fast,
-                clip=clip,
-                by_tile=spec.tile_v,
+                self.v, spec.pv, mean=mean, scale=scale, **options
             )
         return self._made[key]
 

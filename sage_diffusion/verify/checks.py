@@ -17,7 +17,7 @@ from torch import Tensor
 from sage_diffusion.kernels.attention import reference, terms
 from sage_diffusion.kernels.formats import Precision, QuantizedTensor, QuantizedValue
 from sage_diffusion.kernels.quantize import reference as twin
-from sage_diffusion.kernels.quantize.limits import score_gain
+from sage_diffusion.kernels.quantize.limits import score_gain, value_options
 from sage_diffusion.kernels.quantize.permute import permute_value
 from sage_diffusion.kernels.rope import apply_rope
 from sage_diffusion.kernels.spec import AttentionSpec
@@ -145,8 +145,6 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
         found += _compare(name, case, letter, codes, want)
     if isinstance(operands.v, QuantizedValue):
         mean = None if operands.v.mean is None else operands.v.mean.cpu()
-        clip = spec.clip and spec.pv == "fp4"
-        fast = spec.pv_accumulator == "fp16"
         sums = operands.v.sums is not None
         scale = operands.v.scale.cpu() if spec.sample_v else None
         if scale is not None and (wrong := _wrong_scale(here.v, scale, spec)):
@@ -156,10 +154,9 @@ def check_operands(kernel: Kernel, case: Case, x: Inputs, operands: Operands) ->
             spec.pv,
             mean=mean,
             scale=scale,
-            fast=fast,
-            clip=clip,
             sums=sums,
             by_tile=spec.tile_v,
+            **value_options(spec),
         )
         want_v = permute_value(want_v) if kernel.permuted else want_v
         found += _compare(names[2], case, "v", operands.v, want_v)
