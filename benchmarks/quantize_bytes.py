@@ -18,19 +18,10 @@ import argparse
 import json
 from typing import Any
 
-from sage_diffusion.kernels.spec import AttentionSpec
+from sage_diffusion.kernels.spec import LADDER, AttentionSpec
 from sage_diffusion.speed.traffic import beside, least, moved, statistics
 
-SPECS = (
-    "int8/fp16",
-    "int8/int8",
-    "int8/fp8",
-    "int8/fp8-fast",
-    "int4/int8",
-    "int4/fp8-fast",
-    "fp4/fp8-fast",
-    "fp4/fp4",
-)
+SPECS = LADDER[1:]  # what quantizes
 
 
 def measure(length: int = 4096) -> list[dict[str, object]]:

@@ -1,6 +1,6 @@
 """A plan as text inside of something else - a workflow, a picture's metadata - with its hash.
 
-    {"file": "mine/a", "sha256": "0f6b8e21c9d4a7b3", "plan": {"version": 5, ..}}
+    {"file": "mine/a", "sha256": "0f6b8e21c9d4a7b3", "plan": {"version": 6, ..}}
 
 The hash tells plans of one name apart, and whether somebody edited the text; it protects nothing.
 """

@@ -2,7 +2,7 @@
 
 A plan is a list of rules, the first match wins::
 
-    {"version": 5, "default": "int4/fp8-fast",
+    {"version": 6, "default": "int4/fp8-fast",
      "rules": [{"layers": "*", "start": 0.9, "spec": "int8/fp8"},
                {"layers": "transformer_blocks.0.*", "spec": {"qk": "int8", "smooth_v": true}}]}
 
